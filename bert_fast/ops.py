@@ -1,0 +1,518 @@
+"""The fused operators as PyTorch operators: schemas, shapes, derivatives, checks. Nothing here computes.
+
+Each operator is two torch.library operators, ``bert_fast::<name>_fwd`` and ``bert_fast::<name>_bwd``, so that
+autograd, fake tensors and torch.compile see through it; bert_fast/backends.py says which implementation runs.
+The public functions below check what shapes, dtypes and devices tell; values (ids, labels, cu_seqlens) are
+checked on CPU tensors when the operator runs, and never on a GPU, where that would wait for the device.
+"""
+
+import torch
+
+from . import backends
+
+Tensor = torch.Tensor
+
+_library = torch.library.Library("bert_fast", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def _define(operator: str, direction: str, schema: str, fake, check=None) -> None:
+    name = f"{operator}_{direction}"
+
+    def run(*args):
+        device = args[0].device.type
+        if check is not None and device == "cpu":
+            check(*args)
+        return backends.implementation(operator, direction, device)(*args)
+
+    _library.define(f"{name}{schema}", tags=_TAGS)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bert_fast::{name}", fake, lib=_library)
+
+
+def _differentiate(operator: str, setup_context, backward) -> None:
+    torch.library.register_autograd(
+        f"bert_fast::{operator}_fwd", backward, setup_context=setup_context, lib=_library
+    )
+
+    def setup_bwd(ctx, inputs, output):
+        pass
+
+    def double_backward(ctx, *grads):
+        raise NotImplementedError(
+            f"bert_fast: {operator} has no second derivative; for double backward (gradient penalties, "
+            "Hessians) run the model of transformers, or bert_fast.reference in place of the operator"
+        )
+
+    torch.library.register_autograd(
+        f"bert_fast::{operator}_bwd", double_backward, setup_context=setup_bwd, lib=_library
+    )
+
+
+def _total_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _require(condition: bool, operator: str, message: str, error=ValueError) -> None:
+    if not condition:
+        raise error(f"bert_fast.{operator}: {message}")
+
+
+def _check_like(operator: str, device: torch.device, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Every tensor is on ``device`` and has its shape (-1: any size)."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is None:
+            continue
+        _require(
+            tensor.device == device, operator, f"{name} is on {tensor.device}, the other tensors on {device}: move it"
+        )
+        fits = tensor.dim() == len(shape) and all(want in (-1, have) for want, have in zip(shape, tensor.shape))
+        expected = tuple("any" if n == -1 else n for n in shape)
+        _require(fits, operator, f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def _check_floating(operator: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            ok = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            _require(ok, operator, f"{name} has dtype {tensor.dtype}, expected a floating-point dtype", TypeError)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _dropout_keys(operator: str, p: float, row_key: Tensor | None, rng_key: Tensor | None, x: Tensor):
+    """The checked keys of a mask over ``x``'s rows; empty tensors where nothing is dropped."""
+    _require(0.0 <= p <= 1.0, operator, f"the dropout probability p is {p}, expected 0 <= p <= 1")
+    if p == 0.0:
+        none = x.new_empty(0, dtype=torch.int64)
+        return none, none
+    _require(
+        row_key is not None and rng_key is not None,
+        operator,
+        "dropout needs row_key (bert_fast.random.row_keys) and rng_key (bert_fast.ops.draw_dropout_key)",
+    )
+    _check_like(operator, x.device, rng_key=(rng_key, (1,)), row_key=(row_key, (x.shape[0],)))
+    for name, key in (("rng_key", rng_key), ("row_key", row_key)):
+        _require(key.dtype == torch.int64, operator, f"{name} has dtype {key.dtype}, expected int64", TypeError)
+    return row_key.contiguous(), rng_key.contiguous()
+
+
+def _check_range(operator: str, name: str, values: Tensor, size: int, ignore: int | None = None) -> None:
+    """Every value is in 0 .. size-1 (or ``ignore``). Reads the values: CPU tensors only."""
+    if values.numel() == 0:
+        return
+    if int(values.min()) < 0 or int(values.max()) >= size:
+        bad = (values < 0) | (values >= size)
+        if ignore is not None:
+            bad &= values != ignore
+        if bad.any():
+            where = int(bad.nonzero()[0, 0])
+            allowed = f"0 .. {size - 1}" + ("" if ignore is None else f" or {ignore}")
+            raise IndexError(
+                f"bert_fast.{operator}: {name}[{where}] is {int(values[where])}, allowed is {allowed} "
+                f"({int(bad.sum())} of {values.numel()} are out of range)"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The dropout key
+
+
+def _draw_dropout_key(like: Tensor) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+
+
+_library.define("draw_dropout_key(Tensor like) -> Tensor", tags=(*_TAGS, torch.Tag.nondeterministic_seeded))
+_library.impl("draw_dropout_key", _draw_dropout_key, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "bert_fast::draw_dropout_key", lambda like: like.new_empty((1,), dtype=torch.int64), lib=_library
+)
+
+
+def draw_dropout_key(like: Tensor) -> Tensor:
+    """One int64 (1,) on ``like``'s device from torch's generator: the key of a forward pass's dropout masks."""
+    return torch.ops.bert_fast.draw_dropout_key(like)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# embedding_layernorm
+
+
+def _embedding_layernorm_fake(ids, positions, segments, word, *rest):
+    rows, out_dtype = ids.shape[0], rest[-1]
+    mean = word.new_empty((rows,), dtype=_total_dtype(word))
+    return word.new_empty((rows, word.shape[1]), dtype=out_dtype), mean, torch.empty_like(mean)
+
+
+def _embedding_layernorm_check(ids, positions, segments, word, position, segment, *_):
+    _check_range("embedding_layernorm", "ids", ids, word.shape[0])
+    _check_range("embedding_layernorm", "positions", positions, position.shape[0])
+    _check_range("embedding_layernorm", "segments", segments, segment.shape[0])
+
+
+def _embedding_layernorm_setup(ctx, inputs, output):
+    *tensors, row_key, rng_key, _, ctx.p, ctx.site, ctx.padding_idx, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(*tensors[:7], mean, rstd, row_key, rng_key)
+
+
+def _embedding_layernorm_backward(ctx, grad_out, *_):
+    grads = torch.ops.bert_fast.embedding_layernorm_bwd(
+        grad_out.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site, ctx.padding_idx
+    )
+    return None, None, None, *grads, None, None, None, None, None, None, None
+
+
+_define(
+    "embedding_layernorm",
+    "fwd",
+    "(Tensor ids, Tensor positions, Tensor segments, Tensor word, Tensor position, Tensor segment, Tensor weight, "
+    "Tensor bias, Tensor row_key, Tensor rng_key, float eps, float p, int site, int padding_idx, "
+    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    _embedding_layernorm_fake,
+    _embedding_layernorm_check,
+)
+_define(
+    "embedding_layernorm",
+    "bwd",
+    "(Tensor grad_out, Tensor ids, Tensor positions, Tensor segments, Tensor word, Tensor position, Tensor segment, "
+    "Tensor weight, Tensor mean, Tensor rstd, Tensor row_key, Tensor rng_key, float p, int site, int padding_idx) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_out, ids, positions, segments, word, position, segment, weight, *_: tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (word, position, segment, weight, weight)
+    ),
+)
+_differentiate("embedding_layernorm", _embedding_layernorm_setup, _embedding_layernorm_backward)
+
+
+def embedding_layernorm(
+    ids: Tensor,
+    positions: Tensor,
+    segments: Tensor,
+    word: Tensor,
+    position: Tensor,
+    segment: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    p: float = 0.0,
+    row_key: Tensor | None = None,
+    rng_key: Tensor | None = None,
+    site: int = 0,
+    padding_idx: int | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(word[ids] + position[positions] + segment[segments])) (T, H) in one pass.
+
+    ids, positions, segments (T,) int64; word (V, H), position (P, H), segment (S, H), weight and bias (H,)
+    floating; row_key (T,) and rng_key (1,) int64 name the mask where p > 0. ``out_dtype`` defaults to word's.
+    Raises ValueError or TypeError for shapes, devices and dtypes that do not fit, IndexError for indices out
+    of range on a CPU; on a GPU the row of an index out of range is NaN.
+    """
+    name, rows, device = "embedding_layernorm", ids.shape[0], word.device
+    _check_like(name, device, ids=(ids, (-1,)), positions=(positions, (rows,)), segments=(segments, (rows,)))
+    for what, index in (("ids", ids), ("positions", positions), ("segments", segments)):
+        _require(index.dtype == torch.int64, name, f"{what} has dtype {index.dtype}, expected int64", TypeError)
+    _check_like(name, device, word=(word, (-1, -1)))
+    columns = word.shape[1]
+    _check_like(name, device, position=(position, (-1, columns)), segment=(segment, (-1, columns)),
+                weight=(weight, (columns,)), bias=(bias, (columns,)))  # fmt: skip
+    _check_floating(name, word=word, position=position, segment=segment, weight=weight, bias=bias)
+    row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, ids)
+    out, _, _ = torch.ops.bert_fast.embedding_layernorm_fwd(
+        ids.contiguous(), positions.contiguous(), segments.contiguous(), word.contiguous(), position.contiguous(),
+        segment.contiguous(), weight.contiguous(), bias.contiguous(), row_key, rng_key, eps, p, site,
+        -1 if padding_idx is None else padding_idx, out_dtype or word.dtype,
+    )  # fmt: skip
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def _attention_fake(qkv, *_):
+    tokens, _, heads, size = qkv.shape
+    return qkv.new_empty((tokens, heads * size)), qkv.new_empty((heads, tokens), dtype=_total_dtype(qkv))
+
+
+def _check_cu_seqlens(qkv, cu_seqlens, max_seqlen, *_):
+    lengths = cu_seqlens.diff()
+    if int(cu_seqlens[0]) != 0 or (lengths < 0).any() or int(cu_seqlens[-1]) > qkv.shape[0]:
+        raise ValueError(
+            f"bert_fast.attention: cu_seqlens must start at 0, never fall, and end at or before the {qkv.shape[0]} "
+            f"tokens of qkv; it is {cu_seqlens.tolist()}"
+        )
+    if lengths.numel() and int(lengths.max()) > max_seqlen:
+        raise ValueError(
+            f"bert_fast.attention: max_seqlen is {max_seqlen}, but sequence {int(lengths.argmax())} of cu_seqlens "
+            f"has {int(lengths.max())} tokens"
+        )
+
+
+def _attention_setup(ctx, inputs, output):
+    qkv, cu_seqlens, ctx.max_seqlen, row_key, rng_key, ctx.scale, ctx.p, ctx.site = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens, row_key, rng_key)
+
+
+def _attention_backward(ctx, grad_out, _):
+    qkv, out, lse, cu_seqlens, row_key, rng_key = ctx.saved_tensors
+    grad_qkv = torch.ops.bert_fast.attention_bwd(
+        grad_out.contiguous(), qkv, out, lse, cu_seqlens, ctx.max_seqlen, row_key, rng_key, ctx.scale, ctx.p, ctx.site
+    )
+    return grad_qkv, None, None, None, None, None, None, None
+
+
+_define(
+    "attention",
+    "fwd",
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor row_key, Tensor rng_key, float scale, float p, int site) "
+    "-> (Tensor, Tensor)",
+    _attention_fake,
+    _check_cu_seqlens,
+)
+_define(
+    "attention",
+    "bwd",
+    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, Tensor row_key, "
+    "Tensor rng_key, float scale, float p, int site) -> Tensor",
+    lambda grad_out, qkv, *_: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+)
+_differentiate("attention", _attention_setup, _attention_backward)
+
+
+def attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    p: float = 0.0,
+    row_key: Tensor | None = None,
+    rng_key: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """Bidirectional attention of packed sequences: per sequence and head dropout(softmax(scale q k^T)) v.
+
+    qkv (T, 3, A, D) floating, D <= 256; cu_seqlens (B+1,) int32: sequence i is tokens cu_seqlens[i] ..
+    cu_seqlens[i+1]-1; max_seqlen bounds their lengths; scale defaults to D**-0.5. Returns (T, A*D), zero past
+    cu_seqlens[-1]. No token sees another sequence. row_key (T,) and rng_key (1,) int64 name the mask where p > 0.
+    Raises ValueError or TypeError for shapes, devices and dtypes that do not fit and, on a CPU, for cu_seqlens
+    that do not add up.
+    """
+    name = "attention"
+    _check_like(name, qkv.device, qkv=(qkv, (-1, 3, -1, -1)), cu_seqlens=(cu_seqlens, (-1,)))
+    _check_floating(name, qkv=qkv)
+    _require(cu_seqlens.dtype == torch.int32, name, f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32", TypeError)
+    _require(cu_seqlens.shape[0] >= 1, name, "cu_seqlens is empty; without any sequence it is [0]")
+    _require(1 <= qkv.shape[3] <= 256, name, f"the head size is {qkv.shape[3]}, supported are 1 to 256")
+    row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, qkv)
+    out, _ = torch.ops.bert_fast.attention_fwd(
+        qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, row_key, rng_key,
+        qkv.shape[3] ** -0.5 if scale is None else scale, p, site,
+    )  # fmt: skip
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------
+# residual_layernorm
+
+
+def _residual_layernorm_fake(x, bias, residual, *_):
+    out = torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
+    mean = x.new_empty((x.shape[0],), dtype=_total_dtype(x))
+    return out, torch.empty_like(out), mean, torch.empty_like(mean)
+
+
+def _residual_layernorm_bwd_fake(grad_out, z, mean, rstd, weight, row_key, rng_key, p, site, x_dtype, has_bias):
+    same = p == 0.0 and x_dtype == z.dtype
+    grad_x = z.new_empty((0 if same else z.shape[0], z.shape[1]), dtype=z.dtype if same else x_dtype)
+    grad_bias = weight.new_empty(weight.shape if has_bias else (0,))
+    return grad_x, torch.empty_like(z), grad_bias, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _residual_layernorm_setup(ctx, inputs, output):
+    x, bias, residual, weight, _, row_key, rng_key, _, ctx.p, ctx.site = inputs
+    ctx.x_dtype, ctx.has_bias, ctx.has_residual = x.dtype, bias is not None, residual is not None
+    ctx.save_for_backward(*output[1:], weight, row_key, rng_key)
+
+
+def _residual_layernorm_backward(ctx, grad_out, *_):
+    grad_x, grad_residual, grad_bias, grad_weight, grad_ln_bias = torch.ops.bert_fast.residual_layernorm_bwd(
+        grad_out.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site, ctx.x_dtype, ctx.has_bias
+    )
+    if ctx.p == 0.0 and ctx.x_dtype == grad_residual.dtype:
+        grad_x = grad_residual
+    return (
+        grad_x,
+        grad_bias if ctx.has_bias else None,
+        grad_residual if ctx.has_residual else None,
+        grad_weight,
+        grad_ln_bias,
+        *(None,) * 5,
+    )
+
+
+_define(
+    "residual_layernorm",
+    "fwd",
+    "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias, Tensor row_key, Tensor rng_key, "
+    "float eps, float p, int site) -> (Tensor, Tensor, Tensor, Tensor)",
+    _residual_layernorm_fake,
+)
+_define(
+    "residual_layernorm",
+    "bwd",
+    "(Tensor grad_out, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor row_key, Tensor rng_key, float p, "
+    "int site, ScalarType x_dtype, bool has_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _residual_layernorm_bwd_fake,
+)
+_differentiate("residual_layernorm", _residual_layernorm_setup, _residual_layernorm_backward)
+
+
+def residual_layernorm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    bias: Tensor | None = None,
+    eps: float,
+    p: float = 0.0,
+    row_key: Tensor | None = None,
+    rng_key: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """LayerNorm(dropout(x + bias) + residual) (T, H), in the residual's dtype (x's, where there is none).
+
+    x and residual (T, H), bias, weight and ln_bias (H,), floating; row_key (T,) and rng_key (1,) int64 name
+    the mask where p > 0. Raises ValueError or TypeError for shapes, devices and dtypes that do not fit.
+    """
+    name = "residual_layernorm"
+    _check_like(name, x.device, x=(x, (-1, -1)))
+    columns = x.shape[1]
+    _check_like(name, x.device, residual=(residual, tuple(x.shape)), bias=(bias, (columns,)),
+                weight=(weight, (columns,)), ln_bias=(ln_bias, (columns,)))  # fmt: skip
+    _check_floating(name, x=x, residual=residual, bias=bias, weight=weight, ln_bias=ln_bias)
+    row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, x)
+    out, *_ = torch.ops.bert_fast.residual_layernorm_fwd(
+        x.contiguous(), _contiguous(bias), _contiguous(residual), weight.contiguous(), ln_bias.contiguous(),
+        row_key, rng_key, eps, p, site,
+    )  # fmt: skip
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------
+# bias_gelu
+
+
+def _bias_gelu_bwd_fake(grad_out, x, bias):
+    return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _bias_gelu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _bias_gelu_backward(ctx, grad_out):
+    x, bias = ctx.saved_tensors
+    grad_x, grad_bias = torch.ops.bert_fast.bias_gelu_bwd(grad_out.contiguous(), x, bias)
+    return grad_x, None if bias is None else grad_bias
+
+
+_define("bias_gelu", "fwd", "(Tensor x, Tensor? bias) -> Tensor", lambda x, bias: torch.empty_like(x))
+_define("bias_gelu", "bwd", "(Tensor grad_out, Tensor x, Tensor? bias) -> (Tensor, Tensor)", _bias_gelu_bwd_fake)
+_differentiate("bias_gelu", _bias_gelu_setup, _bias_gelu_backward)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU(x + bias) with the exact normal distribution function; x (T, F), bias (F,) -> (T, F) in x's dtype.
+
+    Raises ValueError or TypeError for shapes, devices and dtypes that do not fit.
+    """
+    _check_like("bias_gelu", x.device, x=(x, (-1, -1)))
+    _check_like("bias_gelu", x.device, bias=(bias, (x.shape[1],)))
+    _check_floating("bias_gelu", x=x, bias=bias)
+    return torch.ops.bert_fast.bias_gelu_fwd(x.contiguous(), _contiguous(bias))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# mlm_loss
+
+
+def _mlm_loss_fake(hidden, word, bias, labels, normalizer, ignore_index, chunk, with_grads):
+    loss = hidden.new_empty((), dtype=_total_dtype(hidden))
+    if not with_grads:
+        return loss, hidden.new_empty(0), word.new_empty(0), bias.new_empty(0)
+    return loss, torch.empty_like(hidden), torch.empty_like(word), torch.empty_like(bias)
+
+
+def _mlm_loss_check(hidden, word, bias, labels, normalizer, ignore_index, *_):
+    _check_range("mlm_loss", "labels", labels, word.shape[0], ignore_index)
+
+
+def _mlm_loss_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def _mlm_loss_backward(ctx, grad_loss, *_):
+    grads = torch.ops.bert_fast.mlm_loss_bwd(grad_loss, *ctx.saved_tensors)
+    return *grads, None, None, None, None, None
+
+
+_define(
+    "mlm_loss",
+    "fwd",
+    "(Tensor hidden, Tensor word, Tensor bias, Tensor labels, Tensor? normalizer, int ignore_index, int chunk, "
+    "bool with_grads) -> (Tensor, Tensor, Tensor, Tensor)",
+    _mlm_loss_fake,
+    _mlm_loss_check,
+)
+_define(
+    "mlm_loss",
+    "bwd",
+    "(Tensor grad_loss, Tensor grad_hidden, Tensor grad_word, Tensor grad_bias) -> (Tensor, Tensor, Tensor)",
+    lambda grad_loss, *grads: tuple(torch.empty_like(g) for g in grads),
+)
+_differentiate("mlm_loss", _mlm_loss_setup, _mlm_loss_backward)
+
+
+def mlm_loss(
+    hidden: Tensor,
+    word: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    *,
+    normalizer: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk: int = 1024,
+) -> Tensor:
+    """Softmax cross-entropy of hidden @ word^T + bias at masked positions: a scalar, in float32 (or float64).
+
+    hidden (M, H), word (V, H), bias (V,) floating; labels (M,) int64, 0 .. V-1 or ``ignore_index``. The sum
+    over labelled positions is divided by ``normalizer`` (1 element; default: their number; loss 0 and zero
+    gradients where there is none). Logits exist for at most ``chunk`` positions at a time. The gradients are
+    made in the forward pass: three matrix products, where recomputing in the backward takes five. Products are
+    in hidden's dtype, gradients in their inputs' dtypes, summed in float32.
+    Raises ValueError or TypeError for shapes, devices and dtypes that do not fit, IndexError for labels out of
+    range on a CPU; on a GPU such a label makes the loss NaN.
+    """
+    name = "mlm_loss"
+    _check_like(name, hidden.device, hidden=(hidden, (-1, -1)))
+    _check_like(name, hidden.device, word=(word, (-1, hidden.shape[1])), labels=(labels, (hidden.shape[0],)))
+    _check_like(name, hidden.device, bias=(bias, (word.shape[0],)))
+    _check_floating(name, hidden=hidden, word=word, bias=bias, normalizer=normalizer)
+    _require(labels.dtype == torch.int64, name, f"labels has dtype {labels.dtype}, expected int64", TypeError)
+    _require(chunk >= 1, name, f"chunk is {chunk}, expected at least 1")
+    if normalizer is not None:
+        _require(normalizer.numel() == 1, name, f"normalizer has shape {tuple(normalizer.shape)}, expected 1 element")
+    with_grads = torch.is_grad_enabled() and (hidden.requires_grad or word.requires_grad or bias.requires_grad)
+    loss, *_ = torch.ops.bert_fast.mlm_loss_fwd(
+        hidden.contiguous(), word.contiguous(), bias.contiguous(), labels.contiguous(), normalizer, ignore_index,
+        chunk, with_grads,
+    )  # fmt: skip
+    return loss

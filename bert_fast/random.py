@@ -1,0 +1,110 @@
+"""Dropout masks as a function: Philox 4x32-10 in plain integer arithmetic.
+
+A mask is never stored and never depends on where an element lies in memory. The counter names *what the
+element is*, so every backend (Triton, C++, PyTorch), every layout (padded, packed) and every number of
+ranks draws the same mask bit for bit from one 64-bit key:
+
+    key      (low 32, high 32) bits of ``rng_key``, one int64 drawn per forward pass
+    counter  c0  column group (hidden dropout) or key group (attention dropout)
+             c1  position of the row in its sample        (low  32 bits of the row key)
+             c2  sample                                   (high 32 bits of the row key)
+             c3  site << 16 | head                        (head is 0 for hidden dropout)
+
+One Philox call gives four 32-bit words, read as eight 16-bit halves ``h_0 .. h_7``: ``h_j`` is half
+``j % 2`` (0 = low) of word ``j // 2``. Which eight elements share a call differs, because the two
+users hold their tiles differently:
+
+    hidden     column c:  group c // 8,                     half c % 8        (8 neighbours)
+    attention  key    k:  group (k // 64) * 8 + k % 8,      half (k % 64) // 8 (every 8th of 64 keys)
+
+An element is kept where its half is at least ``dropout_threshold(p)`` and scaled by ``dropout_scale(p)``,
+so the expectation is exact for the probability really used.
+
+Source: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import torch
+
+ROUND_A = 0xD2511F53
+ROUND_B = 0xCD9E8D57
+KEY_A = 0x9E3779B9
+KEY_B = 0xBB67AE85
+MASK32 = 0xFFFFFFFF
+
+
+def dropout_threshold(p: float) -> int:
+    """The 16-bit threshold of drop probability ``p``: an element is kept where its half is >= this."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability must be between 0 and 1, got {p}")
+    return int(p * 65536 + 0.5)
+
+
+def dropout_scale(p: float) -> float:
+    """The factor of kept elements: one over the keep probability that the threshold realises (0 if none is kept)."""
+    kept = 65536 - dropout_threshold(p)
+    return 65536 / kept if kept else 0.0
+
+
+def philox(key: torch.Tensor, c0, c1, c2, c3) -> tuple[torch.Tensor, ...]:
+    """Four 32-bit words (int64 tensors in 0 .. 2**32-1) of Philox 4x32-10; counters broadcast together."""
+    k0 = key & MASK32
+    k1 = (key >> 32) & MASK32
+    for _ in range(10):
+        product_a, product_b = c0 * ROUND_A, c2 * ROUND_B  # int64 wraps; all 64 bits are kept
+        c0 = ((product_b >> 32) & MASK32) ^ c1 ^ k0
+        c2 = ((product_a >> 32) & MASK32) ^ c3 ^ k1
+        c1 = product_b & MASK32
+        c3 = product_a & MASK32
+        k0 = (k0 + KEY_A) & MASK32
+        k1 = (k1 + KEY_B) & MASK32
+    return c0, c1, c2, c3
+
+
+def _halves(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+
+
+def hidden_keep_mask(rng_key: torch.Tensor, row_key: torch.Tensor, columns: int, p: float, site: int) -> torch.Tensor:
+    """Keep mask of hidden dropout, bool (T, columns), for rows with keys ``row_key`` (T,) int64."""
+    groups = torch.arange((columns + 7) // 8, device=row_key.device)
+    words = philox(rng_key, groups[None, :], (row_key & MASK32)[:, None], ((row_key >> 32) & MASK32)[:, None],
+                   torch.full_like(rng_key, site << 16))
+    halves = _halves(words).flatten(-2)[:, :columns]
+    return halves >= dropout_threshold(p)
+
+
+def attention_keep_mask(
+    rng_key: torch.Tensor, query_key: torch.Tensor, heads: int, keys: int, p: float, site: int
+) -> torch.Tensor:
+    """Keep mask of attention dropout, bool (heads, S, keys), for queries with keys ``query_key`` (S,) int64."""
+    blocks = (keys + 63) // 64
+    device = query_key.device
+    head = torch.arange(heads, device=device)[:, None, None]
+    words = philox(
+        rng_key,
+        torch.arange(blocks * 8, device=device)[None, None, :],
+        (query_key & MASK32)[None, :, None],
+        ((query_key >> 32) & MASK32)[None, :, None],
+        (site << 16) | head,
+    )
+    halves = _halves(words).view(heads, query_key.numel(), blocks, 8, 8)  # (.., block, k % 8, (k % 64) // 8)
+    halves = halves.transpose(-1, -2).flatten(-3)[..., :keys]
+    return halves >= dropout_threshold(p)
+
+
+def row_keys(cu_seqlens: torch.Tensor, tokens: int, samples: torch.Tensor | None = None) -> torch.Tensor:
+    """Row keys (tokens,) int64 of packed sequences: ``sample << 32 | position in the sample``.
+
+    ``cu_seqlens`` is (B+1,); ``samples`` (B,) are the samples' numbers (0 .. 2**31-1), by default 0 .. B-1.
+    Tokens past ``cu_seqlens[-1]`` (the unused tail of a fixed capacity) get keys that belong to no sample.
+    """
+    starts = cu_seqlens.long()
+    index = torch.arange(tokens, device=cu_seqlens.device)
+    sequence = torch.searchsorted(starts, index, right=True) - 1
+    last = starts.numel() - 1
+    if samples is None:
+        sample = sequence
+    else:
+        tail = samples.new_full((1,), 2**31 - 1)
+        sample = torch.cat([samples, tail]).long()[sequence.clamp(max=last)]
+    return (sample << 32) | (index - starts[sequence.clamp(max=last)])

@@ -1,0 +1,53 @@
+"""Dropout's random bits on the device: Philox 4x32-10, eight 16-bit halves a call.
+
+The counters and the assignment of elements to halves are specified in bert_fast/random.py; these two
+functions draw the same bits for a tile. An element is kept where its half is >= the 16-bit threshold.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _interleave8(w0, w1, w2, w3):
+    """Four (M, G) words -> (M, G, 2, 2, 2) halves: the last three axes are word // 2, word % 2, half."""
+    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    return tl.join(low, high)
+
+
+@triton.jit
+def hidden_halves(key, row_key, column_start, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Halves (BLOCK_M, BLOCK_N) of columns ``column_start ..``, a multiple of 8, for rows ``row_key`` (BLOCK_M,)."""
+    group = column_start // 8 + tl.arange(0, BLOCK_N // 8)
+    zeros = tl.zeros((BLOCK_M, BLOCK_N // 8), tl.int32)
+    position = (row_key & 0xFFFFFFFF).to(tl.int32)
+    sample = (row_key >> 32).to(tl.int32)
+    w0, w1, w2, w3 = tl.philox(
+        key, zeros + group[None, :], zeros + position[:, None], zeros + sample[:, None], zeros + (site << 16)
+    )
+    halves = _interleave8(w0, w1, w2, w3)
+    return tl.reshape(halves, (BLOCK_M, BLOCK_N)).to(tl.int32)
+
+
+@triton.jit
+def attention_halves(
+    key, query_position, sample, head, key_start, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Halves (BLOCK_M, BLOCK_N) of keys ``key_start ..``, a multiple of 64, for queries ``query_position`` (BLOCK_M,).
+
+    BLOCK_N is a multiple of 64. A call serves keys k, k + 8, ..., k + 56: the columns one thread holds of a
+    tensor core's accumulator tile lie 8 apart, so the bits can stay in the thread that drew them.
+    """
+    group = key_start // 8 + tl.arange(0, BLOCK_N // 8)
+    zeros = tl.zeros((BLOCK_M, BLOCK_N // 8), tl.int32)
+    w0, w1, w2, w3 = tl.philox(
+        key,
+        zeros + group[None, :],
+        zeros + query_position.to(tl.int32)[:, None],
+        zeros + tl.to_tensor(sample).to(tl.int32),
+        zeros + ((site << 16) | head),
+    )
+    halves = _interleave8(w0, w1, w2, w3)  # (M, BLOCK_N // 8, 2, 2, 2)
+    halves = tl.reshape(halves, (BLOCK_M, BLOCK_N // 64, 8, 8))
+    return tl.reshape(tl.trans(halves, (0, 1, 3, 2)), (BLOCK_M, BLOCK_N)).to(tl.int32)
