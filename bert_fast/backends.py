@@ -19,7 +19,11 @@ _CPU = "bert_fast.kernels.cpu."
 # operator -> backend -> module that defines <operator>_fwd and <operator>_bwd
 TABLE = {
     "embedding_layernorm": {"triton": _TRITON + "embedding_layernorm", "cpu": _CPU + "embedding_layernorm"},
-    "attention": {"triton": _TRITON + "attention", "cpu": _CPU + "attention", "flash_attn": "bert_fast.peers.flash_attn"},
+    "attention": {
+        "triton": _TRITON + "attention",
+        "cpu": _CPU + "attention",
+        "flash_attn": "bert_fast.peers.flash_attn",
+    },
     "residual_layernorm": {
         "triton": _TRITON + "residual_layernorm",
         "cpu": _CPU + "residual_layernorm",

@@ -31,9 +31,7 @@ def _define(operator: str, direction: str, schema: str, fake, check=None) -> Non
 
 
 def _differentiate(operator: str, setup_context, backward) -> None:
-    torch.library.register_autograd(
-        f"bert_fast::{operator}_fwd", backward, setup_context=setup_context, lib=_library
-    )
+    torch.library.register_autograd(f"bert_fast::{operator}_fwd", backward, setup_context=setup_context, lib=_library)
 
     def setup_bwd(ctx, inputs, output):
         pass
@@ -67,7 +65,9 @@ def _check_like(operator: str, device: torch.device, **tensors: tuple[Tensor | N
         _require(
             tensor.device == device, operator, f"{name} is on {tensor.device}, the other tensors on {device}: move it"
         )
-        fits = tensor.dim() == len(shape) and all(want in (-1, have) for want, have in zip(shape, tensor.shape))
+        fits = tensor.dim() == len(shape) and all(
+            want in (-1, have) for want, have in zip(shape, tensor.shape, strict=False)
+        )
         expected = tuple("any" if n == -1 else n for n in shape)
         _require(fits, operator, f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
 
@@ -270,8 +270,8 @@ def _attention_backward(ctx, grad_out, _):
 _define(
     "attention",
     "fwd",
-    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor row_key, Tensor rng_key, float scale, float p, int site) "
-    "-> (Tensor, Tensor)",
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor row_key, Tensor rng_key, float scale, float p, "
+    "int site) -> (Tensor, Tensor)",
     _attention_fake,
     _check_cu_seqlens,
 )
@@ -307,7 +307,9 @@ def attention(
     name = "attention"
     _check_like(name, qkv.device, qkv=(qkv, (-1, 3, -1, -1)), cu_seqlens=(cu_seqlens, (-1,)))
     _check_floating(name, qkv=qkv)
-    _require(cu_seqlens.dtype == torch.int32, name, f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32", TypeError)
+    _require(
+        cu_seqlens.dtype == torch.int32, name, f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32", TypeError
+    )
     _require(cu_seqlens.shape[0] >= 1, name, "cu_seqlens is empty; without any sequence it is [0]")
     _require(1 <= qkv.shape[3] <= 256, name, f"the head size is {qkv.shape[3]}, supported are 1 to 256")
     row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, qkv)

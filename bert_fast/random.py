@@ -67,8 +67,13 @@ def _halves(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
 def hidden_keep_mask(rng_key: torch.Tensor, row_key: torch.Tensor, columns: int, p: float, site: int) -> torch.Tensor:
     """Keep mask of hidden dropout, bool (T, columns), for rows with keys ``row_key`` (T,) int64."""
     groups = torch.arange((columns + 7) // 8, device=row_key.device)
-    words = philox(rng_key, groups[None, :], (row_key & MASK32)[:, None], ((row_key >> 32) & MASK32)[:, None],
-                   torch.full_like(rng_key, site << 16))
+    words = philox(
+        rng_key,
+        groups[None, :],
+        (row_key & MASK32)[:, None],
+        ((row_key >> 32) & MASK32)[:, None],
+        torch.full_like(rng_key, site << 16),
+    )
     halves = _halves(words).flatten(-2)[:, :columns]
     return halves >= dropout_threshold(p)
 

@@ -8,6 +8,7 @@ size, M masked positions, V vocabulary. Statistics and sums are in float32, or f
 not read where ``p`` is 0. ``site`` tells the dropouts of one forward pass apart.
 """
 
+import itertools
 import math
 
 import torch
@@ -122,7 +123,14 @@ def embedding_layernorm_bwd(
 
 
 def attention_fwd(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, row_key: Tensor, rng_key: Tensor, scale: float, p: float, site: int
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    row_key: Tensor,
+    rng_key: Tensor,
+    scale: float,
+    p: float,
+    site: int,
 ) -> tuple[Tensor, Tensor]:
     """qkv (T, 3, A, D), cu_seqlens (B+1,) int32 -> out (T, A*D), lse (A, T): log-sum-exp of the scaled scores.
 
@@ -132,7 +140,7 @@ def attention_fwd(
     tokens, _, heads, size = qkv.shape
     outs, lses = [], []
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
         q, k, v = _accumulate(qkv[start:end]).permute(1, 2, 0, 3)  # each (A, S, D)
@@ -168,7 +176,7 @@ def attention_bwd(
     _, _, heads, size = qkv.shape
     grad_qkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
         q, k, v = _accumulate(qkv[start:end]).permute(1, 2, 0, 3)
@@ -300,7 +308,7 @@ def mlm_loss_fwd(
 
     loss = sum over labels != ignore_index of (logsumexp(logits) - logits[label]) / normalizer; the default
     normalizer is the number of such labels, and the loss is 0 with zero gradients where there is none.
-    ``normalizer`` is a tensor () or (1,). Logits are held for at most ``chunk`` positions. Products are taken in hidden's dtype:
+    ``normalizer`` has one element. Logits are held for at most ``chunk`` positions. Products are in hidden's dtype:
     d logits = (softmax - onehot) / normalizer, d hidden = d logits @ word, d word = d logits^T @ hidden.
     """
     exact = hidden.dtype == torch.float64

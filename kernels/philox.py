@@ -31,9 +31,7 @@ def hidden_halves(key, row_key, column_start, site, BLOCK_M: tl.constexpr, BLOCK
 
 
 @triton.jit
-def attention_halves(
-    key, query_position, sample, head, key_start, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def attention_halves(key, query_position, sample, head, key_start, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Halves (BLOCK_M, BLOCK_N) of keys ``key_start ..``, a multiple of 64, for queries ``query_position`` (BLOCK_M,).
 
     BLOCK_N is a multiple of 64. A call serves keys k, k + 8, ..., k + 56: the columns one thread holds of a

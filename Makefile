@@ -1,0 +1,67 @@
+# The two commands: `make bench` and `make test`. `make help` lists the rest.
+# Everything happens in .venv; a step runs again only when what it depends on has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPU_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.hpp)
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench test test-all gpu-test lint format clean
+
+help:
+	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512"
+	@echo "make test      set up .venv and run the tests (the fast tier)"
+	@echo "make test-all  the slow tier too"
+	@echo "make gpu-test  the same operator and model tests on a GPU, with the Python that has torch with CUDA"
+	@echo "make lint      check style (ruff); make format rewrites it"
+	@echo "make clean     remove .venv and what was built"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.python:
+	@sh scripts/check_prerequisites.sh $(PYTHON)
+	@echo "== Making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt $(VENV)/.python
+	@echo "== Installing the pinned requirements (requirements.txt)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements setup.py pyproject.toml $(CPU_SOURCES)
+	@echo "== Building the C++ operators and installing bert_fast into $(VENV)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+bench: setup
+	@echo "== python benchmarks/run.py --seq 512"
+	@$(BIN)/python benchmarks/run.py --seq 512
+
+test: setup
+	@echo "== Tests, fast tier"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" tests
+
+test-all: setup
+	@echo "== Tests, both tiers"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests
+
+# On a GPU machine the Python that has torch with CUDA is used as it is: PYTHON=... chooses it.
+gpu-test:
+	@$(PYTHON) -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'make gpu-test needs a GPU that torch sees; none is visible')"
+	@$(PYTHON) -m pytest -m "not slow" tests/test_attention.py tests/test_embedding_layernorm.py \
+		tests/test_residual_layernorm.py tests/test_bias_gelu.py tests/test_mlm_loss.py tests/test_random.py \
+		tests/test_ops.py tests/test_model.py tests/test_packing.py
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/cpu/*.so

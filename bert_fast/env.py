@@ -1,0 +1,67 @@
+"""``python -m bert_fast.env``: versions, devices, backends and what is missing, to read or to put in a report."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import __version__, backends
+
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn", "apex")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def environment() -> dict:
+    """What runs here: {"versions", "machine", "devices", "backends", "operators"}, of plain strings and numbers."""
+    devices = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        devices.append(f"{torch.cuda.get_device_name(i)} (compute capability {major}.{minor})")
+    return {
+        "versions": {"bert_fast": __version__, "python": platform.python_version()}
+        | {package: _version(package) for package in _PACKAGES},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "devices": devices,
+        "backends": {name: backends.why_unavailable(name) or "available" for name in backends.BACKENDS},
+        "operators": backends.backends(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    facts = environment()
+    for title in ("versions", "machine", "backends"):
+        print(title)
+        for name, value in facts[title].items():
+            print(f"  {name:26} {value}")
+    print("devices")
+    for device in facts["devices"] or ["no GPU is visible to torch"]:
+        print(f"  {device}")
+    print("operators (what runs on tensors of each device)")
+    for operator, chosen in facts["operators"].items():
+        print(f"  {operator:26} {', '.join(f'{device}: {backend}' for device, backend in chosen.items())}")
+
+
+if __name__ == "__main__":
+    main()
