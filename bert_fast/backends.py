@@ -144,7 +144,10 @@ def implementation(operator: str, direction: str, device_type: str):
     """The function ``<operator>_<direction>`` (direction: fwd or bwd) of the chosen backend."""
     key = (operator, direction, device_type)
     if key not in _functions:
-        module = importlib.import_module(TABLE[operator][choose(operator, device_type)])
+        backend = choose(operator, device_type)
+        if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            importlib.import_module("bert_fast.interpreter").correct_bfloat16()
+        module = importlib.import_module(TABLE[operator][backend])
         _functions[key] = getattr(module, f"{operator}_{direction}")
     return _functions[key]
 

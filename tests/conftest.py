@@ -1,5 +1,6 @@
 """Set-up of every test: Triton's interpreter where there is no GPU, and NaN in all memory not yet written."""
 
+import importlib.util
 import os
 
 import torch
@@ -8,6 +9,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # acts when a kernel is decorated, so before any import of bert_fast
 
 import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from bert_fast.interpreter import correct_bfloat16
+
+    correct_bfloat16()
 
 
 @pytest.fixture(autouse=True)
