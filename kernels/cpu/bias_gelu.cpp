@@ -37,7 +37,7 @@ BERT_FAST_INLINE Normal normal_distribution(vfloat u) {
     g = g * s + broadcast(2.6947271823883057f);
     g = g * s + broadcast(-3.137044906616211f);
     g = g * s + broadcast(1.75f);
-    const vfloat bell = exp2(magnitude * magnitude * (-0.5f * LOG2_E));
+    const vfloat bell = exp(magnitude * magnitude * -0.5f);
     const vfloat tail = bell * g * reciprocal;
     const vint negative = u < broadcast(0.0f);
     return {negative ? tail : 1.0f - tail, bell * 0.398942280401432677940f};

@@ -197,20 +197,22 @@ BERT_FAST_INLINE uint32_t sign_bits(vuint x) {
 // ---------------------------------------------------------------------------------------------------------
 // Functions
 
-// 2^x for x < 127: relative error below 1.2e-7, 0 from 2^-126 down, NaN for NaN. The polynomial is a minimax fit
-// of 2^r on [-1/2, 1/2] (relative error 2e-9).
-BERT_FAST_INLINE vfloat exp2(vfloat x) {
+// e^x for x < 88: relative error below 1e-7, 0 from -87.3 (2^-126) down, NaN for NaN. e^x is 2^n e^r with n the
+// nearest integer to x / ln 2; ln 2 is taken off in two parts, the first exact in a product with n. The polynomial is
+// a minimax fit of e^r on [-ln 2 / 2, ln 2 / 2] (relative error 3e-09).
+BERT_FAST_INLINE vfloat exp(vfloat x) {
     const vfloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    const vfloat shifted = x + magic;
-    const vfloat r = x - (shifted - magic);
-    vfloat p = broadcast(1.534581242594868e-04f);
-    p = p * r + broadcast(1.3399930903688073e-03f);
-    p = p * r + broadcast(9.618489071726799e-03f);
-    p = p * r + broadcast(5.550328642129898e-02f);
-    p = p * r + broadcast(2.4022646248340607e-01f);
-    p = p * r + broadcast(6.931471824645996e-01f);
+    const vfloat shifted = x * broadcast(1.44269504088896340736f) + magic;
+    const vfloat n = shifted - magic;
+    const vfloat r = (x - n * broadcast(0.693359375f)) - n * broadcast(-0.00021219444170128554f);
+    vfloat p = broadcast(0.0013814540579915047f);
+    p = p * r + broadcast(0.00836874544620514f);
+    p = p * r + broadcast(0.04166838899254799f);
+    p = p * r + broadcast(0.1666652113199234f);
+    p = p * r + broadcast(0.4999999403953552f);
     p = p * r + broadcast(1.0f);
-    const vint vanishes = x <= broadcast(-126.0f);
+    p = p * r + broadcast(1.0f);
+    const vint vanishes = x <= broadcast(-87.3f);
     return as_float((as_uint(p) + (as_uint(shifted) << 23)) & ~reinterpret_cast<vuint>(vanishes));
 }
 
@@ -233,9 +235,6 @@ inline int with_dtypes(int dtype, int other, const Run& run) {
         return run(t, t);
     });
 }
-
-constexpr float LOG2_E = 1.44269504088896340736f;
-constexpr float LN_2 = 0.69314718055994530942f;
 
 }  // namespace BERT_FAST_ISA
 }  // namespace bert_fast
