@@ -6,8 +6,8 @@ With u = x + bias, Phi(u) = (1 + erf(u / sqrt 2)) / 2 and phi(u) = exp(-u^2 / 2)
     backward  d x = d out * (Phi(u) + u * phi(u));   d bias = sum over rows of d x
 
 Saved: x; the activation is computed again in the backward. Bytes for (T, F) in an e-byte dtype: 2 T F e forward
-(x; out), 3 T F e backward (d out, x; d x). erf takes about 25 operations, exp 3: with 16-bit dtypes that is close to
-what a GPU does in the time of the memory traffic, so nothing else is added to it.
+(x; out), 3 T F e backward (d out, x; d x). As compiled about 40 instructions an element forward, 55 backward, most
+of them erf: with 16-bit dtypes that is close to what a GPU does in the time of the memory traffic.
 
 Source: D. Hendrycks and K. Gimpel, "Gaussian Error Linear Units", 2016.
 """

@@ -167,8 +167,8 @@ def _embedding_layernorm_bwd_kernel(
     column_mask = column[None, :] < COLUMNS
     nowhere = words + positions + segments
     weight = tl.load(weight_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
-    sum_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sum_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sum_weight = tl.zeros((BLOCK_N,), tl.float32)
+    sum_bias = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.num_programs(0)):
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = row < tokens
@@ -194,13 +194,13 @@ def _embedding_layernorm_bwd_kernel(
         normalized = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
         grad_z = normalize_bwd(grad_y * weight, normalized, rstd, COLUMNS)
         tl.store(grad_z_ptr + offset, grad_z, mask=mask)
-        sum_weight += grad_y * normalized
-        sum_bias += grad_y
+        sum_weight += tl.sum(grad_y * normalized, axis=0)
+        sum_bias += tl.sum(grad_y, axis=0)
 
     partial_ptr += tl.program_id(0).to(tl.int64) * 2 * COLUMNS
     inside = column < COLUMNS
-    tl.store(partial_ptr + column, tl.sum(sum_weight, axis=0), mask=inside)
-    tl.store(partial_ptr + COLUMNS + column, tl.sum(sum_bias, axis=0), mask=inside)
+    tl.store(partial_ptr + column, sum_weight, mask=inside)
+    tl.store(partial_ptr + COLUMNS + column, sum_bias, mask=inside)
 
 
 @triton.jit

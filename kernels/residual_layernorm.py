@@ -112,9 +112,9 @@ def _residual_layernorm_bwd_kernel(
     column = tl.arange(0, BLOCK_N)
     column_mask = column[None, :] < COLUMNS
     weight = tl.load(weight_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
-    sum_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sum_ln_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sum_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sum_weight = tl.zeros((BLOCK_N,), tl.float32)
+    sum_ln_bias = tl.zeros((BLOCK_N,), tl.float32)
+    sum_bias = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.num_programs(0)):
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = row < tokens
@@ -128,22 +128,26 @@ def _residual_layernorm_bwd_kernel(
         normalized = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
         grad_z = normalize_bwd(grad_out * weight, normalized, rstd, COLUMNS)
         tl.store(grad_residual_ptr + offset, grad_z, mask=mask)
-        sum_weight += grad_out * normalized
-        sum_ln_bias += grad_out
+        # One number a column, not one a row and column: a thread adds the rows it holds, and 4 programs still fit
+        # in a multiprocessor's registers.
+        sum_weight += tl.sum(grad_out * normalized, axis=0)
+        sum_ln_bias += tl.sum(grad_out, axis=0)
         if HAS_DROPOUT:
             row_key = tl.load(row_key_ptr + row, mask=row_mask, other=0)
             grad_z = drop(grad_z, row_key, rng_key_ptr, threshold, scale, site, BLOCK_M, BLOCK_N)
         if WRITE_GRAD_X:
             tl.store(grad_x_ptr + offset, grad_z, mask=mask)
         if HAS_BIAS:
-            sum_bias += grad_z  # rows past the end have rstd 0, so d z 0; columns past the end are not stored
+            sum_bias += tl.sum(
+                grad_z, axis=0
+            )  # rows past the end have rstd 0, so d z 0; columns past the end are not stored
 
     partial_ptr += tl.program_id(0).to(tl.int64) * (3 if HAS_BIAS else 2) * COLUMNS
     inside = column < COLUMNS
-    tl.store(partial_ptr + column, tl.sum(sum_weight, axis=0), mask=inside)
-    tl.store(partial_ptr + COLUMNS + column, tl.sum(sum_ln_bias, axis=0), mask=inside)
+    tl.store(partial_ptr + column, sum_weight, mask=inside)
+    tl.store(partial_ptr + COLUMNS + column, sum_ln_bias, mask=inside)
     if HAS_BIAS:
-        tl.store(partial_ptr + 2 * COLUMNS + column, tl.sum(sum_bias, axis=0), mask=inside)
+        tl.store(partial_ptr + 2 * COLUMNS + column, sum_bias, mask=inside)
 
 
 def residual_layernorm_fwd(

@@ -1,0 +1,267 @@
+"""embedding_layernorm: dropout(LayerNorm(word + position + segment)), each backend against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import DEVICE, assert_near_truth, available_backends
+
+from bert_fast import backends, ops, random, reference
+
+EPS = 1e-12
+SITE = 0
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+DTYPES = {  # tables, LayerNorm parameters, output
+    "fp32": (FULL, FULL, FULL),
+    "bf16": (BRAIN, BRAIN, BRAIN),
+    "fp16": (HALF, HALF, HALF),
+    "autocast-bf16": (FULL, FULL, BRAIN),
+    "bf16-tables": (BRAIN, FULL, FULL),
+}
+BACKENDS = available_backends("embedding_layernorm")
+WORDS, POSITIONS, SEGMENTS = 23, 9, 2  # few: Triton's interpreter takes a millisecond a table row
+
+
+def make_indices(tokens):
+    """Ids with hot rows, as [CLS], [SEP] and [MASK] are, and others that no token has."""
+    ids = torch.randint(0, WORDS - 3, (tokens,))
+    ids[torch.rand(tokens) < 0.5] = 7
+    return ids.to(DEVICE), (torch.arange(tokens) % POSITIONS).to(DEVICE), torch.randint(0, 2, (tokens,)).to(DEVICE)
+
+
+def make_tables(columns, dtypes):
+    table, parameter, _ = dtypes
+    shapes = {"word": (WORDS, columns), "position": (POSITIONS, columns), "segment": (SEGMENTS, columns)}
+    tables = {name: torch.randn(shape).to(table) for name, shape in shapes.items()}
+    tables |= {name: torch.randn(columns).to(parameter) for name in ("weight", "bias")}
+    return {name: t.to(DEVICE) for name, t in tables.items()}
+
+
+def make_keys(tokens):
+    lengths = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32, device=DEVICE)
+    return random.row_keys(lengths, tokens), torch.tensor([-0x1234_5678_9ABC_DEF0], device=DEVICE)
+
+
+def differentiate(function, tables, grad_out):
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in tables.items()}
+    out = function(**leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(out.dtype))
+    return {"out": out.detach(), **{f"d {name}": g for name, g in zip(leaves, grads, strict=True)}}
+
+
+def run(backend, indices, tables, grad_out, keys, p=0.0, padding_idx=None, out_dtype=None):
+    def ours(word, position, segment, weight, bias):
+        return ops.embedding_layernorm(
+            *indices, word, position, segment, weight, bias, eps=EPS, p=p, row_key=keys[0], rng_key=keys[1], site=SITE,
+            padding_idx=padding_idx, out_dtype=out_dtype,
+        )  # fmt: skip
+
+    with backends.use_backend(embedding_layernorm=backend):
+        return differentiate(ours, tables, grad_out)
+
+
+def compare(backend, tokens, columns, dtypes, p, padding_idx=None, indices=None):
+    indices = make_indices(tokens) if indices is None else indices
+    tables, keys, out_dtype = make_tables(columns, dtypes), make_keys(tokens), dtypes[2]
+    grad_out = torch.randn(tokens, columns, device=DEVICE).to(out_dtype)
+    ids, positions, segments = indices
+
+    def exact(word, position, segment, weight, bias):
+        if padding_idx is not None:  # nn.Embedding's rule, which is about the gradient alone
+            word = torch.cat(
+                [word[:padding_idx], word[padding_idx : padding_idx + 1].detach(), word[padding_idx + 1 :]]
+            )
+        tensors = (*indices, word, position, segment, weight, bias, *keys)
+        return reference.embedding_layernorm_fwd(*tensors, EPS, p, SITE, -1, torch.float64)[0]
+
+    def composed(word, position, segment, weight, bias):
+        z = F.embedding(ids, word, padding_idx) + F.embedding(segments, segment) + F.embedding(positions, position)
+        y = F.layer_norm(z, z.shape[1:], weight.to(z.dtype), bias.to(z.dtype), EPS)
+        if p:
+            y = y * random.hidden_keep_mask(keys[1], keys[0], columns, p, SITE) * random.dropout_scale(p)
+        return y.to(out_dtype)
+
+    result = run(backend, indices, tables, grad_out, keys, p, padding_idx, out_dtype)
+    truth = differentiate(exact, {name: t.double() for name, t in tables.items()}, grad_out.double())
+    same_dtype = differentiate(composed, tables, grad_out)
+    for name, value in result.items():
+        assert_near_truth(f"{name} ({backend})", value, same_dtype[name], truth[name])
+    return result
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes(backend, dtypes, p):
+    compare(backend, 17, 96, DTYPES[dtypes], p)
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(0, 32), (1, 32), (17, 1), (129, 7), (33, 300), (5, 1024)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes(backend, tokens, columns):
+    compare(backend, tokens, columns, DTYPES["fp32"], 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "columns"), [(3, 1), (65, 7), (600, 64), (33, 300), (5, 768), (130, 1024), (3, 4096), (2, 8192)]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_shapes(backend, tokens, columns, dtypes, p):
+    compare(backend, tokens, columns, DTYPES[dtypes], p)
+
+
+@pytest.mark.parametrize("tokens", [31, 33, 200])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_row_takes_every_token(backend, tokens):
+    """The hottest possible rows: sums split over whole runs, with and without a rest at either end."""
+    same = [torch.full((tokens,), index, device=DEVICE) for index in (WORDS - 1, 3, 0)]
+    result = compare(backend, tokens, 32, DTYPES["fp32"], 0.1, indices=same)
+    for name, row in (("d word", WORDS - 1), ("d position", 3), ("d segment", 0)):
+        others = torch.ones(result[name].shape[0], dtype=torch.bool, device=DEVICE)
+        others[row] = False
+        assert (result[name][others] == 0).all(), name
+
+
+@pytest.mark.parametrize("counts", [(31, 1, 32, 33), (5, 5, 100, 5)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_meet_rows_at_every_offset(backend, counts):
+    ids = torch.repeat_interleave(torch.tensor([0, 1, 12, WORDS - 1]), torch.tensor(counts))
+    tokens = ids.numel()
+    ids = ids[torch.randperm(tokens)].to(DEVICE)
+    positions, segments = torch.full_like(ids, POSITIONS - 1), ids % 2
+    compare(backend, tokens, 16, DTYPES["fp32"], 0.0, indices=(ids, positions, segments))
+
+
+@pytest.mark.parametrize("padding_idx", [0, 7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_idx_gets_no_gradient(backend, padding_idx):
+    ids, positions, segments = make_indices(40)
+    ids[::5] = padding_idx
+    result = compare(backend, 40, 32, DTYPES["fp32"], 0.1, padding_idx, (ids, positions, segments))
+    assert (result["d word"][padding_idx] == 0).all()
+    assert (result["d position"] != 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_rows_and_large_means(backend):
+    indices, keys = make_indices(20), make_keys(20)
+    tables = make_tables(64, DTYPES["fp32"])
+    for name in ("word", "position", "segment"):
+        tables[name] = torch.full_like(tables[name], 0.25)
+    out = run(backend, indices, tables, torch.randn(20, 64, device=DEVICE), keys)["out"]
+    torch.testing.assert_close(out, tables["bias"].expand(20, 64), rtol=0, atol=0)
+
+    tables = make_tables(64, DTYPES["fp32"])
+    tables["word"] += 1e4
+    out = run(backend, indices, tables, torch.randn(20, 64, device=DEVICE), keys)["out"]
+    z = tables["word"][indices[0]] + tables["segment"][indices[2]] + tables["position"][indices[1]]
+    exact = F.layer_norm(z.double(), (64,), tables["weight"].double(), tables["bias"].double(), EPS)
+    # z is the rounded sum, so the statistics alone are on trial: the mean is right to one unit of 1e4 in fp32, which
+    # shifts the row by 1e-3 of its deviation; E[z^2] - E[z]^2 would be off by more than the variance.
+    assert (out - exact).abs().max() < 3e-3
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("columns", [32, 100])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mask_is_the_function(backend, columns, p):
+    tables, keys = make_tables(columns, DTYPES["fp32"]), make_keys(21)
+    tables["weight"], tables["bias"] = torch.zeros_like(tables["weight"]), torch.ones_like(tables["bias"])
+    out = run(backend, make_indices(21), tables, torch.ones(21, columns, device=DEVICE), keys, p)["out"]
+    keep = random.hidden_keep_mask(keys[1], keys[0], columns, p, SITE)
+    assert torch.equal(out, keep * torch.tensor(random.dropout_scale(p), device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_twice(backend):
+    indices, tables, keys = make_indices(70), make_tables(96, DTYPES["fp32"]), make_keys(70)
+    grad_out = torch.randn(70, 96, device=DEVICE)
+    first, second = (run(backend, indices, tables, grad_out, keys, 0.1) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize(
+    ("which", "value", "p"),
+    [(0, WORDS, 0.0), (0, -1, 0.5), (1, 2**40, 0.5), (2, SEGMENTS, 0.0), (2, -(2**33), 0.5)],
+)
+def test_index_out_of_range_is_nan_and_goes_nowhere(which, value, p):
+    """What the kernel does where nothing is checked before (on a GPU), called past the checks of ops."""
+    from bert_fast.kernels import embedding_layernorm as kernel
+
+    indices, tables, keys = list(make_indices(40)), make_tables(32, DTYPES["fp32"]), make_keys(40)
+    grad_out = torch.randn(40, 32, device=DEVICE)
+
+    def call(indices, grad_out, keys):
+        out, mean, rstd = kernel.embedding_layernorm_fwd(*indices, *tables.values(), *keys, EPS, p, 0, -1, FULL)
+        tensors = list(tables.values())[:4]
+        return out, kernel.embedding_layernorm_bwd(grad_out, *indices, *tensors, mean, rstd, *keys, p, 0, -1)
+
+    bad = indices[which].clone()
+    bad[11] = value
+    out, grads = call([*indices[:which], bad, *indices[which + 1 :]], grad_out, keys)
+    assert out[11].isnan().all()
+    others = torch.arange(40, device=DEVICE) != 11
+    good_out, good_grads = call([i[others] for i in indices], grad_out[others], (keys[0][others], keys[1]))
+    assert torch.equal(out[others], good_out)
+    for ours, expected in zip(grads, good_grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on CPU tensors")
+@pytest.mark.parametrize(
+    ("which", "value", "message"),
+    [
+        (0, WORDS, rf"ids\[3\] is {WORDS}, allowed is 0 .. {WORDS - 1} \(1 of 9 are out of range\)"),
+        (0, -1, r"ids\[3\] is -1"),
+        (1, POSITIONS, rf"positions\[3\] is {POSITIONS}"),
+        (2, 2, r"segments\[3\] is 2, allowed is 0 .. 1"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_index_out_of_range_raises_on_a_cpu(backend, which, value, message):
+    indices, tables = make_indices(9), make_tables(32, DTYPES["fp32"])
+    indices[which][3] = value
+    with pytest.raises(IndexError, match=message):
+        run(backend, indices, tables, torch.randn(9, 32), make_keys(9))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_not_contiguous(backend):
+    tables = make_tables(64, DTYPES["fp32"])
+    indices = [torch.stack([i, i], dim=1)[:, 0] for i in make_indices(9)]
+    strided = {name: torch.stack([t, t], dim=-1)[..., 0] for name, t in tables.items()}
+    grad_out = torch.randn(64, 9, device=DEVICE).T
+    first = run(backend, indices, strided, grad_out, make_keys(9), 0.1)
+    second = run(backend, [i.contiguous() for i in indices], tables, grad_out.contiguous(), make_keys(9), 0.1)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize(
+    ("backend", "p"), [(b, 0.1) for b in BACKENDS] + [pytest.param(b, 0.0, marks=pytest.mark.slow) for b in BACKENDS]
+)
+def test_opcheck(backend, p):
+    indices, keys = [i % 2 for i in make_indices(5)], make_keys(5)
+    tables = {name: t[:2].clone() if t.dim() == 2 else t for name, t in make_tables(16, DTYPES["fp32"]).items()}
+    leaves = [t.requires_grad_() for t in tables.values()]
+    statistics = (torch.rand(5, device=DEVICE), torch.rand(5, device=DEVICE))
+    with backends.use_backend(embedding_layernorm=backend):
+        torch.library.opcheck(
+            torch.ops.bert_fast.embedding_layernorm_fwd, (*indices, *leaves, *keys, EPS, p, SITE, 0, FULL)
+        )
+        detached = [t.detach() for t in leaves[:4]]
+        torch.library.opcheck(
+            torch.ops.bert_fast.embedding_layernorm_bwd,
+            (torch.randn(5, 16, device=DEVICE), *indices, *detached, *statistics, *keys, p, SITE, 0),
+        )
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_triton_names_what_it_lacks():
+    tables = make_tables(32, (torch.float64,) * 3)
+    with pytest.raises(TypeError, match=r"word has dtype torch.float64.*reference"):
+        run("triton", make_indices(3), tables, torch.randn(3, 32, device=DEVICE), make_keys(3))
