@@ -35,7 +35,10 @@ def attention_halves(key, query_position, sample, head, key_start, site, BLOCK_M
     """Halves (BLOCK_M, BLOCK_N) of keys ``key_start ..``, a multiple of 64, for queries ``query_position`` (BLOCK_M,).
 
     BLOCK_N is a multiple of 64. A call serves keys k, k + 8, ..., k + 56: the columns one thread holds of a
-    tensor core's accumulator tile lie 8 apart, so the bits can stay in the thread that drew them.
+    tensor core's accumulator tile lie 8 apart, so the bits can stay in the thread that drew them. Which word
+    and half a register takes is then known to the compiler, so the selections below cost nothing. (tl.join
+    would do the same, but halves the element width that Triton assumes for a product's operand made with the
+    mask, and on compute capability 8.x the operand then goes through shuffles.)
     """
     group = key_start // 8 + tl.arange(0, BLOCK_N // 8)
     zeros = tl.zeros((BLOCK_M, BLOCK_N // 8), tl.int32)
@@ -46,6 +49,9 @@ def attention_halves(key, query_position, sample, head, key_start, site, BLOCK_M
         zeros + tl.to_tensor(sample).to(tl.int32),
         zeros + ((site << 16) | head),
     )
-    halves = _interleave8(w0, w1, w2, w3)  # (M, BLOCK_N // 8, 2, 2, 2)
-    halves = tl.reshape(halves, (BLOCK_M, BLOCK_N // 64, 8, 8))
-    return tl.reshape(tl.trans(halves, (0, 1, 3, 2)), (BLOCK_M, BLOCK_N)).to(tl.int32)
+    shape: tl.constexpr = (BLOCK_M, BLOCK_N // 64, 1, 8)
+    j = tl.arange(0, 8)[None, None, :, None]
+    low = tl.where(j < 2, tl.reshape(w0, shape), tl.reshape(w1, shape))
+    high = tl.where(j < 6, tl.reshape(w2, shape), tl.reshape(w3, shape))
+    halves = tl.where(j < 4, low, high) >> (16 * (j % 2)).to(tl.uint32)
+    return tl.reshape((halves & 0xFFFF).to(tl.int32), (BLOCK_M, BLOCK_N))
