@@ -1,0 +1,431 @@
+"""Attention of packed sequences: out = dropout(softmax(scale * q k^T)) v, bidirectional and block-diagonal.
+
+Fused: scores, softmax, dropout and both products, from packed projections qkv (T, 3, A, D) to (T, A*D); the
+(S, S) scores exist one tile at a time. Per sequence of S tokens and per head, with mask M (0 or 1/keep):
+
+    forward   P = softmax(scale q k^T), out = (P * M) v,  lse = logsumexp(scale q k^T)
+    backward  P = exp(scale q k^T - lse),  dV = (P * M)^T dO,  dP = M * (dO v^T),
+              dS = P * (dP - rowsum(dO * out)),  dq = scale dS k,  dk = scale dS^T q
+
+Saved for the backward: qkv, out, lse (A, T) float32; M is drawn again (bert_fast/random.py names its bits).
+The forward runs down the keys with a running maximum and sum (online softmax). The backward is two kernels,
+each of which owns what it writes, so nothing is added atomically and the same inputs give the same bits:
+`dq` (a block of queries runs down the keys; it also makes rowsum(dO * out), once) and then `dkv` (a block of
+keys runs down the queries). `dkv` holds its tiles transposed, so that P^T and dS^T are already where the
+products dV and dK want them. The factor 1/keep of M is applied once, to sums: dS = (P * (K dP' - keep delta)) /
+keep, with K in {0, 1} and dP' = dO v^T. Exponentials are powers of two, log2(e) is folded into the scale.
+
+Per head and sequence, in elements of e bytes, without tile padding:
+    forward   4 S^2 D FLOPs;   bytes S (4 D e + 4): q, k, v read and out written, lse written
+    backward  14 S^2 D FLOPs (10 S^2 D, if both kernels shared scores and dP);
+              bytes S (12 D e + 20): q, k, v, dO read twice, out read, dq, dk, dv written, lse and delta
+K and V of one head and sequence (64 KiB each at S = 512, D = 64, 16 bit) are read again by each query block;
+the blocks of a head and sequence are neighbours in the grid, so those reads are served by the L2 cache.
+
+The grid has max_seqlen / BLOCK programs per head and sequence; programs past a sequence's end return at once.
+One more, virtual sequence covers the rows from cu_seqlens[-1] to T and writes zeros there: their number is
+known to the device alone.
+
+Sources: T. Dao et al., "FlashAttention", 2022, and T. Dao, "FlashAttention-2", 2023 (tiling, backward);
+M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+from ..random import dropout_scale, dropout_threshold
+from .philox import attention_halves
+
+_LOG2_E = 1.4426950408889634
+_LN_2 = tl.constexpr(0.6931471805599453)
+_TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_UNSPECIALIZED = ("tokens", "sequences", "blocks", "heads", "threshold", "site")  # no variant for 1 or multiples of 16
+
+
+def _launch_config(kernel: str, capability: int, head_dim: int, dtype: torch.dtype, max_seqlen: int) -> dict:
+    """Tile sizes and launch options of ``kernel`` ("fwd", "dq" or "dkv"), both directions.
+
+    BLOCK_M counts queries, BLOCK_N keys (a multiple of 64, as the dropout bits want it). Chosen by compiling
+    ahead of time for compute capability 8.0, 9.0 and 10.0: at head sizes 32 to 128 nothing spills and the
+    products are the target's own matrix instructions. Not yet tuned by running. Small tiles and few warps
+    leave room for several programs a multiprocessor, and waste least past the end of a sequence.
+    """
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_m, warps, stages = 64, 4, 2
+    if dtype == torch.float32:  # exact products on the ordinary units: registers are the limit
+        block_m, warps, stages = (32 if block_d <= 64 else 16), 8, 1
+    elif block_d == 256:
+        block_m, warps, stages = (32 if kernel == "dkv" else 64), 8, 1
+    elif block_d == 128:
+        wide = capability >= 90 and kernel != "dkv"
+        block_m, warps, stages = (128 if wide else 64), 8, (2 if wide else 1)
+    elif kernel == "fwd" and capability < 100:
+        stages = 3 if capability >= 90 else 2
+    elif kernel == "dq" and capability < 90 and block_d == 64:
+        block_m, warps = 128, 8
+    elif kernel != "dkv" and capability >= 100 and max_seqlen > 64:
+        block_m = 128  # one row of scores a thread
+    return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
+
+
+@triton.jit
+def _sequence(cu_seqlens_ptr, tokens, sequences, blocks):
+    """This program's block, first token and number of tokens; sequence number ``sequences`` is the unused tail."""
+    sequence = tl.program_id(0) // blocks
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), tokens)
+    end = tokens
+    if sequence < sequences:
+        end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), tokens)
+    return tl.program_id(0) % blocks, start, end - start, sequence == sequences
+
+
+@triton.jit
+def _tile_pointers(ptr, row_stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    return ptr + tl.arange(0, ROWS)[:, None] * row_stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _load(ptr, row_stride, rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
+    """The tile (ROWS, BLOCK_D) at ``ptr``; zeros past ``rows`` (unless FULL: it has them all) and HEAD_DIM."""
+    pointers = _tile_pointers(ptr, row_stride, ROWS, BLOCK_D)
+    if FULL and HEAD_DIM == BLOCK_D:
+        tile = tl.load(pointers)
+    else:
+        mask = (tl.arange(0, ROWS) < rows)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def _store(ptr, row_stride, rows, tile, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    mask = (tl.arange(0, ROWS) < rows)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    tl.store(_tile_pointers(ptr, row_stride, ROWS, BLOCK_D), tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_zeros(ptr, row_stride, first, rows, step, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zeros to every ``step``-th tile (ROWS, HEAD_DIM) of the ``rows`` rows at ``ptr``, from row ``first`` on."""
+    for row in range(first, rows, step):
+        zeros = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        _store(ptr + tl.cast(row, tl.int64) * row_stride, row_stride, rows - row, zeros, HEAD_DIM, ROWS, BLOCK_D)
+
+
+@triton.jit
+def _sample(row_key_ptr, start):
+    return (tl.load(row_key_ptr + start) >> 32).to(tl.int32)
+
+
+@triton.jit
+def _fwd_keys(
+    acc, total, peak, q, k_ptr, v_ptr, row_stride, first, last, length, query, sample, rng_key, head,
+    scale_log2, threshold, site,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys ``first`` .. ``last``: the new sums, row totals and row maxima (in powers of two)."""
+    for key in range(first, last, BLOCK_N):
+        offset = tl.cast(key, tl.int64) * row_stride
+        k = _load(k_ptr + offset, row_stride, length - key, HEAD_DIM, BLOCK_N, BLOCK_D, FULL)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if not FULL:
+            scores = tl.where((key + tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        p = tl.exp2(scores * scale_log2 - new_peak[:, None])
+        rescale = tl.exp2(peak - new_peak)
+        total = total * rescale + tl.sum(p, 1)
+        if HAS_DROPOUT:
+            p = tl.where(
+                attention_halves(rng_key, query, sample, head, key, site, BLOCK_M, BLOCK_N) >= threshold, p, 0.0
+            )
+        v = _load(v_ptr + offset, row_stride, length - key, HEAD_DIM, BLOCK_N, BLOCK_D, FULL)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _attention_fwd_kernel(
+    qkv_ptr, cu_seqlens_ptr, row_key_ptr, rng_key_ptr, out_ptr, lse_ptr,
+    tokens, sequences, blocks, heads, scale_log2, keep_scale, threshold, site,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Program (block of queries of one sequence, head)."""
+    block, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks)
+    head = tl.program_id(1)
+    width = heads * HEAD_DIM
+    first = block * BLOCK_M
+    out_ptr += tl.cast(start, tl.int64) * width + head * HEAD_DIM
+    lse_ptr += tl.cast(head, tl.int64) * tokens + start
+    query = first + tl.arange(0, BLOCK_M)
+    if is_tail:
+        _store_zeros(out_ptr, width, first, length, blocks * BLOCK_M, HEAD_DIM, BLOCK_M, BLOCK_D)
+        for row in range(first, length, blocks * BLOCK_M):
+            rows = row + tl.arange(0, BLOCK_M)
+            tl.store(lse_ptr + rows, tl.zeros((BLOCK_M,), tl.float32), mask=rows < length)
+        return
+    if first >= length:
+        return
+
+    row_stride = 3 * width
+    q_ptr = qkv_ptr + tl.cast(start, tl.int64) * row_stride + head * HEAD_DIM
+    q = _load(
+        q_ptr + tl.cast(first, tl.int64) * row_stride, row_stride, length - first, HEAD_DIM, BLOCK_M, BLOCK_D, False
+    )
+    sample, rng_key = 0, 0
+    if HAS_DROPOUT:
+        sample, rng_key = _sample(row_key_ptr, start), tl.load(rng_key_ptr)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    whole = length // BLOCK_N * BLOCK_N  # keys in full blocks need no bounds; the rest is one block more
+    acc, total, peak = _fwd_keys(
+        acc, total, peak, q, q_ptr + width, q_ptr + 2 * width, row_stride, 0, whole, length, query, sample, rng_key,
+        head, scale_log2, threshold, site, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_DROPOUT, True,
+    )  # fmt: skip
+    acc, total, peak = _fwd_keys(
+        acc, total, peak, q, q_ptr + width, q_ptr + 2 * width, row_stride, whole, length, length, query, sample,
+        rng_key, head, scale_log2, threshold, site, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_DROPOUT, False,
+    )  # fmt: skip
+    _store(
+        out_ptr + tl.cast(first, tl.int64) * width, width, length - first, acc * (keep_scale / total)[:, None],
+        HEAD_DIM, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    tl.store(lse_ptr + query, (peak + tl.log2(total)) * _LN_2, mask=query < length)
+
+
+@triton.jit
+def _dq_keys(
+    dq, q, grad_out, lse_log2, delta, k_ptr, v_ptr, row_stride, first, last, length, query, sample, rng_key, head,
+    scale_log2, threshold, site,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """dS k, summed over keys ``first`` .. ``last``."""
+    for key in range(first, last, BLOCK_N):
+        offset = tl.cast(key, tl.int64) * row_stride
+        k = _load(k_ptr + offset, row_stride, length - key, HEAD_DIM, BLOCK_N, BLOCK_D, FULL)
+        v = _load(v_ptr + offset, row_stride, length - key, HEAD_DIM, BLOCK_N, BLOCK_D, FULL)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if not FULL:
+            scores = tl.where((key + tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
+        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        grad_p = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+        if HAS_DROPOUT:
+            grad_p = tl.where(
+                attention_halves(rng_key, query, sample, head, key, site, BLOCK_M, BLOCK_N) >= threshold, grad_p, 0.0
+            )
+        grad_scores = p * (grad_p - delta[:, None])
+        dq = tl.dot(grad_scores.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _attention_bwd_dq_kernel(
+    grad_out_ptr, qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, row_key_ptr, rng_key_ptr, grad_qkv_ptr, delta_ptr,
+    tokens, sequences, blocks, heads, scale_log2, grad_scale, keep, threshold, site,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Program (block of queries of one sequence, head): dq and delta = keep * rowsum(dO * out)."""
+    block, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks)
+    head = tl.program_id(1)
+    width = heads * HEAD_DIM
+    row_stride = 3 * width
+    first = block * BLOCK_M
+    q_offset = tl.cast(start, tl.int64) * row_stride + head * HEAD_DIM
+    if is_tail:
+        _store_zeros(grad_qkv_ptr + q_offset, row_stride, first, length, blocks * BLOCK_M, HEAD_DIM, BLOCK_M, BLOCK_D)
+        return
+    if first >= length:
+        return
+
+    rows = length - first
+    q_ptr = qkv_ptr + q_offset
+    q_first = tl.cast(first, tl.int64) * row_stride
+    out_first = tl.cast(start + first, tl.int64) * width + head * HEAD_DIM
+    query = first + tl.arange(0, BLOCK_M)
+    statistics = tl.cast(head, tl.int64) * tokens + start + query
+    q = _load(q_ptr + q_first, row_stride, rows, HEAD_DIM, BLOCK_M, BLOCK_D, False)
+    grad_out = _load(grad_out_ptr + out_first, width, rows, HEAD_DIM, BLOCK_M, BLOCK_D, False)
+    out = _load(out_ptr + out_first, width, rows, HEAD_DIM, BLOCK_M, BLOCK_D, False)
+    delta = keep * tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + statistics, delta, mask=query < length)
+    lse_log2 = tl.load(lse_ptr + statistics, mask=query < length, other=0.0) / _LN_2
+    sample, rng_key = 0, 0
+    if HAS_DROPOUT:
+        sample, rng_key = _sample(row_key_ptr, start), tl.load(rng_key_ptr)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    whole = length // BLOCK_N * BLOCK_N
+    dq = _dq_keys(
+        dq, q, grad_out, lse_log2, delta, q_ptr + width, q_ptr + 2 * width, row_stride, 0, whole, length, query,
+        sample, rng_key, head, scale_log2, threshold, site, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_DROPOUT, True,
+    )  # fmt: skip
+    dq = _dq_keys(
+        dq, q, grad_out, lse_log2, delta, q_ptr + width, q_ptr + 2 * width, row_stride, whole, length, length, query,
+        sample, rng_key, head, scale_log2, threshold, site, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_DROPOUT, False,
+    )  # fmt: skip
+    _store(grad_qkv_ptr + q_offset + q_first, row_stride, rows, dq * grad_scale, HEAD_DIM, BLOCK_M, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _attention_bwd_dkv_kernel(
+    grad_out_ptr, qkv_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr, row_key_ptr, rng_key_ptr, grad_qkv_ptr,
+    tokens, sequences, blocks, heads, scale_log2, grad_scale, keep_scale, threshold, site,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Program (block of keys of one sequence, head): dk and dv. Tiles of scores are transposed: (keys, queries).
+
+    No bounds on scores: a query past the end has dO = 0 and delta = 0, so it adds nothing; a key past the end
+    is a row of its own that is not stored.
+    """
+    block, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks)
+    head = tl.program_id(1)
+    width = heads * HEAD_DIM
+    row_stride = 3 * width
+    key = block * BLOCK_N
+    offset = tl.cast(start, tl.int64) * row_stride + head * HEAD_DIM
+    dk_ptr, dv_ptr = grad_qkv_ptr + offset + width, grad_qkv_ptr + offset + 2 * width
+    if is_tail:
+        _store_zeros(dk_ptr, row_stride, key, length, blocks * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _store_zeros(dv_ptr, row_stride, key, length, blocks * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D)
+        return
+    if key >= length:
+        return
+
+    q_ptr = qkv_ptr + offset
+    grad_out_ptr += tl.cast(start, tl.int64) * width + head * HEAD_DIM
+    statistics = tl.cast(head, tl.int64) * tokens + start
+    k_first = tl.cast(key, tl.int64) * row_stride
+    k = _load(q_ptr + width + k_first, row_stride, length - key, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+    v = _load(q_ptr + 2 * width + k_first, row_stride, length - key, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+    if HAS_DROPOUT:
+        sample, rng_key = _sample(row_key_ptr, start), tl.load(rng_key_ptr)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, length, BLOCK_M):
+        rows = length - first
+        query = first + tl.arange(0, BLOCK_M)
+        q = _load(q_ptr + tl.cast(first, tl.int64) * row_stride, row_stride, rows, HEAD_DIM, BLOCK_M, BLOCK_D, False)
+        grad_out = _load(
+            grad_out_ptr + tl.cast(first, tl.int64) * width, width, rows, HEAD_DIM, BLOCK_M, BLOCK_D, False
+        )
+        lse_log2 = tl.load(lse_ptr + statistics + query, mask=query < length, other=0.0) / _LN_2
+        delta = tl.load(delta_ptr + statistics + query, mask=query < length, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        grad_p = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+        dropped = p
+        if HAS_DROPOUT:
+            keep = attention_halves(rng_key, query, sample, head, key, site, BLOCK_M, BLOCK_N) >= threshold
+            dropped = tl.where(keep, p, 0.0)
+            grad_p = tl.where(keep, grad_p, 0.0)
+        dv = tl.dot(tl.trans(dropped.to(grad_out.dtype)), grad_out, dv, input_precision="ieee")
+        grad_scores = p * (grad_p - delta[:, None])
+        dk = tl.dot(tl.trans(grad_scores.to(q.dtype)), q, dk, input_precision="ieee")
+    _store(dk_ptr + k_first, row_stride, length - key, dk * grad_scale, HEAD_DIM, BLOCK_N, BLOCK_D)
+    _store(dv_ptr + k_first, row_stride, length - key, dv * keep_scale, HEAD_DIM, BLOCK_N, BLOCK_D)
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _launch(kernel, name, qkv, max_seqlen, arguments) -> None:
+    tokens, _, heads, head_dim = qkv.shape
+    config = _launch_config(name, _capability(qkv.device), head_dim, qkv.dtype, max_seqlen)
+    blocks = max(1, triton.cdiv(max_seqlen, config["BLOCK_N" if name == "dkv" else "BLOCK_M"]))
+    sequences = arguments["cu_seqlens_ptr"].numel() - 1
+    kernel[blocks * (sequences + 1), heads](
+        **arguments, tokens=tokens, sequences=sequences, blocks=blocks, heads=heads, HEAD_DIM=head_dim, **config
+    )
+
+
+def _check(qkv: torch.Tensor, scale: float) -> None:
+    if qkv.dtype not in _TRITON_TYPES:
+        raise TypeError(
+            f"bert_fast.attention: the Triton kernel has bfloat16, float16 and float32, not {qkv.dtype}; "
+            'use bert_fast.set_backend(attention="reference")'
+        )
+    if not scale > 0:
+        raise ValueError(f"bert_fast.attention: the Triton kernel needs a scale above 0, got {scale}")
+
+
+def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site):
+    """qkv (T, 3, A, D) bf16, fp16 or fp32 -> out (T, A*D), lse (A, T) float32: see reference.attention_fwd.
+
+    Raises TypeError for other dtypes, ValueError where ``scale`` is not above 0.
+    """
+    _check(qkv, scale)
+    tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty((tokens, heads * head_dim))
+    lse = qkv.new_empty((heads, tokens), dtype=torch.float32)
+    if tokens:
+        arguments = {
+            "qkv_ptr": qkv, "cu_seqlens_ptr": cu_seqlens, "row_key_ptr": row_key, "rng_key_ptr": rng_key,
+            "out_ptr": out, "lse_ptr": lse, "scale_log2": scale * _LOG2_E, "keep_scale": dropout_scale(p),
+            "threshold": dropout_threshold(p), "site": site, "HAS_DROPOUT": p > 0.0,
+        }  # fmt: skip
+        with torch.cuda.device_of(qkv):
+            _launch(_attention_fwd_kernel, "fwd", qkv, max_seqlen, arguments)
+    return out, lse
+
+
+def attention_bwd(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site):
+    """-> gradient of qkv (T, 3, A, D) in its dtype: see reference.attention_bwd. Raises as attention_fwd."""
+    _check(qkv, scale)
+    grad_qkv = torch.empty_like(qkv)
+    delta = torch.empty_like(lse)
+    if qkv.shape[0]:
+        keep_scale = dropout_scale(p)
+        arguments = {
+            "grad_out_ptr": grad_out, "qkv_ptr": qkv, "lse_ptr": lse, "delta_ptr": delta,
+            "cu_seqlens_ptr": cu_seqlens, "row_key_ptr": row_key, "rng_key_ptr": rng_key, "grad_qkv_ptr": grad_qkv,
+            "scale_log2": scale * _LOG2_E, "grad_scale": scale * keep_scale, "threshold": dropout_threshold(p),
+            "site": site, "HAS_DROPOUT": p > 0.0,
+        }  # fmt: skip
+        with torch.cuda.device_of(qkv):
+            keep = 1.0 / keep_scale if keep_scale else 0.0
+            _launch(_attention_bwd_dq_kernel, "dq", qkv, max_seqlen, {**arguments, "out_ptr": out, "keep": keep})
+            _launch(_attention_bwd_dkv_kernel, "dkv", qkv, max_seqlen, {**arguments, "keep_scale": keep_scale})
+    return grad_qkv
+
+
+def aot_cases(capability: int) -> list[dict]:
+    """The kernels' default configurations at BERT-base and -large, for ahead-of-time compilation.
+
+    ``capability`` is 80, 90 or 100. Both models have heads of 64 and only the number of heads, no constant of
+    the kernels, tells them apart; sequences of 512 and 128 have one configuration. Heads of 32 and 128 are the
+    other tuned sizes.
+    """
+    kernels = {"fwd": _attention_fwd_kernel, "dq": _attention_bwd_dq_kernel, "dkv": _attention_bwd_dkv_kernel}
+    types = {"cu_seqlens_ptr": "*i32", "row_key_ptr": "*i64", "rng_key_ptr": "*i64", "lse_ptr": "*fp32"}
+    types |= {"delta_ptr": "*fp32"} | dict.fromkeys(("scale_log2", "grad_scale", "keep_scale", "keep"), "fp32")
+    types |= dict.fromkeys(_UNSPECIALIZED, "i32")
+    cases = []
+    for name, kernel in kernels.items():
+        for head_dim, dtype, p in itertools.product((64, 32, 128), (torch.bfloat16, torch.float16), (0.1, 0.0)):
+            config = _launch_config(name, capability, head_dim, dtype, 512)
+            options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
+            constexprs = {"HEAD_DIM": head_dim, "HAS_DROPOUT": p > 0.0, **config}
+            runtime = [argument for argument in kernel.arg_names if argument not in constexprs]
+            element = _TRITON_TYPES[dtype]
+            cases.append(
+                {
+                    "kernel": kernel,
+                    "name": f"attention {name} D={head_dim} {element} p={p}",
+                    "signature": {argument: types.get(argument, f"*{element}") for argument in runtime},
+                    "constexprs": constexprs,
+                    **options,
+                    "divisible_by_16": [argument for argument in runtime if argument.endswith("_ptr")],
+                    "dot": True,
+                }
+            )
+    return cases
