@@ -1,0 +1,256 @@
+"""What the kernels become on each GPU generation, found without a GPU: compiled ahead of time and disassembled.
+
+    python benchmarks/compile_report.py [--targets 80,90,100] [--kernels attention,mlm] [--json PATH]
+
+Every file of kernels/ names its default configurations at BERT's sizes in ``aot_cases(capability)``. Each is compiled
+for each target by Triton, and read with the cuobjdump of Triton's package. The exit status is 1 where a rule is broken:
+
+    spills      no register is spilled (STL, LDL: stores to and loads from local memory)
+    shared      shared memory fits the part's limit for one program, tensor memory its 512 columns
+    products    a 16-bit kernel with matrix products uses its target's own tensor-core instruction
+    coverage    every kernel that the host launches is in some file's aot_cases
+
+Occupancy is computed from registers, shared memory and warps, not measured. Nothing here says how fast a kernel is.
+"""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Part:
+    """Limits of a compute capability (CUDA C++ Programming Guide, "Technical Specifications")."""
+
+    shared_per_program: int  # bytes
+    shared_per_sm: int  # bytes
+    tensor_core: str  # the SASS opcode of its own 16-bit matrix product
+    registers_per_sm: int = 65536
+    warps_per_sm: int = 64
+    programs_per_sm: int = 32
+    reserved_shared: int = 1024  # bytes the system takes of each program's shared memory
+
+
+PARTS = {
+    80: Part(163 * 1024, 164 * 1024, "HMMA"),
+    90: Part(227 * 1024, 228 * 1024, "HGMMA"),
+    100: Part(227 * 1024, 228 * 1024, "UTCHMMA"),
+}
+TENSOR_MEMORY_COLUMNS = 512
+TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA", "IMMA", "IGMMA", "DMMA")
+BULK_COPY = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
+SPILL = ("STL", "LDL")
+
+
+@dataclass
+class Row:
+    """One kernel in one configuration on one target."""
+
+    kernel: str
+    target: int
+    warps: int
+    registers: int
+    spills: int  # instructions
+    local_bytes: int
+    shared_bytes: int
+    occupancy: float  # share of the part's warps that can be resident
+    tensor_core: dict[str, int]  # opcode -> instructions
+    bulk_copies: int  # instructions
+    broken: list[str] = field(default_factory=list)
+
+
+def occupancy(part: Part, registers: int, shared: int, warps: int) -> float:
+    """Share of the part's warps resident at once; registers are given out in units of 256 a warp."""
+    per_warp = -(-registers * 32 // 256) * 256
+    programs = min(
+        part.programs_per_sm,
+        part.warps_per_sm // warps,
+        part.registers_per_sm // per_warp // warps,
+        part.shared_per_sm // (shared + part.reserved_shared),
+    )
+    return programs * warps / part.warps_per_sm
+
+
+def broken_rules(row: Row, part: Part, needs_tensor_core: bool, tensor_memory: int) -> list[str]:
+    """What ``row`` breaks, in words."""
+    broken = []
+    if row.spills:
+        broken.append(f"{row.spills} instructions spill registers")
+    if row.shared_bytes > part.shared_per_program:
+        broken.append(f"{row.shared_bytes} bytes of shared memory, the limit is {part.shared_per_program}")
+    if tensor_memory > TENSOR_MEMORY_COLUMNS:
+        broken.append(f"{tensor_memory} columns of tensor memory, the limit is {TENSOR_MEMORY_COLUMNS}")
+    if needs_tensor_core and part.tensor_core not in row.tensor_core:
+        found = ", ".join(row.tensor_core) or "none"
+        broken.append(f"products without {part.tensor_core} (tensor-core instructions: {found})")
+    return broken
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    from triton import knobs
+
+    command = [knobs.nvidia.cuobjdump.path, option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _disassemble(cubin: bytes) -> tuple[int, int, Counter]:
+    """Registers a thread, local bytes a thread (stack included), and how often each opcode occurs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+    numbers = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")}
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], Counter(opcodes)
+
+
+def compile_case(case: dict, capability: int) -> Row:
+    """Compile one case as the launcher would and read what came out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, part, constants = case["kernel"], PARTS[capability], case["constexprs"]
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else case["signature"][name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case["divisible_by_16"]}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]},
+    )
+    metadata = compiled.metadata
+    registers, local_bytes, opcodes = _disassemble(compiled.asm["cubin"])
+    warps = metadata.num_warps
+    row = Row(
+        kernel=case["name"],
+        target=capability,
+        warps=warps,
+        registers=registers,
+        spills=sum(opcodes[name] for name in SPILL),
+        local_bytes=local_bytes,
+        shared_bytes=metadata.shared,
+        occupancy=occupancy(part, registers, metadata.shared, warps),
+        tensor_core={name: opcodes[name] for name in TENSOR_CORE if opcodes[name]},
+        bulk_copies=sum(opcodes[name] for name in BULK_COPY),
+    )
+    sixteen_bits = any(kind in ("*bf16", "*fp16") for kind in signature.values())
+    tensor_memory = getattr(metadata, "tmem_size", 0) or 0
+    row.broken = broken_rules(row, part, case["dot"] and sixteen_bits, tensor_memory)
+    return row
+
+
+def _load(path: Path, folder: Path):
+    if folder == ROOT / "kernels":
+        return importlib.import_module(f"bert_fast.kernels.{path.stem}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def launched_kernels(source: str) -> set[str]:
+    """Names of the file's @triton.jit functions that it launches from the host: ``name[grid](...)``."""
+    tree = ast.parse(source)
+    kernels = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+    }
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    launched = {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
+    return kernels & launched
+
+
+def collect(folder: Path, targets: list[int]) -> tuple[list[tuple[int, dict]], list[str]]:
+    """Every (target, case) of the folder's files, and the launched kernels that no case covers, in words."""
+    cases, launched = [], {}
+    for path in sorted(folder.glob("*.py")):
+        names = launched_kernels(path.read_text(encoding="utf-8"))
+        module = _load(path, folder)
+        launched.update({getattr(module, name): f"{path.name}: {name}" for name in names})
+        if hasattr(module, "aot_cases"):
+            cases += [(target, case) for target in targets for case in module.aot_cases(target)]
+    covered = {case["kernel"] for _, case in cases}
+    missing = [where for kernel, where in launched.items() if kernel not in covered]
+    return cases, [f"{where} is launched but in no aot_cases" for where in missing]
+
+
+HEADER = ("kernel", "target", "warps", "regs", "spills", "local B", "shared B", "occup.", "tensor cores", "bulk")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, one a line."""
+    cells = [HEADER]
+    for row in rows:
+        tensor_core = " ".join(f"{name} {count}" for name, count in row.tensor_core.items()) or "-"
+        numbers = (row.warps, row.registers, row.spills, row.local_bytes, row.shared_bytes)
+        last = (f"{row.occupancy:.0%}", tensor_core, str(row.bulk_copies or "-"))
+        cells.append((row.kernel, f"sm_{row.target}", *map(str, numbers), *last))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(HEADER))]
+    left = (0, 1, 8)
+    lines = []
+    for line in cells:
+        padded = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _targets(text: str) -> list[int]:
+    targets = [int(part.removeprefix("sm_")) for part in text.split(",")]
+    unknown = [t for t in targets if t not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown targets {unknown}; known are {', '.join(map(str, PARTS))}")
+    return targets
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", type=_targets, default=list(PARTS), help="compute capabilities: 80,90,100")
+    parser.add_argument("--kernels", default="", help="only cases whose name contains one of these, by commas")
+    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    parser.add_argument("--folder", type=Path, default=ROOT / "kernels", help="the folder of kernel files")
+    options = parser.parse_args(arguments)
+
+    os.environ.pop("TRITON_INTERPRET", None)  # acts when a kernel is decorated; an interpreted one cannot be compiled
+    sys.path.insert(0, str(ROOT))
+    cases, uncovered = collect(options.folder.resolve(), options.targets)
+    wanted = [part for part in options.kernels.split(",") if part]
+    cases = [(t, case) for t, case in cases if not wanted or any(part in case["name"] for part in wanted)]
+    if not cases:
+        print(f"no case of {options.folder} matches --kernels {options.kernels!r}", file=sys.stderr)
+        return 2
+
+    rows = []
+    for number, (target, case) in enumerate(cases, 1):
+        if sys.stderr.isatty():
+            print(f"\r\x1b[Kcompiling {number} of {len(cases)}: {case['name']}, sm_{target}", end="", file=sys.stderr)
+        rows.append(compile_case(case, target))
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    rows.sort(key=lambda row: (row.kernel, row.target))
+    print(table(rows))
+
+    broken = [f"{row.kernel}, sm_{row.target}: {rule}" for row in rows for rule in row.broken] + uncovered
+    if options.json:
+        report = {"rows": [asdict(row) for row in rows], "broken": broken}
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{len(rows)} compilations, {len(broken)} broken rules" + "".join(f"\n  {line}" for line in broken))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
