@@ -20,10 +20,14 @@ def _define(operator: str, direction: str, schema: str, fake, check=None) -> Non
     name = f"{operator}_{direction}"
 
     def run(*args):
-        device = args[0].device.type
-        if check is not None and device == "cpu":
+        device = args[0].device
+        if check is not None and device.type == "cpu":
             check(*args)
-        return backends.implementation(operator, direction, device)(*args)
+        implementation = backends.implementation(operator, direction, device.type)
+        if device.type != "cuda":
+            return implementation(*args)
+        with torch.cuda.device(device):  # kernels are launched on the current device, which may be another
+            return implementation(*args)
 
     _library.define(f"{name}{schema}", tags=_TAGS)
     _library.impl(name, run, "CompositeExplicitAutograd")
