@@ -27,36 +27,44 @@ constexpr int64_t padded_stride(int64_t columns) {
     return (round_up(columns, TILE_COLUMNS > 16 ? TILE_COLUMNS : 16) / 16 | 1) * 16;
 }
 
-template <int ROWS>
+// depth is at least 1.
+template <int ROWS, bool ACCUMULATE>
 BERT_FAST_INLINE void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* b,
-                                   int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+                                   int64_t b_row, float* c, int64_t c_row) {
     vfloat sums[ROWS][2];
-    for (int i = 0; i < ROWS; i++) {
-        sums[i][0] = accumulate ? load(c + i * c_row) : broadcast(0.0f);
-        sums[i][1] = accumulate ? load(c + i * c_row + LANES) : broadcast(0.0f);
-    }
-    for (int64_t k = 0; k < depth; k++) {
-        const vfloat b0 = load(b + k * b_row), b1 = load(b + k * b_row + LANES);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = broadcast(0.0f);
+    do {
+        const vfloat b0 = load(b), b1 = load(b + LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
-            const vfloat x = broadcast(a[i * a_row + k * a_column]);
+            const vfloat x = broadcast(a[i * a_row]);
             sums[i][0] += x * b0;
             sums[i][1] += x * b1;
         }
-    }
+        a += a_column;
+        b += b_row;
+    } while (--depth > 0);
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) {
-        store(c + i * c_row, sums[i][0]);
-        store(c + i * c_row + LANES, sums[i][1]);
+        float* to = c + i * c_row;
+        store(to, ACCUMULATE ? load(to) + sums[i][0] : sums[i][0]);
+        store(to + LANES, ACCUMULATE ? load(to + LANES) + sums[i][1] : sums[i][1]);
     }
 }
 
-// The tiles of `rows` rows in one strip of TILE_COLUMNS columns; row tiles as equal as can be.
+// `tiles` tiles of ROWS rows, one below the other.
 template <int ROWS>
 inline void product_strip(int tiles, int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* b,
                           int64_t b_row, float* c, int64_t c_row, bool accumulate) {
-    for (int tile = 0; tile < tiles; tile++)
-        product_tile<ROWS>(depth, a + tile * ROWS * a_row, a_row, a_column, b, b_row, c + tile * ROWS * c_row, c_row,
-                           accumulate);
+    for (int tile = 0; tile < tiles; tile++) {
+        const float* a_tile = a + tile * ROWS * a_row;
+        float* c_tile = c + tile * ROWS * c_row;
+        if (accumulate)
+            product_tile<ROWS, true>(depth, a_tile, a_row, a_column, b, b_row, c_tile, c_row);
+        else
+            product_tile<ROWS, false>(depth, a_tile, a_row, a_column, b, b_row, c_tile, c_row);
+    }
 }
 
 template <int ROWS>
@@ -72,7 +80,7 @@ inline void product_rows(int rows_each, int tiles, int64_t depth, const float* a
 // B and C are padded to whole TILE_COLUMNS.
 inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
                     const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
-    constexpr int64_t DEPTH = 256;  // TILE_COLUMNS x DEPTH of B stay in the first-level cache
+    constexpr int64_t DEPTH = 128;  // TILE_COLUMNS x DEPTH of B stay in the first-level cache, and sums stay short
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, each = tiles ? rows / tiles : 0;
     const int larger = static_cast<int>(rows - each * tiles), smaller = static_cast<int>(tiles) - larger;
     for (int64_t k = 0; k < depth; k += DEPTH) {
