@@ -57,14 +57,11 @@ def test_shapes(backend, tokens, columns):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "columns"), [(3, 1), (65, 7), (128, 64), (33, 300), (40, 3072), (5, 4096), (2, 9000)]
-)
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "autocast-bf16"])
+@pytest.mark.parametrize(("tokens", "columns"), [(3, 1), (65, 7), (33, 300), (40, 3072), (5, 4096), (2, 9000)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_more_shapes(backend, tokens, columns, dtypes, bias):
-    compare(backend, tokens, columns, DTYPES[dtypes], bias)
+def test_more_shapes(backend, tokens, columns, dtypes):
+    compare(backend, tokens, columns, DTYPES[dtypes])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -102,14 +102,13 @@ def test_shapes(backend, tokens, columns):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "autocast-bf16"])
 @pytest.mark.parametrize(
-    ("tokens", "columns"), [(3, 1), (65, 7), (600, 64), (33, 300), (5, 768), (130, 1024), (3, 4096), (2, 8192)]
+    ("tokens", "columns"), [(65, 24), (600, 64), (33, 300), (5, 768), (70, 1024), (3, 4096), (2, 8192)]
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_more_shapes(backend, tokens, columns, dtypes, p):
-    compare(backend, tokens, columns, DTYPES[dtypes], p)
+def test_more_shapes(backend, tokens, columns, dtypes):
+    compare(backend, tokens, columns, DTYPES[dtypes], 0.1)
 
 
 @pytest.mark.parametrize("tokens", [31, 33, 200])
