@@ -1,0 +1,264 @@
+"""BertPreTrainedModel and BertModel: what comes in becomes packed rows, what goes out is what transformers gives."""
+
+import dataclasses
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.bert import modeling_bert as hf
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .. import ops, packing, random
+from ..packing import Layout
+from . import exchange, layers
+
+Tensor = torch.Tensor
+logger = logging.get_logger(__name__)
+
+
+@dataclasses.dataclass
+class Rows:
+    """A head's request to ``BertModel.forward`` for packed rows, and the answer.
+
+    ``read`` (B, S) bool: positions whose outputs the head reads though no mask may attend them (labels).
+    Filled by the forward: ``layout`` and ``hidden`` (T, H); the dense last_hidden_state is then not made.
+    """
+
+    read: Tensor | None = None
+    layout: Layout | None = None
+    hidden: Tensor | None = None
+
+
+class BertPreTrainedModel(hf.BertPreTrainedModel):
+    """transformers' BertPreTrainedModel whose modules, once built, run on this engine."""
+
+    def __init__(self, config, *args, **kwargs):
+        exchange.refuse_unsupported(config)
+        requested = self._check_and_adjust_attn_implementation(config._attn_implementation)
+        # transformers' own constructors run first and would refuse implementations that are not installed
+        config._attn_implementation_internal = "eager"
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config._attn_implementation_internal = requested
+        exchange.exchange(self)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
+        if attn_implementation not in (None, "eager", "sdpa"):
+            logger.warning_once(
+                f"bert_fast has an attention of its own; attn_implementation={attn_implementation!r} is accepted "
+                "and changes nothing."
+            )
+        return attn_implementation or "sdpa"
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
+        return self._check_and_adjust_attn_implementation(requested_attention)
+
+
+class BertModel(BertPreTrainedModel, hf.BertModel):
+    """The encoder: same constructor, arguments, outputs and checkpoint keys as ``transformers.BertModel``."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, ...] | BaseModelOutputWithPoolingAndCrossAttentions:
+        """As ``transformers.BertModel.forward``, without a decoder's arguments.
+
+        input_ids, token_type_ids, position_ids (B, S) int32 or int64, or inputs_embeds (B, S, H); attention_mask
+        (B, S), attended where not 0, or (B, heads or 1, S or 1, S), bool or added to the scores. Positions that no
+        mask attends are 0 in the outputs. Packed input: (1, T) with ``cu_seq_lens_q`` (B+1,) int32 and
+        ``max_length_q``; every sequence is then computed alone, and pooled outputs are (B, H), of the first token
+        of each or of ``cls_positions`` (B,). ``sample_ids`` (B,) name the samples of the batch for the dropout
+        masks. Raises ValueError, TypeError or IndexError for input that does not fit.
+        """
+        for name, value in (
+            ("encoder_hidden_states", encoder_hidden_states),
+            ("encoder_attention_mask", encoder_attention_mask),
+            ("past_key_values", past_key_values),
+        ):
+            if value is not None:
+                raise ValueError(f"bert_fast.BertModel has no decoder: {name} cannot be given; use transformers' class")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        source = self._checked_source(input_ids, inputs_embeds)
+        batch, length = source.shape[:2]
+        rows = kwargs.get("rows")
+        wants = {
+            key: kwargs[key] if kwargs.get(key) is not None else getattr(self.config, key, False)
+            for key in ("output_hidden_states", "output_attentions")
+        }
+        layout = self._layout(source, attention_mask, bool(wants["output_attentions"]), kwargs)
+
+        packed_input = kwargs.get("cu_seq_lens_q") is not None
+        positions = self._positions(position_ids, layout, batch, length, packed_input)
+        segments = self._segments(token_type_ids, layout, batch, length, positions)
+        if self._drops():
+            layout.rng_key = ops.draw_dropout_key(layout.row_key)
+        ids = None if input_ids is None else packing.pack(layout, input_ids).long()
+        embeds = None if inputs_embeds is None else packing.pack(layout, inputs_embeds)
+
+        hidden_states = [] if wants["output_hidden_states"] is not False else None
+        attentions = [] if wants["output_attentions"] else None
+        x = self.embeddings(ids, positions, segments, embeds, layout)
+        if hidden_states is not None:
+            hidden_states.append(packing.unpack(layout, x))
+            x = packing.pack(layout, hidden_states[-1])
+        x = self.encoder(x, layout, hidden_states, attentions)
+
+        pooled = None if self.pooler is None else self.pooler(self._first(x, layout)[:, None])
+        if rows is not None:
+            rows.layout, rows.hidden = layout, x
+        dense = hidden_states[-1] if hidden_states else (packing.unpack(layout, x) if rows is None else None)
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=dense,
+            pooler_output=pooled,
+            hidden_states=_selected(hidden_states, wants["output_hidden_states"]),
+            attentions=None if attentions is None else tuple(attentions),
+        )
+
+    def _checked_source(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if input_ids is not None:
+            if input_ids.dim() != 2:
+                raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, length)")
+            if input_ids.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"input_ids has dtype {input_ids.dtype}, expected int64 or int32")
+            source = input_ids
+        else:
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, length, "
+                    f"{self.config.hidden_size})"
+                )
+            source = inputs_embeds
+        if source.shape[1] == 0 and self.pooler is not None:
+            raise ValueError("the batch has sequences of length 0: the pooler reads the first token of each")
+        return source
+
+    def _layout(self, source: Tensor, mask: Tensor | None, explicit: bool, kwargs: dict) -> Layout:
+        batch, length = source.shape[:2]
+        samples, cu_seqlens = kwargs.get("sample_ids"), kwargs.get("cu_seq_lens_q")
+        rows = kwargs.get("rows")
+        if mask is not None and mask.device != source.device:
+            mask = mask.to(source.device)  # as transformers does
+        if cu_seqlens is not None:
+            layout = self._packed(source, mask, cu_seqlens, samples, kwargs)
+        elif mask is None:
+            layout = packing.full_layout(batch, length, source.device, samples)
+        elif mask.dim() == 2:
+            if tuple(mask.shape) != (batch, length):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}, expected {(batch, length)}, that of the input"
+                )
+            read = None if rows is None else rows.read
+            layout = packing.masked_layout(mask, samples=samples, read=read, pools=self.pooler is not None)
+        elif mask.dim() == 4:
+            layout = packing.full_layout(batch, length, source.device, samples)
+            layout.bias, layout.explicit = _bias_of(mask, batch, self.config.num_attention_heads, length), True
+        else:
+            raise ValueError(f"attention_mask has {mask.dim()} dimensions, expected 2 (padding) or 4 (any)")
+        if explicit and not layout.explicit:
+            layout.explicit = True
+            if cu_seqlens is not None:
+                allowed = packing.same_sequence(layout)
+            else:
+                allowed = (packing.unpack(layout, torch.ones_like(layout.row_key)) != 0)[:, None, None, :]
+            layout.bias = packing.attention_bias(allowed, torch.float32)
+        return layout
+
+    def _packed(self, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor, samples, kwargs: dict) -> Layout:
+        if source.shape[0] != 1:
+            raise ValueError(f"packed input (cu_seq_lens_q) has a batch of 1, but this one has {source.shape[0]}")
+        if mask is not None:
+            raise ValueError("packed input (cu_seq_lens_q) takes no attention_mask: leave out padding instead")
+        if kwargs.get("max_length_q") is None:
+            raise ValueError("packed input needs max_length_q, the length of the longest sequence, with cu_seq_lens_q")
+        return packing.packed_layout(
+            cu_seqlens.int(),
+            kwargs["max_length_q"],
+            source.shape[1],
+            samples=samples,
+            first=kwargs.get("cls_positions"),
+        )
+
+    def _positions(self, position_ids, layout: Layout, batch: int, length: int, packed_input: bool) -> Tensor:
+        if position_ids is not None:
+            if position_ids.shape[-1] != length or position_ids.numel() not in (length, batch * length):
+                raise ValueError(
+                    f"position_ids has shape {tuple(position_ids.shape)}, expected {(batch, length)} or {(1, length)}"
+                )
+            return packing.pack(layout, position_ids.reshape(-1, length).expand(batch, length)).long()
+        table = self.embeddings.position_embeddings.num_embeddings
+        if packed_input:
+            positions = layout.row_key & random.MASK32
+            used = torch.arange(length, device=positions.device) < layout.cu_seqlens[-1]
+            return positions.where(used, 0)
+        if length > table:
+            raise ValueError(
+                f"the input has {length} positions, the model's table {table} (config.max_position_embeddings): "
+                "truncate the input"
+            )
+        return packing.pack(layout, torch.arange(length, device=layout.row_key.device).expand(batch, length))
+
+    def _segments(self, token_type_ids, layout: Layout, batch: int, length: int, positions: Tensor) -> Tensor:
+        if token_type_ids is None:
+            return torch.zeros_like(positions)
+        if tuple(token_type_ids.shape) not in ((batch, length), (1, length)):
+            raise ValueError(f"token_type_ids has shape {tuple(token_type_ids.shape)}, expected {(batch, length)}")
+        return packing.pack(layout, token_type_ids.expand(batch, length)).long()
+
+    def _drops(self) -> bool:
+        if layers.dropout_p(self.embeddings.dropout) > 0:
+            return True
+        return any(
+            (layer.attention.self.training
+            and getattr(layer.attention.self.dropout, "p", 0.0) > 0)
+            or layers.dropout_p(layer.attention.output.dropout) > 0
+            or layers.dropout_p(layer.output.dropout) > 0
+            for layer in self.encoder.layer
+        )
+
+    def _first(self, x: Tensor, layout: Layout) -> Tensor:
+        if layout.first is not None:
+            return x.index_select(0, layout.first)
+        return x.view(layout.batch, layout.length, -1)[:, 0]
+
+
+def _bias_of(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
+    fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+    if not (fits and mask.shape[2] in (1, length) and mask.shape[3] == length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected ({batch} or 1, {heads} or 1, {length} or 1, "
+            f"{length})"
+        )
+    if mask.dtype == torch.bool:
+        return packing.attention_bias(mask, torch.float32)
+    if not mask.is_floating_point():
+        raise TypeError(
+            f"a 4-D attention_mask has dtype {mask.dtype}, expected bool (True: attended) or floating (added)"
+        )
+    return mask
+
+
+def _selected(hidden_states: list | None, which) -> tuple | None:
+    """All hidden states for True; those of the given indices, the others None, for an int or a list of them."""
+    if hidden_states is None:
+        return None
+    if isinstance(which, bool):
+        return tuple(hidden_states)
+    count = len(hidden_states)
+    chosen = {i % count for i in ([which] if isinstance(which, int) else which) if -count <= i < count}
+    return tuple(h if i in chosen else None for i, h in enumerate(hidden_states))

@@ -1,0 +1,345 @@
+"""BERT with its heads: same names, arguments, outputs and checkpoint keys as transformers' classes."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    NextSentencePredictorOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.models.bert import modeling_bert as hf
+from transformers.utils.generic import can_return_tuple
+
+from .. import ops, packing
+from .base import BertPreTrainedModel, Rows
+from .layers import plain
+from .losses import as_tensor, cross_entropy, elementwise, with_zero_gradients
+
+Tensor = torch.Tensor
+
+
+def _returns_dict(model: nn.Module, kwargs: dict) -> bool:
+    asked = kwargs.get("return_dict")
+    return model.config.return_dict if asked is None else asked
+
+
+def _labelled(labels: Tensor | None, source: Tensor) -> Tensor | None:
+    """Bool (B, S): where ``labels`` (B, S) are not -100."""
+    if labels is None:
+        return None
+    if labels.numel() != source.shape[0] * source.shape[1]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(source.shape[:2])}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels has dtype {labels.dtype}, expected int64")
+    return labels.reshape(source.shape[:2]) != -100
+
+
+def _masked_language_modelling(
+    model: nn.Module, rows: Rows, labels: Tensor | None, want_logits: bool, kwargs: dict
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(loss, dense logits, number of masked positions) of the MLM head ``model.cls.predictions``.
+
+    The head runs on the masked positions alone unless ``want_logits``. They are ``masked_positions`` and
+    ``masked_labels`` (M,), rows of packed input filled up with label -100, or found in ``labels``.
+    """
+    head, layout, hidden = model.cls.predictions, rows.layout, rows.hidden
+    positions, targets = kwargs.get("masked_positions"), kwargs.get("masked_labels")
+    if (positions is None) != (targets is None):
+        raise ValueError("masked_positions and masked_labels go together: one of them is missing")
+    if positions is None and labels is not None:
+        # The one synchronisation that labels cost: how many positions are masked decides the shapes below.
+        places = (labels.reshape(-1) != -100).nonzero()[:, 0]
+        positions, targets = packing.rows_of(layout, places), labels.reshape(-1).index_select(0, places).long()
+    count = kwargs.get("num_items_in_batch")
+
+    loss = logits = None
+    if want_logits:
+        scores = head.decoder(head.transform(hidden))
+        logits = packing.unpack(layout, scores)
+        if positions is not None:
+            loss = cross_entropy(scores.index_select(0, positions), targets, count)
+    elif positions is not None:
+        transformed = head.transform(hidden.index_select(0, positions))
+        if plain(head.decoder, nn.Linear) and head.decoder.bias is not None:
+            normalizer = as_tensor(count, transformed)
+            loss = ops.mlm_loss(transformed, head.decoder.weight, head.decoder.bias, targets, normalizer=normalizer)
+            if not torch.is_autocast_enabled(hidden.device.type):
+                loss = loss.to(transformed.dtype)  # as transformers' loss, in the dtype of the logits
+        else:
+            loss = cross_entropy(head.decoder(transformed), targets, count)
+    if loss is not None and torch.is_autocast_enabled(hidden.device.type) and loss.dtype != torch.float64:
+        loss = loss.float()
+    return loss, logits, None if targets is None else (targets != -100).sum()
+
+
+def _wants_logits(model: nn.Module, has_labels: bool, return_logits, kwargs: dict) -> bool:
+    if return_logits is None:
+        return_logits = getattr(model.config, "return_logits", False)
+    return not (model.training and has_labels) or bool(return_logits) or not _returns_dict(model, kwargs)
+
+
+class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
+    """BERT with the MLM and the NSP head.
+
+    In training with labels the MLM head runs on masked positions alone and ``prediction_logits`` is None, unless
+    ``return_logits=True`` (argument or configuration field) or ``return_dict=False``.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, ...] | hf.BertForPreTrainingOutput:
+        """As transformers': the loss is the mean over labels (B, S) (-100: none) plus the mean over
+        next_sentence_label (B,) (0: B follows A); of one alone, where only one is given.
+
+        Packed batches (see BertModel) may give ``masked_positions`` (M,) int64 and ``masked_labels`` (M,) int64 in
+        place of labels, -100 in an unused tail; next_sentence_label has -100 in one, too. ``num_items_in_batch``
+        (masked positions of an accumulated batch) and ``num_sequences_in_batch`` (its NSP labels) replace the
+        batch's own numbers; without the latter the NSP loss is weighted by the batch's share of masked positions.
+        """
+        rows = Rows(read=_labelled(labels, input_ids if input_ids is not None else inputs_embeds))
+        outputs = self.bert(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, rows=rows, **{**kwargs, "return_dict": True},
+        )  # fmt: skip
+        mlm = labels is not None or kwargs.get("masked_labels") is not None
+        want_logits = _wants_logits(self, mlm or next_sentence_label is not None, return_logits, kwargs)
+        loss, logits, masked = _masked_language_modelling(self, rows, labels, want_logits, kwargs)
+        nsp_logits = self.cls.seq_relationship(outputs.pooler_output)
+        if next_sentence_label is not None:
+            count = kwargs.get("num_sequences_in_batch")
+            nsp = cross_entropy(nsp_logits.view(-1, 2), next_sentence_label.view(-1), count)
+            items = kwargs.get("num_items_in_batch")
+            if count is None and items is not None and masked is not None:
+                nsp = (nsp * (masked / as_tensor(items, nsp))).to(nsp.dtype)
+            loss = nsp if loss is None else loss + nsp
+        elif loss is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            unused = [*self.cls.seq_relationship.parameters(), *self.bert.pooler.parameters()]
+            loss = with_zero_gradients(loss, unused)
+        output = hf.BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=logits,
+            seq_relationship_logits=nsp_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if _returns_dict(self, kwargs) else output.to_tuple()
+
+
+class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
+    """BERT with the MLM head; ``logits`` in training as ``prediction_logits`` of BertForPreTraining."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, ...] | MaskedLMOutput:
+        """As transformers'; ``masked_positions``, ``masked_labels`` and ``num_items_in_batch`` as BertForPreTraining."""
+        rows = Rows(read=_labelled(labels, input_ids if input_ids is not None else inputs_embeds))
+        outputs = self.bert(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask, rows=rows, **{**kwargs, "return_dict": True},
+        )  # fmt: skip
+        mlm = labels is not None or kwargs.get("masked_labels") is not None
+        want_logits = _wants_logits(self, mlm, return_logits, kwargs)
+        loss, logits, _ = _masked_language_modelling(self, rows, labels, want_logits, kwargs)
+        output = MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return output if _returns_dict(self, kwargs) else output.to_tuple()
+
+
+class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentencePrediction):
+    """BERT with the NSP head."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, ...] | NextSentencePredictorOutput:
+        """As transformers'."""
+        outputs = self.bert(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, rows=Rows(), **{**kwargs, "return_dict": True},
+        )  # fmt: skip
+        logits = self.cls(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits.view(-1, 2), labels.view(-1), kwargs.get("num_items_in_batch"))
+        return NextSentencePredictorOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClassification):
+    """BERT with a classifier or a regression on the pooled output."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, ...] | SequenceClassifierOutput:
+        """As transformers'."""
+        outputs = self.bert(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, rows=Rows(), **{**kwargs, "return_dict": True},
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None if labels is None else self._loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor, count) -> Tensor:
+        if self.config.problem_type is None:  # transformers, too, keeps what the first labels tell
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif labels.dtype in (torch.int64, torch.int32):
+                self.config.problem_type = "single_label_classification"
+            else:
+                self.config.problem_type = "multi_label_classification"
+        if self.config.problem_type == "regression":
+            if self.num_labels == 1:
+                return elementwise(F.mse_loss, logits.squeeze(), labels.squeeze(), count)
+            return elementwise(F.mse_loss, logits, labels, count)
+        if self.config.problem_type == "single_label_classification":
+            return cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long(), count)
+        return elementwise(F.binary_cross_entropy_with_logits, logits, labels, count)
+
+
+class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
+    """BERT that scores each of several choices."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, ...] | MultipleChoiceModelOutput:
+        """As transformers': inputs (B, choices, S), or embeds (B, choices, S, H); labels (B,)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
+            None if t is None else t.flatten(0, 1)
+            for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+        outputs = self.bert(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, rows=Rows(), **{**kwargs, "return_dict": True},
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        loss = None if labels is None else cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassification):
+    """BERT with a classifier on every token."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, ...] | TokenClassifierOutput:
+        """As transformers'; the classifier runs on attended tokens alone."""
+        rows = Rows(read=_labelled(labels, input_ids if input_ids is not None else inputs_embeds))
+        outputs = self.bert(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, rows=rows, **{**kwargs, "return_dict": True},
+        )  # fmt: skip
+        logits = packing.unpack(rows.layout, self.classifier(self.dropout(rows.hidden)))
+        loss = None
+        if labels is not None:
+            count = kwargs.get("num_items_in_batch")
+            loss = cross_entropy(logits.reshape(-1, self.num_labels), labels.reshape(-1), count)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering):
+    """BERT that scores each token as the start and the end of the answer."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, ...] | QuestionAnsweringModelOutput:
+        """As transformers'. Its loss reads the scores of every position, padding too: such batches are not packed."""
+        source = input_ids if input_ids is not None else inputs_embeds
+        has_loss = start_positions is not None and end_positions is not None
+        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if has_loss else None
+        rows = Rows(read=read)
+        outputs = self.bert(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, rows=rows, **{**kwargs, "return_dict": True},
+        )  # fmt: skip
+        logits = packing.unpack(rows.layout, self.qa_outputs(rows.hidden))
+        start, end = (scores.squeeze(-1).contiguous() for scores in logits.split(1, dim=-1))
+        loss = None
+        if has_loss:
+            outside = start.shape[1]  # positions past the end are ignored
+            starts, ends = (
+                (t.squeeze(-1) if t.dim() > 1 else t).clamp(0, outside) for t in (start_positions, end_positions)
+            )
+            loss = (cross_entropy(start, starts, None, outside) + cross_entropy(end, ends, None, outside)) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start,
+            end_logits=end,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,231 @@
+"""The parts of a BERT on packed rows: subclasses of transformers' modules, each with a forward of our own.
+
+They add no parameters and no constructor: an instance is transformers' own module whose class was exchanged
+(bert_fast/model/exchange.py). Activations are rows (T, H); ``layout`` (bert_fast/packing.py) says what a row is.
+An operator reads the parameters of several modules at once only while all of those are plain; a module with
+hooks, a parametrisation or another class (LoRA, quantisation, offloading) is called instead.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import GELUActivation
+from transformers.models.bert import modeling_bert as hf
+
+from .. import ops, packing, random
+from ..packing import Layout
+from . import idcheck
+
+Tensor = torch.Tensor
+
+
+def plain(module: nn.Module, kind: type) -> bool:
+    """``module`` is exactly ``kind``, and calling it does nothing but its forward."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
+def dropout_p(dropout: nn.Module) -> float:
+    """The probability with which ``dropout`` drops now; 0 for a module that has to be called itself."""
+    return float(dropout.p) if plain(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def site(kind: str, layer: int = 0) -> int:
+    """The number that tells a dropout from the others of a forward pass."""
+    return {"embeddings": 0, "attention": 1, "attention_output": 2, "output": 3}[kind] + 3 * layer
+
+
+def residual_layernorm(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, norm: nn.Module, dropout: nn.Module | None,
+    layout: Layout | None, where: int,
+) -> Tensor:  # fmt: skip
+    """LayerNorm(dropout(x + bias) + residual), fused while ``norm`` and ``dropout`` are plain modules."""
+    p = 0.0 if dropout is None else dropout_p(dropout)
+    if dropout is not None and not plain(dropout, nn.Dropout):
+        x, bias = dropout(x if bias is None else x + bias), None
+    keys = {"p": p, "row_key": layout.row_key, "rng_key": layout.rng_key, "site": where} if p else {}
+    if plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
+        return ops.residual_layernorm(x, residual, norm.weight, norm.bias, bias=bias, eps=norm.eps, **keys)
+    x = x if bias is None else x + bias
+    x = drop(x, layout, p, where) if p else x
+    return norm(x if residual is None else x + residual)
+
+
+def drop(x: Tensor, layout: Layout, p: float, where: int) -> Tensor:
+    """The hidden dropout of the operators, alone."""
+    keep = random.hidden_keep_mask(layout.rng_key, layout.row_key, x.shape[1], p, where)
+    return torch.where(keep, x * random.dropout_scale(p), 0.0)
+
+
+def linear_without_bias(dense: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(x @ W^T, bias) where the bias is left to the operator that follows, else (dense(x), None)."""
+    if plain(dense, nn.Linear):
+        return F.linear(x, dense.weight), dense.bias
+    return dense(x), None
+
+
+def activate(dense: nn.Module, activation, x: Tensor) -> Tensor:
+    """activation(dense(x)); GELU (by the normal distribution function) and the bias in one operator."""
+    if isinstance(activation, nn.Module) and plain(activation, GELUActivation):
+        y, bias = linear_without_bias(dense, x)
+        return ops.bias_gelu(y, bias)
+    return activation(dense(x))
+
+
+class BertEmbeddings(hf.BertEmbeddings):
+    """Word, position and segment embeddings, LayerNorm and dropout of packed tokens."""
+
+    def forward(
+        self, ids: Tensor | None, positions: Tensor, segments: Tensor, embeds: Tensor | None, layout: Layout
+    ) -> Tensor:
+        """ids, positions, segments (T,) int64, or ``embeds`` (T, H) in place of ids -> (T, H)."""
+        word, position, segment = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
+        norm, p = self.LayerNorm, dropout_p(self.dropout)
+        fused = plain(position, nn.Embedding) and plain(segment, nn.Embedding) and plain(norm, nn.LayerNorm)
+        fused = fused and not any(e.max_norm is not None for e in (position, segment))
+        fused = fused and norm.weight is not None and norm.bias is not None
+        if fused:
+            if embeds is None and not (plain(word, nn.Embedding) and word.max_norm is None):
+                embeds = word(ids)
+            if embeds is None:
+                table, padding_idx = word.weight, word.padding_idx
+                idcheck.check_later(ids, table.shape[0])
+            else:  # the rows themselves are the table
+                table, padding_idx = embeds, None
+                ids = torch.arange(embeds.shape[0], device=embeds.device)
+            dtype = torch.promote_types(torch.promote_types(table.dtype, position.weight.dtype), segment.weight.dtype)
+            keys = {"p": p, "row_key": layout.row_key, "rng_key": layout.rng_key} if p else {}
+            x = ops.embedding_layernorm(
+                ids, positions, segments, table, position.weight, segment.weight, norm.weight, norm.bias,
+                eps=norm.eps, padding_idx=padding_idx, site=site("embeddings"), out_dtype=dtype, **keys,
+            )  # fmt: skip
+        else:
+            x = norm((word(ids) if embeds is None else embeds) + segment(segments) + position(positions))
+            x = drop(x, layout, p, site("embeddings")) if p else x
+        return x if plain(self.dropout, nn.Dropout) else self.dropout(x)
+
+
+class BertSelfAttention(hf.BertSelfAttention):
+    """Bidirectional self-attention of packed sequences."""
+
+    def forward(self, x: Tensor, layout: Layout, attentions: list | None = None) -> Tensor:
+        """x (T, H) -> (T, H). Appends the weights (B, heads, S, S) to ``attentions`` where it is a list."""
+        linears = (self.query, self.key, self.value)
+        if all(plain(m, nn.Linear) for m in linears) and all(
+            (m.bias is None) == (linears[0].bias is None) for m in linears
+        ):
+            weight = torch.cat([m.weight for m in linears])
+            bias = None if self.query.bias is None else torch.cat([m.bias for m in linears])
+            qkv = F.linear(x, weight, bias)
+        else:
+            qkv = torch.cat([m(x) for m in linears], dim=1)
+        qkv = qkv.view(x.shape[0], 3, self.num_attention_heads, self.attention_head_size)
+        # transformers drops attention weights by the flag of this module, not of the Dropout
+        p = float(self.dropout.p) if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
+        keys = {"p": p, "row_key": layout.row_key, "rng_key": layout.rng_key} if p else {}
+        if layout.explicit:
+            out, weights = explicit_attention(qkv, layout, self.scaling, p, site("attention", self.layer_idx))
+            if attentions is not None:
+                attentions.append(weights)
+            return out
+        return ops.attention(
+            qkv, layout.cu_seqlens, layout.max_seqlen, scale=self.scaling, site=site("attention", self.layer_idx),
+            **keys,
+        )  # fmt: skip
+
+
+def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, where: int) -> tuple[Tensor, Tensor]:
+    """Attention with its weights in memory: rows (T, A*D) and weights (B, A, S, S) after dropout.
+
+    qkv (T, 3, A, D). Same numbers and dropout masks as ``ops.attention`` where both apply; takes any bias.
+    """
+    _, _, heads, size = qkv.shape
+    dense = packing.unpack(layout, qkv)  # (B, S, 3, A, D)
+    total = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = dense.to(total).permute(2, 0, 3, 1, 4)  # each (B, A, S, D)
+        scores = scale * (q @ k.transpose(2, 3))
+        weights = torch.softmax(scores + layout.bias.to(total), dim=-1)
+        if p:
+            row_key = packing.unpack(layout, layout.row_key)  # (B, S)
+            keep = random.attention_keep_mask(layout.rng_key, row_key.flatten(), heads, layout.length, p, where)
+            keep = keep.view(heads, layout.batch, layout.length, layout.length).transpose(0, 1)
+            # a key's number is its position in the sample, which holes and packing part from its column
+            column = (row_key & random.MASK32).clamp(max=layout.length - 1)[:, None, None, :]
+            keep = keep.gather(3, column.expand_as(keep))
+            weights = torch.where(keep, weights * random.dropout_scale(p), 0.0)
+        if layout.indices is not None:  # queries that are not attended are no rows; their weights are 0
+            weights = weights * (packing.unpack(layout, torch.ones_like(layout.row_key)) != 0)[:, None, :, None]
+        weights = weights.to(qkv.dtype)
+        out = (weights.to(total) @ v).transpose(1, 2).reshape(layout.batch, layout.length, heads * size)
+    return packing.pack(layout, out.to(qkv.dtype)), weights
+
+
+class BertSelfOutput(hf.BertSelfOutput):
+    """The attention's output product, dropout, residual and LayerNorm."""
+
+    _site = "attention_output"
+
+    def forward(self, x: Tensor, residual: Tensor, layout: Layout, layer: int) -> Tensor:
+        x, bias = linear_without_bias(self.dense, x)
+        return residual_layernorm(x, bias, residual, self.LayerNorm, self.dropout, layout, site(self._site, layer))
+
+
+class BertOutput(hf.BertOutput):
+    """The feed-forward's second product, dropout, residual and LayerNorm."""
+
+    _site = "output"
+    forward = BertSelfOutput.forward
+
+
+class BertAttention(hf.BertAttention):
+    """Self-attention and its output."""
+
+    def forward(self, x: Tensor, layout: Layout, attentions: list | None = None) -> Tensor:
+        return self.output(self.self(x, layout, attentions), x, layout, self.self.layer_idx)
+
+
+class BertIntermediate(hf.BertIntermediate):
+    """The feed-forward's first product and activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activate(self.dense, self.intermediate_act_fn, x)
+
+
+class BertLayer(hf.BertLayer):
+    """One encoder layer on packed rows; transformers' gradient checkpointing wraps this forward."""
+
+    def forward(self, x: Tensor, layout: Layout, attentions: list | None = None) -> Tensor:
+        x = self.attention(x, layout, attentions)
+        return self.output(self.intermediate(x), x, layout, self.attention.self.layer_idx)
+
+
+class BertEncoder(hf.BertEncoder):
+    """The stack of layers."""
+
+    def forward(
+        self, x: Tensor, layout: Layout, hidden_states: list | None = None, attentions: list | None = None
+    ) -> Tensor:
+        """x (T, H) -> (T, H). Appends each layer's dense output (B, S, H) to ``hidden_states`` where it is a
+        list; the next layer reads that very tensor, so that gradients flow through what the caller gets."""
+        for layer in self.layer:
+            x = layer(x, layout, attentions)
+            if hidden_states is not None:
+                hidden_states.append(packing.unpack(layout, x))
+                x = packing.pack(layout, hidden_states[-1])
+        return x
+
+
+class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
+    """Product, activation and LayerNorm of the MLM head, on rows or on a dense batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        rows = activate(self.dense, self.transform_act_fn, rows)
+        return residual_layernorm(rows, None, None, self.LayerNorm, None, None, 0).unflatten(0, x.shape[:-1])

@@ -1,0 +1,52 @@
+"""Losses as transformers computes them, and right under gradient accumulation too."""
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+
+def as_tensor(count, like: Tensor) -> Tensor | None:
+    """A number of items, int or tensor, as one float element on ``like``'s device."""
+    if count is None:
+        return None
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.as_tensor(count, device=like.device).to(dtype).reshape(())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, count=None, ignore_index: int = -100) -> Tensor:
+    """Cross-entropy of logits (N, C) and labels (N,): the sum over labels != ignore_index divided by ``count``.
+
+    ``count`` (int or tensor) defaults to their number; no such label at all gives 0, not NaN.
+    """
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    if count is None:
+        return total / (labels != ignore_index).sum().clamp(min=1)
+    return (total / as_tensor(count, logits)).to(total.dtype)
+
+
+def elementwise(loss, prediction: Tensor, target: Tensor, count=None) -> Tensor:
+    """``loss`` (mse_loss, binary_cross_entropy_with_logits) averaged over its elements, or divided by ``count``."""
+    if count is None:
+        return loss(prediction, target)
+    total = loss(prediction, target, reduction="sum")
+    return (total / as_tensor(count, prediction)).to(total.dtype)
+
+
+class _WithZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, *parameters):
+        ctx.save_for_backward(*parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return grad_loss, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def with_zero_gradients(loss: Tensor, parameters) -> Tensor:
+    """``loss``, whose backward also gives ``parameters``, which it does not use, gradients of zero.
+
+    DistributedDataParallel waits for a gradient of every parameter that an output of the model depends on.
+    """
+    return _WithZeroGradients.apply(loss, *(p for p in parameters if p.requires_grad))

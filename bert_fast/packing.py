@@ -1,0 +1,128 @@
+"""Padded batches to packed tokens and back.
+
+A batch is packed once, before the embedding: its T attended tokens, sequence after sequence, are the rows of
+every activation inside the model (T, H). A ``Layout`` says where each row came from. Padding comes back only at
+the edge, where a caller asks for dense outputs; positions that were not attended are 0 there.
+"""
+
+import dataclasses
+
+import torch
+
+from . import random
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass
+class Layout:
+    """Where the T rows of a packed batch lie.
+
+    ``batch`` x ``length`` is the shape of the dense batch that came in ((1, T) for packed input).
+    ``cu_seqlens`` (B+1,) int32 and ``max_seqlen`` bound the sequences, ``row_key`` (T,) int64 is each row's
+    ``sample << 32 | position in the sample`` (bert_fast/random.py). ``indices`` (T,) int64 are the rows' places
+    in the flattened dense batch, None where every place is a row. ``bias`` is what attention adds to its scores
+    (B or 1, heads or 1, S or 1, S) where it cannot be said by ``cu_seqlens``: such batches, and those whose
+    attention weights are asked for (``explicit``), compute attention densely. ``first`` (B,) int64 are the
+    rows that the pooler reads, None for the first of each ``length`` rows. ``rng_key`` (1,) int64 is the key of
+    this forward pass's dropout masks, None where nothing is dropped.
+    """
+
+    batch: int
+    length: int
+    cu_seqlens: Tensor
+    max_seqlen: int
+    row_key: Tensor
+    indices: Tensor | None = None
+    bias: Tensor | None = None
+    explicit: bool = False
+    first: Tensor | None = None
+    rng_key: Tensor | None = None
+
+
+def full_layout(batch: int, length: int, device: torch.device, samples: Tensor | None = None) -> Layout:
+    """The layout of a batch without padding: row ``b * length + s`` is position ``s`` of sequence ``b``."""
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    row_key = random.row_keys(cu_seqlens, batch * length, samples)
+    return Layout(batch, length, cu_seqlens, length, row_key)
+
+
+def masked_layout(
+    mask: Tensor, *, samples: Tensor | None = None, read: Tensor | None = None, pools: bool = False
+) -> Layout:
+    """The layout of a padded batch by its ``mask`` (B, S), attended where not 0; holes may be anywhere.
+
+    ``read`` (B, S) bool are positions whose outputs will be read (labels), and ``pools`` says that position 0
+    of every sequence will be: where one of them is not attended, every position becomes a row, and attention
+    gets a bias that leaves out the keys that are not attended, which is what transformers computes.
+    """
+    attended = mask != 0
+    batch, length = mask.shape
+    lengths = attended.sum(dim=1)
+    outside = torch.zeros((), dtype=torch.bool, device=mask.device)
+    if read is not None:
+        outside = outside | (read & ~attended).any()
+    if pools and batch and length:
+        outside = outside | ~attended[:, 0].all()
+    # The one synchronisation that a mask costs: how many rows there are decides the shapes of everything below.
+    longest = lengths.max() if batch else lengths.sum()
+    total, longest, outside = torch.stack([lengths.sum(), longest, outside.long()]).tolist()
+    if total == batch * length:
+        return full_layout(batch, length, mask.device, samples)
+    if outside:
+        layout = full_layout(batch, length, mask.device, samples)
+        layout.bias = attention_bias(attended[:, None, None, :], torch.float32)
+        layout.explicit = True
+        return layout
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(lengths, 0, out=cu_seqlens[1:])
+    indices = torch.nonzero_static(attended.flatten(), size=total)[:, 0]
+    layout = Layout(batch, length, cu_seqlens, longest, random.row_keys(cu_seqlens, total, samples), indices)
+    layout.first = cu_seqlens[:-1].long() if pools else None
+    return layout
+
+
+def packed_layout(
+    cu_seqlens: Tensor, max_seqlen: int, tokens: int, *, samples: Tensor | None = None, first: Tensor | None = None
+) -> Layout:
+    """The layout of ``tokens`` rows that are packed already; rows past ``cu_seqlens[-1]`` belong to no sequence."""
+    row_key = random.row_keys(cu_seqlens, tokens, samples)
+    if first is None:  # a sequence without tokens starts where the next one does, the last of them past the end
+        first = cu_seqlens[:-1].long().clamp(max=max(tokens - 1, 0))
+    return Layout(1, tokens, cu_seqlens, max_seqlen, row_key, first=first)
+
+
+def attention_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where ``allowed``, else the lowest finite number: a query that may see nothing sees everything alike."""
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def same_sequence(layout: Layout) -> Tensor:
+    """Bool (1, 1, T, T): which tokens of packed input are in one sequence."""
+    index = torch.arange(layout.length, device=layout.cu_seqlens.device)
+    sequence = torch.searchsorted(layout.cu_seqlens[1:].long(), index, right=True)
+    return (sequence[:, None] == sequence[None, :])[None, None]
+
+
+def pack(layout: Layout, dense: Tensor) -> Tensor:
+    """The rows (T, ...) of ``dense`` (B, S, ...)."""
+    rows = dense.flatten(0, 1)
+    return rows if layout.indices is None else rows.index_select(0, layout.indices)
+
+
+def unpack(layout: Layout, rows: Tensor) -> Tensor:
+    """Rows (T, ...) back in a dense (B, S, ...), 0 where nothing was attended."""
+    if layout.indices is not None:
+        dense = rows.new_zeros(layout.batch * layout.length, *rows.shape[1:])
+        rows = dense.index_copy(0, layout.indices, rows)
+    return rows.unflatten(0, (layout.batch, layout.length))
+
+
+def rows_of(layout: Layout, places: Tensor) -> Tensor:
+    """The rows (M,) of places (M,) in the flattened dense batch, each of them attended."""
+    if layout.indices is None:
+        return places
+    inverse = places.new_zeros(layout.batch * layout.length)
+    inverse[layout.indices] = torch.arange(layout.indices.shape[0], device=places.device)
+    return inverse.index_select(0, places)
