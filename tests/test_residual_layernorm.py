@@ -196,8 +196,9 @@ def test_not_contiguous(backend):
     assert torch.equal(strided, packed)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "p"), [(b, 0.1) for b in BACKENDS] + [pytest.param(b, 0.0, marks=pytest.mark.slow) for b in BACKENDS]
+)
 def test_opcheck(backend, p):
     inputs = make_inputs(5, 32, DTYPES["fp32"])
     keys = make_keys(5)
