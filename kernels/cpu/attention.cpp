@@ -255,6 +255,7 @@ int backward(const T* grad_out, const T* qkv, const T* out, const float* lse, T*
                 }
                 product(queries, keys_padded, size, q, d_row, 1, k_transposed, s_row, scores, s_row, false);
                 product(queries, keys_padded, size, grad_o, d_row, 1, v_transposed, s_row, grad_s, s_row, false);
+                if (length == 1) delta[0] = grad_s[0] = 0.0f;  // constant softmax: no gradient, not even by rounding
                 for (int64_t i = 0; i < queries; i++) {
                     const int64_t at = first + i;
                     if (dropout.active()) {
