@@ -26,7 +26,7 @@ class OfflineError(RuntimeError):
     """The package index could not be reached, and the source distribution is not in the cache."""
 
 
-def tests_folder() -> pathlib.Path:
+def unpacked_tests() -> pathlib.Path:
     """The folder `tests/` of the source distribution of the installed transformers, downloaded where it is missing.
 
     Raises OfflineError where the package index cannot be reached, RuntimeError with pip's words where pip fails
@@ -60,7 +60,7 @@ def _download(archive: pathlib.Path) -> None:
 def import_module(name: str) -> types.ModuleType:
     """Import one module of the distribution's tests by its name there, e.g. "test_modeling_common"."""
     if PACKAGE not in sys.modules:
-        _make_package(PACKAGE, str(tests_folder()))
+        _make_package(PACKAGE, str(unpacked_tests()))
         for path, mixin in _STAND_INS.items():
             folder, module = path.split(".")
             _make_package(f"{PACKAGE}.{folder}")

@@ -5,7 +5,7 @@ Four to six minutes on two cores, after a download of 11 MB on the first run; se
 
 import pytest
 from compare import Outcome, defects, run
-from hf_distribution import OfflineError, tests_folder
+from hf_distribution import OfflineError, unpacked_tests
 
 
 def test_comparison_finds_defects():
@@ -22,7 +22,7 @@ def test_comparison_finds_defects():
 @pytest.mark.slow
 def test_passes_what_transformers_passes():
     try:
-        tests_folder()
+        unpacked_tests()
     except OfflineError as error:
         pytest.skip(str(error))
     theirs, _ = run("transformers")
