@@ -60,14 +60,19 @@ def has_threads() -> bool:
     return _torch_team() is not None
 
 
+def supported_instruction_sets() -> list[str]:
+    """The instruction sets of this CPU that the library has code for, from the plainest to the best."""
+    found = _library().bert_fast_instruction_sets()
+    return [name for i, name in enumerate(INSTRUCTION_SETS) if found >> i & 1]
+
+
 @functools.cache
 def instruction_set() -> str:
     """The instruction set whose code runs: the best this CPU has, or the one in ``BERT_FAST_CPU_ISA``.
 
     Raises ValueError where that names none, or one that the CPU or the build lacks; OSError without a library.
     """
-    found = _library().bert_fast_instruction_sets()
-    supported = [name for i, name in enumerate(INSTRUCTION_SETS) if found >> i & 1]
+    supported = supported_instruction_sets()
     forced = os.environ.get("BERT_FAST_CPU_ISA")
     if not forced:
         return supported[-1]

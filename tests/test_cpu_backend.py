@@ -1,0 +1,198 @@
+"""The C++ operators' library: each instruction set this CPU has, threads, dropout's bits, dtypes, alignment."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parity import assert_near_truth
+
+from bert_fast import random, reference
+from bert_fast.kernels import cpu
+
+pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"no C++ operators: {cpu.why_unavailable()}")
+
+HERE = Path(__file__).parent
+SUPPORTED = cpu.supported_instruction_sets() if cpu.why_unavailable() is None else []
+LENGTHS = [130, 0, 1, 67, 5]
+
+
+def operators():
+    from bert_fast.kernels.cpu import attention, bias_gelu
+
+    return attention, bias_gelu
+
+
+def attention_case(dtype=torch.float32, heads=3, size=24, p=0.1, tail=2):
+    cu_seqlens = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0).int()
+    tokens = sum(LENGTHS) + tail
+    qkv = torch.randn(tokens, 3, heads, size).to(dtype)
+    grad_out = torch.randn(tokens, heads * size).to(dtype)
+    keys = random.row_keys(cu_seqlens, tokens), torch.randint(-(2**63), 2**63 - 1, (1,))
+    return qkv, grad_out, (cu_seqlens, max(LENGTHS), *keys, size**-0.5, p, 5)
+
+
+def run_everything(dtype):
+    """Every result of both directions of attention and bias_gelu on fresh inputs, with the inputs."""
+    attention, bias_gelu = operators()
+    qkv, grad_out, arguments = attention_case(dtype)
+    out, lse = attention.attention_fwd(qkv, *arguments)
+    grad_qkv = attention.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    x, bias, grad = torch.randn(333, 77).to(dtype), torch.randn(77).to(dtype), torch.randn(333, 77).to(dtype)
+    gelu = bias_gelu.bias_gelu_fwd(x, bias)
+    inputs = (qkv, grad_out, arguments, x, bias, grad)
+    return inputs, (out, lse, grad_qkv, gelu, *bias_gelu.bias_gelu_bwd(grad, x, bias))
+
+
+def reference_results(inputs, convert):
+    qkv, grad_out, arguments, x, bias, grad = inputs
+    qkv, grad_out, x, bias, grad = (convert(t) for t in (qkv, grad_out, x, bias, grad))
+    out, lse = reference.attention_fwd(qkv, *arguments)
+    grad_qkv = reference.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    return out, lse, grad_qkv, reference.bias_gelu_fwd(x, bias), *reference.bias_gelu_bwd(grad, x, bias)
+
+
+def check_operators(expected_set: str) -> None:
+    """Run in a process of its own, with BERT_FAST_CPU_ISA set: values, and the same bits at 1, 2 and 7 threads."""
+    assert cpu.instruction_set() == expected_set
+    names = ("out", "lse", "grad_qkv", "gelu", "grad_x", "grad_bias")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        results = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            torch.manual_seed(3)
+            inputs, outputs = run_everything(dtype)
+            results.append(outputs)
+        same, truth = (reference_results(inputs, f) for f in (lambda t: t, lambda t: t.double()))
+        for i, name in enumerate(names):
+            assert_near_truth(f"{name} ({dtype})", results[0][i], same[i], truth[i], factor=2.0, floor=4.0)
+            assert all(torch.equal(results[0][i], r[i]) for r in results), f"{name}: bits depend on the threads"
+    rows = torch.randint(0, 2**62, (5,))
+    check_masks(rows)
+
+
+def check_masks(row_key) -> None:
+    """Hidden and attention masks of an odd and an even number of 64-element blocks, bit for bit."""
+    draw = cpu.function("dropout_mask", "pppllllli")
+    key = torch.randint(-(2**63), 2**63 - 1, (1,))
+    for blocks in (1, 2, 5):
+        for p in (0.0, 0.1, 0.5, 1.0):
+            for head in (-1, 0, 11):
+                words = torch.empty(row_key.numel(), blocks, dtype=torch.int64)
+                threshold = random.dropout_threshold(p)
+                draw(row_key, key, words, row_key.numel(), blocks, 21, head, threshold, 1)
+                bits = (words[..., None] >> torch.arange(64) & 1).bool().flatten(1)
+                if head < 0:
+                    expected = random.hidden_keep_mask(key, row_key, 64 * blocks, p, 21)
+                else:
+                    expected = random.attention_keep_mask(key, row_key, head + 1, 64 * blocks, p, 21)[head]
+                assert torch.equal(bits, expected), f"blocks {blocks}, p {p}, head {head}"
+
+
+def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_instruction_set(name):
+    """Every instruction set that this CPU has computes what the reference does, at any number of threads."""
+    code = f"import test_cpu_backend as t; t.check_operators({name!r})"
+    result = in_process(code, BERT_FAST_CPU_ISA=name)
+    assert result.returncode == 0, result.stderr
+
+
+def test_instruction_set_that_is_not_there():
+    code = "from bert_fast.kernels import cpu; print(cpu.why_unavailable())"
+    assert "avx1024" in in_process(code, BERT_FAST_CPU_ISA="avx1024").stdout
+    missing = [name for name in cpu.INSTRUCTION_SETS if name not in SUPPORTED]
+    if missing:
+        said = in_process(code, BERT_FAST_CPU_ISA=missing[0]).stdout
+        assert f"asks for {missing[0]}" in said
+        assert SUPPORTED[-1] in said
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_one_openmp_runtime_and_torch_threads():
+    """No second OpenMP runtime is mapped, and exactly torch.get_num_threads() threads work."""
+    code = """if True:
+        import os, re, torch
+        import test_cpu_backend as t
+        torch.set_num_threads(1)
+        before = len(os.listdir("/proc/self/task"))
+        t.run_everything(torch.float32)
+        one = len(os.listdir("/proc/self/task"))
+        torch.set_num_threads(3)
+        t.operators()[0].attention_fwd(*(lambda qkv, _, a: (qkv, *a))(*t.attention_case()))
+        three = len(os.listdir("/proc/self/task"))
+        maps = open("/proc/self/maps").read()
+        print(one - before, three - one, len(set(re.findall(r"\\S*/lib(?:gomp|omp|iomp5)[-.\\w]*", maps))))
+    """
+    result = in_process(code, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["0", "2", "1"], "new threads at 1, at 3, OpenMP runtimes: " + result.stdout
+
+
+def test_library_needs_nothing_but_c():
+    """No symbol of torch, Python, OpenMP or the C++ runtime: that is why one build serves every version."""
+    text = cpu.LIBRARY.read_bytes()
+    assert not re.search(rb"\b(GOMP_|__kmpc_|_ZNSt|_ZSt|PyObject_|_ZN2at|_ZN3c10)", text)
+
+
+def test_float64_is_the_reference():
+    attention, bias_gelu = operators()
+    qkv, grad_out, arguments = attention_case(torch.float64)
+    out, lse = attention.attention_fwd(qkv, *arguments)
+    expected, expected_lse = reference.attention_fwd(qkv, *arguments)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    grad = attention.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    assert torch.equal(grad, reference.attention_bwd(grad_out, qkv, out, lse, *arguments))
+    x, bias = torch.randn(4, 5).double(), torch.randn(5).double()
+    assert torch.equal(bias_gelu.bias_gelu_fwd(x, bias), reference.bias_gelu_fwd(x, bias))
+    for ours, theirs in zip(
+        bias_gelu.bias_gelu_bwd(x, x, bias), reference.bias_gelu_bwd(x, x, bias), strict=True
+    ):  # fmt: skip
+        assert torch.equal(ours, theirs)
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy that starts one element into its memory."""
+    moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    return moved.copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_unaligned_data_give_the_same_bits(dtype):
+    attention, bias_gelu = operators()
+    qkv, grad_out, arguments = attention_case(dtype)
+    out, lse = attention.attention_fwd(qkv, *arguments)
+    again, lse_again = attention.attention_fwd(shifted(qkv), *arguments)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+    grad = attention.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    moved = (shifted(t) for t in (grad_out, qkv, out, lse))
+    assert torch.equal(grad, attention.attention_bwd(*moved, *arguments))
+    x, bias = torch.randn(70, 33).to(dtype), torch.randn(33)
+    assert torch.equal(bias_gelu.bias_gelu_fwd(x, bias), bias_gelu.bias_gelu_fwd(shifted(x), shifted(bias)))
+
+
+def test_stored_formats_round_as_torch_does():
+    """Every bfloat16 and float16 through GELU, specials and subnormals included; of large values it is the identity."""
+    _, bias_gelu = operators()
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        zero = torch.zeros(1, dtype=torch.float32)
+        large = every[every > 8][:, None].contiguous()
+        assert torch.equal(bias_gelu.bias_gelu_fwd(large, zero), large)
+        finite = every[every.isfinite()][:, None].contiguous()
+        ours = bias_gelu.bias_gelu_fwd(finite, zero).float()
+        exact = finite.double()  # torch's own gelu cancels in the negative tail, even in float64
+        truth = (0.5 * exact * torch.erfc(-exact * 0.5**0.5)).to(dtype).float()
+        info = torch.finfo(dtype)
+        unit = truth.abs() * info.eps + info.smallest_normal * info.eps + 2.0**-120  # Phi below 2^-126 is 0
+        assert ((ours - truth).abs() <= unit).all(), "further than one unit in the last place from the truth"
+        assert bias_gelu.bias_gelu_fwd(every[every.isnan()][:, None].contiguous(), zero).isnan().all()
