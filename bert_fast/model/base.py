@@ -128,6 +128,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             pooler_output=pooled,
             hidden_states=_selected(hidden_states, wants["output_hidden_states"]),
             attentions=None if attentions is None else tuple(attentions),
+            cross_attentions=None if attentions is None else (),  # as transformers has it
         )
 
     def _checked_source(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -173,10 +174,10 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if explicit and not layout.explicit:
             layout.explicit = True
             if cu_seqlens is not None:
-                allowed = packing.same_sequence(layout)
-            else:
-                allowed = (packing.unpack(layout, torch.ones_like(layout.row_key)) != 0)[:, None, None, :]
-            layout.bias = packing.attention_bias(allowed, torch.float32)
+                layout.bias = packing.attention_bias(packing.same_sequence(layout), torch.float32)
+            elif layout.indices is not None:
+                allowed = packing.unpack(layout, torch.ones_like(layout.row_key)) != 0
+                layout.bias = packing.attention_bias(allowed[:, None, None, :], torch.float32)
         return layout
 
     def _packed(self, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor, samples, kwargs: dict) -> Layout:
@@ -224,8 +225,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if layers.dropout_p(self.embeddings.dropout) > 0:
             return True
         return any(
-            (layer.attention.self.training
-            and getattr(layer.attention.self.dropout, "p", 0.0) > 0)
+            (layer.attention.self.training and getattr(layer.attention.self.dropout, "p", 0.0) > 0)
             or layers.dropout_p(layer.attention.output.dropout) > 0
             or layers.dropout_p(layer.output.dropout) > 0
             for layer in self.encoder.layer
@@ -234,7 +234,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _first(self, x: Tensor, layout: Layout) -> Tensor:
         if layout.first is not None:
             return x.index_select(0, layout.first)
-        return x.view(layout.batch, layout.length, -1)[:, 0]
+        return x.view(layout.batch, layout.length, x.shape[1])[:, 0]
 
 
 def _bias_of(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:

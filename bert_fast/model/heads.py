@@ -154,7 +154,7 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
         return_logits: bool | None = None,
         **kwargs,
     ) -> tuple[Tensor, ...] | MaskedLMOutput:
-        """As transformers'; ``masked_positions``, ``masked_labels`` and ``num_items_in_batch`` as BertForPreTraining."""
+        """As transformers'; masked_positions, masked_labels and num_items_in_batch as in BertForPreTraining."""
         rows = Rows(read=_labelled(labels, input_ids if input_ids is not None else inputs_embeds))
         outputs = self.bert(
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,

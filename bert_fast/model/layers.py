@@ -148,10 +148,13 @@ def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, wher
     _, _, heads, size = qkv.shape
     dense = packing.unpack(layout, qkv)  # (B, S, 3, A, D)
     total = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    # transformers' weights are float32 under autocast where softmax is (CUDA) or where a float32 mask was added
+    autocast = torch.is_autocast_enabled(qkv.device.type)
+    shown = total if autocast and (qkv.is_cuda or layout.bias is not None) else qkv.dtype
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, v = dense.to(total).permute(2, 0, 3, 1, 4)  # each (B, A, S, D)
         scores = scale * (q @ k.transpose(2, 3))
-        weights = torch.softmax(scores + layout.bias.to(total), dim=-1)
+        weights = torch.softmax(scores if layout.bias is None else scores + layout.bias.to(total), dim=-1)
         if p:
             row_key = packing.unpack(layout, layout.row_key)  # (B, S)
             keep = random.attention_keep_mask(layout.rng_key, row_key.flatten(), heads, layout.length, p, where)
@@ -162,7 +165,7 @@ def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, wher
             weights = torch.where(keep, weights * random.dropout_scale(p), 0.0)
         if layout.indices is not None:  # queries that are not attended are no rows; their weights are 0
             weights = weights * (packing.unpack(layout, torch.ones_like(layout.row_key)) != 0)[:, None, :, None]
-        weights = weights.to(qkv.dtype)
+        weights = weights.to(shown)
         out = (weights.to(total) @ v).transpose(1, 2).reshape(layout.batch, layout.length, heads * size)
     return packing.pack(layout, out.to(qkv.dtype)), weights
 

