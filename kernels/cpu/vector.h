@@ -135,7 +135,7 @@ BERT_FAST_INLINE void store(float16* p, vfloat x) {
 BERT_FAST_INLINE vfloat load(const float16* p) {
     const vuint half = __builtin_convertvector(load_bits<vhalfword>(p), vuint);
     const vuint magnitude = (half & 0x7fffu) << 13;
-    const vuint special = reinterpret_cast<vuint>(magnitude >= broadcast(0x0f800000u)) & 0x70000000u;
+    const vuint special = reinterpret_cast<vuint>(magnitude >= broadcast(0x0f800000u)) & 0x7f800000u;
     const vfloat scaled = as_float(magnitude) * broadcast(0x1p112f);
     return as_float(as_uint(scaled) | special | ((half & 0x8000u) << 16));
 }
