@@ -11,8 +11,9 @@ Saved for the backward: qkv, out, lse (A, T) float32; M is drawn again (bert_fas
 The forward runs down the keys with a running maximum and sum (online softmax). The backward is two kernels,
 each of which owns what it writes, so nothing is added atomically and the same inputs give the same bits:
 `dq` (a block of queries runs down the keys; it also makes rowsum(dO * out), once) and then `dkv` (a block of
-keys runs down the queries). `dkv` holds its tiles transposed, so that P^T and dS^T are already where the
-products dV and dK want them. The factor 1/keep of M is applied once, to sums: dS = (P * (K dP' - keep delta)) /
+keys runs down the queries). Both hold
+scores as (queries, keys), the one orientation in which a thread of a tensor core's tile owns whole Philox calls.
+The factor 1/keep of M is applied once, to sums: dS = (P * (K dP' - keep delta)) /
 keep, with K in {0, 1} and dP' = dO v^T. Exponentials are powers of two, log2(e) is folded into the scale.
 
 Per head and sequence, in elements of e bytes, without tile padding:
@@ -278,10 +279,10 @@ def _attention_bwd_dkv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of keys of one sequence, head): dk and dv. Tiles of scores are transposed: (keys, queries).
+    """Program (block of keys of one sequence, head): dk and dv.
 
     No bounds on scores: a query past the end has dO = 0 and delta = 0, so it adds nothing; a key past the end
-    is a row of its own that is not stored.
+    is a column of its own, whose row of dk and dv is not stored.
     """
     block, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks)
     head = tl.program_id(1)
