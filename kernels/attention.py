@@ -19,7 +19,7 @@ keep, with K in {0, 1} and dP' = dO v^T. Exponentials are powers of two, log2(e)
 Per head and sequence, in elements of e bytes, without tile padding:
     forward   4 S^2 D FLOPs;   bytes S (4 D e + 4): q, k, v read and out written, lse written
     backward  14 S^2 D FLOPs (10 S^2 D, if both kernels shared scores and dP);
-              bytes S (12 D e + 20): q, k, v, dO read twice, out read, dq, dk, dv written, lse and delta
+              bytes S (12 D e + 16): q, k, v, dO read twice, out read, dq, dk, dv written, lse and delta
 K and V of one head and sequence (64 KiB each at S = 512, D = 64, 16 bit) are read again by each query block;
 the blocks of a head and sequence are neighbours in the grid, so those reads are served by the L2 cache.
 
