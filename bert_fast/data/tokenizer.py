@@ -1,0 +1,151 @@
+"""BERT's WordPiece tokenizer: trained with `tokenizers`, saved as `transformers` loads it, loaded from any form."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class SpecialIds(NamedTuple):
+    """Ids that samples and batches need."""
+
+    pad: int
+    unk: int
+    cls: int
+    sep: int
+    mask: int
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 30522, *, lowercase: bool = True, min_frequency: int = 2
+) -> Tokenizer:
+    """A WordPiece tokenizer of at most ``vocab_size`` pieces, five special tokens first, trained on ``texts``.
+
+    Text is treated as BERT does: control characters removed, CJK characters apart, with ``lowercase`` also
+    lower-cased and stripped of accents; split at white space and punctuation. Raises ValueError where the
+    vocabulary cannot hold the special tokens or the texts hold no word.
+    """
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise ValueError(f"vocab_size {vocab_size} leaves no room beside the {len(SPECIAL_TOKENS)} special tokens")
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
+    _as_bert(tokenizer, lowercase)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(SPECIAL_TOKENS),
+        limit_alphabet=min(1000, max(1, vocab_size // 4)),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() == len(SPECIAL_TOKENS):
+        raise ValueError("the texts hold no word to train a tokenizer on")
+    _add_template(tokenizer)
+    return tokenizer
+
+
+def _as_bert(tokenizer: Tokenizer, lowercase: bool) -> None:
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lowercase
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+
+
+def _add_template(tokenizer: Tokenizer) -> None:
+    ids = special_ids(tokenizer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", ids.cls), ("[SEP]", ids.sep)],
+    )
+
+
+def special_ids(tokenizer: Tokenizer) -> SpecialIds:
+    """The ids of the special tokens; raises ValueError naming those the vocabulary lacks."""
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    if missing := [token for token, number in ids.items() if number is None]:
+        raise ValueError(f"the vocabulary lacks {', '.join(missing)}, which pre-training needs: use a BERT vocabulary")
+    return SpecialIds(*ids.values())
+
+
+def continuation_table(tokenizer: Tokenizer) -> np.ndarray:
+    """bool (vocabulary,): True for the ids of pieces that continue a word (``##...``)."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    table = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
+    table[[number for token, number in vocabulary.items() if token.startswith("##") and len(token) > 2]] = True
+    return table
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int = 512) -> Path:
+    """Writes ``tokenizer.json``, ``vocab.txt`` (if ids have no gap) and ``tokenizer_config.json``; returns the folder.
+
+    ``transformers.BertTokenizerFast.from_pretrained(folder)`` gives the ids that ``tokenizer`` gives.
+    """
+    special_ids(tokenizer)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    if [number for _, number in vocabulary] == list(range(len(vocabulary))):
+        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in vocabulary), encoding="utf-8")
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    config = {
+        "tokenizer_class": "BertTokenizerFast",
+        "do_lower_case": bool(normalizer.get("lowercase", False)),
+        "strip_accents": normalizer.get("strip_accents"),
+        "tokenize_chinese_chars": bool(normalizer.get("handle_chinese_chars", True)),
+        "model_max_length": max_length,
+        **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> Tokenizer:
+    """A tokenizer from ``tokenizer.json``, ``vocab.txt`` or a folder that holds one of them.
+
+    A ``vocab.txt`` does not say whether it is cased: ``lowercase`` tells; None takes ``do_lower_case`` of a
+    ``tokenizer_config.json`` beside it, else upper-case letters in the vocabulary mean cased. Raises
+    FileNotFoundError where there is none, ValueError where the file is damaged or special tokens are missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path} holds neither tokenizer.json nor vocab.txt")
+        path = found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer at {path}")
+    if path.suffix == ".json":
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(f"{path} is not a tokenizer of the `tokenizers` library: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        special_ids(tokenizer)
+        return tokenizer
+    try:
+        pieces = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a vocabulary: not UTF-8 at byte {error.start}") from error
+    pieces = [piece.removesuffix("\r") for piece in (pieces[:-1] if pieces[-1] == "" else pieces)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    if len(vocabulary) != len(pieces):
+        raise ValueError(f"{path} is not a vocabulary: {len(pieces) - len(vocabulary)} lines repeat another")
+    config = path.with_name("tokenizer_config.json")
+    if lowercase is None and config.is_file():
+        lowercase = json.loads(config.read_text(encoding="utf-8")).get("do_lower_case")
+    if lowercase is None:
+        lowercase = not any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    special_ids(tokenizer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    _as_bert(tokenizer, lowercase)
+    _add_template(tokenizer)
+    return tokenizer
