@@ -233,7 +233,7 @@ def residual_layernorm_fwd(
     normalized, mean, rstd = _normalize(z, eps)
     out = normalized * _accumulate(weight) + _accumulate(ln_bias)
     dtype = x.dtype if residual is None else residual.dtype
-    return out.to(dtype), z.to(dtype), mean, rstd
+    return out.to(dtype), z.to(dtype, copy=z is x), mean, rstd  # an operator's output must not be its input
 
 
 def residual_layernorm_bwd(
