@@ -516,7 +516,6 @@ def test_any_attention_implementation_is_accepted():
     ours.set_attn_implementation("flash_attention_2")
 
 
-@pytest.mark.slow
 def test_compiles_in_one_graph_on_packed_input():
     _, ours = pair("BertForPreTraining", **DROPOUT)
     ours.train()
