@@ -4,8 +4,10 @@ import dataclasses
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops, packing, random
@@ -44,6 +46,17 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
         exchange.exchange(self)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
+        known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+        # a name with a slash is a kernel's on the Hub, one with | is another form of a known name
+        if (
+            attn_implementation is not None
+            and attn_implementation not in known
+            and not set("/|") & set(attn_implementation)
+        ):
+            raise ValueError(
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported. bert_fast has an attention '
+                f"of its own and accepts the names that transformers knows, though they change nothing: {known}"
+            )
         if attn_implementation not in (None, "eager", "sdpa"):
             logger.warning_once(
                 f"bert_fast has an attention of its own; attn_implementation={attn_implementation!r} is accepted "
@@ -74,7 +87,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         encoder_attention_mask: Tensor | None = None,
         past_key_values=None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | BaseModelOutputWithPoolingAndCrossAttentions:
         """As ``transformers.BertModel.forward``, without a decoder's arguments.
 

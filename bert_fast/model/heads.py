@@ -12,6 +12,8 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.models.bert import modeling_bert as hf
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops, packing
@@ -99,7 +101,7 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         return_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | hf.BertForPreTrainingOutput:
         """As transformers': the loss is the mean over labels (B, S) (-100: none) plus the mean over
         next_sentence_label (B,) (0: B follows A); of one alone, where only one is given.
@@ -152,7 +154,7 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
         encoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         return_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | MaskedLMOutput:
         """As transformers'; masked_positions, masked_labels and num_items_in_batch as in BertForPreTraining."""
         rows = Rows(read=_labelled(labels, input_ids if input_ids is not None else inputs_embeds))
@@ -182,7 +184,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentenceP
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | NextSentencePredictorOutput:
         """As transformers'."""
         outputs = self.bert(
@@ -210,7 +212,7 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | SequenceClassifierOutput:
         """As transformers'."""
         outputs = self.bert(
@@ -252,7 +254,7 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | MultipleChoiceModelOutput:
         """As transformers': inputs (B, choices, S), or embeds (B, choices, S, H); labels (B,)."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -285,7 +287,7 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | TokenClassifierOutput:
         """As transformers'; the classifier runs on attended tokens alone."""
         rows = Rows(read=_labelled(labels, input_ids if input_ids is not None else inputs_embeds))
@@ -316,7 +318,7 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | QuestionAnsweringModelOutput:
         """As transformers'. Its loss reads the scores of every position, padding too: such batches are not packed."""
         source = input_ids if input_ids is not None else inputs_embeds
