@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).with_name("libbert_fast_cpu.so")
+# BERT_FAST_CPU_LIBRARY names another build of the library, for one with sanitizers.
+LIBRARY = Path(os.environ.get("BERT_FAST_CPU_LIBRARY") or Path(__file__).with_name("libbert_fast_cpu.so"))
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16")  # in the order of bert_fast_instruction_sets()
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in kernels/cpu/vector.h
 
