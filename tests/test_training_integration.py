@@ -322,7 +322,8 @@ def test_two_processes_with_an_unused_next_sentence_head(how, tmp_path):
 # --- torch.compile, sentence-transformers ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_padded_training_step(backend):
     """Dropout on: a compiled step draws the same key and gives the eager step's loss and gradients."""
     _, ours = pair("BertForPreTraining", dropout=0.1)
