@@ -13,7 +13,9 @@ from bert_fast.data.lengths import draw_wikipedia_lengths, wikipedia_lengths
 from bert_fast.data.masking import masked_count
 from bert_fast.data.packing import Capacities, capacities, plan_batches
 from bert_fast.data.pairs import Corpus, plan_epoch
+from bert_fast.data.prepare import prepare
 from bert_fast.data.sentences import split_sentences
+from bert_fast.data.shards import open_corpus, read_manifest
 from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 
 __all__ = [
@@ -29,12 +31,15 @@ __all__ = [
     "expand_paths",
     "load_tokenizer",
     "masked_count",
+    "open_corpus",
     "pack_samples",
     "packed_loader",
     "pad_samples",
     "plan_batches",
     "plan_epoch",
+    "prepare",
     "read_documents",
+    "read_manifest",
     "save_tokenizer",
     "special_ids",
     "split_sentences",

@@ -1,7 +1,8 @@
-"""Which samples share a packed batch: bins of a fixed token budget, filled by best fit, decreasing."""
+"""Which samples share a packed batch: bins of a fixed token budget, filled in order and closed by the best fit."""
 
-from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -31,56 +32,54 @@ def capacities(tokens: int, max_length: int, sequences: int | None = None) -> Ca
 
 
 def plan_batches(
-    lengths: np.ndarray, order: Iterable[int], size: Capacities, *, nsp: bool = True, window: int = 32
+    lengths: np.ndarray, order: Iterable[int], size: Capacities, *, nsp: bool = True, pool: int = 4096
 ) -> list[np.ndarray]:
     """Deals samples into batches that fit ``size``; every sample of ``order`` is in exactly one.
 
-    Within ``window`` budgets' worth of samples of ``order`` (sample numbers, shuffled) the longest go first, each
-    into the fullest bin that still takes it; the bins keep the random order of their first samples. A sequence is
-    never cut or joined to another. Returns int64 arrays of sample numbers. ``lengths`` (samples,) counts special
-    tokens (3 with ``nsp``, else 2), which are not predicted.
+    A batch takes samples in the order given (sample numbers, shuffled) until the longest might not fit any more;
+    the rest of its budget goes to the longest that do fit among the next ``pool`` samples (at least four batches of
+    sequences). So batches stay mixed,
+    and hardly a token is wasted. A sequence is never cut or joined to another. Returns int64 arrays of sample
+    numbers. ``lengths`` (samples,) counts special tokens (3 with ``nsp``, else 2), which are not predicted.
+
+    Raises ValueError for a sample that is longer than the budget.
     """
     lengths = np.asarray(lengths)
     order = np.asarray(order)
-    if len(order) and lengths[order].max() > size.tokens:
+    if not len(order):
+        return []
+    longest = int(lengths[order].max())
+    if longest > size.tokens:
         worst = order[lengths[order].argmax()]
-        raise ValueError(f"sample {worst} has {lengths[worst]} tokens, more than the budget of {size.tokens}")
+        raise ValueError(f"sample {worst} has {longest} tokens, more than the budget of {size.tokens}")
     masked = masked_count(lengths - (3 if nsp else 2))
-    starts = np.searchsorted(np.cumsum(lengths[order]), np.arange(0, int(lengths[order].sum()), window * size.tokens))
+    pool = max(pool, 4 * size.sequences)
+    waiting: OrderedDict[int, None] = OrderedDict()  # the next samples, in order
+    by_length: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(longest + 1)]
+    incoming = iter(order.tolist())
     batches: list[np.ndarray] = []
-    open_bins: list[list[int]] = []  # carried over, so that only the last window of an epoch leaves bins half full
-    for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
-        batches_here, open_bins = _fill(order[begin:end], lengths, masked, size, open_bins)
-        batches += batches_here
-    return batches + [np.array(members) for members in open_bins]
-
-
-def _fill(samples, lengths, masked, size: Capacities, bins: list[list[int]]):
-    """Best fit decreasing of ``samples`` into open ``bins``; returns the full bins and the one to four emptiest."""
-    rank = {sample: place for place, sample in enumerate(samples)}
-    bins = [list(members) for members in bins]
-    free = [size.tokens - int(lengths[members].sum()) for members in bins]
-    room = [size.masked - int(masked[members].sum()) for members in bins]
-    by_free = sorted((space, number) for number, space in enumerate(free))
-    for sample in samples[np.argsort(-lengths[samples], kind="stable")]:
-        length, predicted = int(lengths[sample]), int(masked[sample])
-        place = bisect_left(by_free, (length, -1))
-        while place < len(by_free):
-            number = by_free[place][1]
-            if len(bins[number]) < size.sequences and room[number] >= predicted:
-                by_free.pop(place)
+    while True:
+        for sample in islice(incoming, pool - len(waiting)):
+            waiting[sample] = None
+            by_length[lengths[sample]][sample] = None
+        if not waiting:
+            return batches
+        members: list[int] = []
+        free, room = size.tokens, size.masked
+        while waiting and len(members) < size.sequences:
+            if free >= longest:
+                sample = next(iter(waiting))
+            else:
+                fitting = next((n for n in range(min(free, longest), 0, -1) if by_length[n]), None)
+                if fitting is None:
+                    break
+                sample = next(iter(by_length[fitting]))
+            if masked[sample] > room:
                 break
-            place += 1
-        else:
-            number = len(bins)
-            bins.append([])
-            free.append(size.tokens)
-            room.append(size.masked)
-        bins[number].append(int(sample))
-        free[number] -= length
-        room[number] -= predicted
-        insort(by_free, (free[number], number))
-    emptiest = {number for space, number in by_free[-4:] if space > size.tokens // 100}
-    full = [members for number, members in enumerate(bins) if number not in emptiest]
-    full.sort(key=lambda members: min(rank.get(sample, -1) for sample in members))
-    return [np.array(members) for members in full], [bins[number] for number in sorted(emptiest)]
+            del waiting[sample], by_length[lengths[sample]][sample]
+            members.append(sample)
+            free -= int(lengths[sample])
+            room -= int(masked[sample])
+        if not members:
+            raise ValueError(f"sample {sample} predicts {masked[sample]} tokens, more than the capacity {size.masked}")
+        batches.append(np.array(members))

@@ -1,0 +1,195 @@
+"""Token shards on disk: safetensors files, memory-mapped, with an index, checksums and a manifest.
+
+manifest.json        how the data were made, counts, and size and BLAKE2b of every shard
+sentence_ends.npy    int64 (sentences + 1,): token offset at which each sentence ends, after a leading 0
+documents.npy        int64 (documents, 2): first sentence and the one after the last, duplicates left out
+tokenizer/           the tokenizer
+shards/00000000.safetensors ...   tokens (uint16 or uint32), sentence_lengths and document_sentences (uint32),
+                     digests uint8 (documents, 16): BLAKE2b-128 of each document's text
+"""
+
+import bisect
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from bert_fast.data.pairs import Corpus
+
+DOCUMENTS_A_PASS = 1 << 23  # digests held in memory at a time while duplicates are looked for (16 bytes each)
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where shard ``number`` lies."""
+    return folder / "shards" / f"{number:08d}.safetensors"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes aside, flushes to the disk and renames: ``path`` is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray], counts: Counter) -> None:
+    """Writes one shard with its ``counts`` in the header."""
+    write_atomically(shard_path(folder, number), save(arrays, metadata={"counts": json.dumps(counts, sort_keys=True)}))
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file as read-only memory maps; ValueError naming a file cut short or damaged."""
+    kinds = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
+    try:
+        with safe_open(path, framework="np"):  # checks header and size
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"shard {path} is damaged or cut short ({error}): delete it and run prepare again") from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    maps = {}
+    for name, about in header.items():
+        kind, shape, begin = kinds[about["dtype"]], tuple(about["shape"]), 8 + size + about["data_offsets"][0]
+        empty = 0 in shape  # the system cannot map nothing
+        maps[name] = np.zeros(shape, kind) if empty else np.memmap(path, kind, "r", offset=begin, shape=shape)
+    return maps
+
+
+def shard_counts(path: Path) -> Counter:
+    """The counts in the header of a shard."""
+    with safe_open(path, framework="np") as file:
+        return Counter(json.loads(file.metadata()["counts"]))
+
+
+class ShardedTokens:
+    """The tokens of all shards as one array of which slices within a shard can be taken; opened when first used."""
+
+    def __init__(self, paths: list[Path], ends: list[int]):
+        self.paths, self.ends, self.maps = paths, ends, {}
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, which: slice) -> np.ndarray:
+        shard = bisect.bisect_right(self.ends, which.start)
+        if shard not in self.maps:
+            self.maps[shard] = map_tensors(self.paths[shard])["tokens"]
+        begin = self.ends[shard - 1] if shard else 0
+        return self.maps[shard][which.start - begin : which.stop - begin]
+
+    def __getstate__(self):  # memory maps would be pickled with all their data
+        return {**self.__dict__, "maps": {}}
+
+
+def finish(folder: Path, shards: int, made_by: dict) -> dict:
+    """Finds duplicates over all shards, writes index and manifest, and returns the manifest."""
+    paths = [shard_path(folder, number) for number in range(shards)]
+    counts: Counter = Counter()
+    entries = []
+    for path in paths:
+        maps = map_tensors(path)
+        counts += shard_counts(path)
+        with path.open("rb") as file:
+            checksum = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        sizes = {name: len(maps[key]) for name, key in (("tokens", "tokens"), ("sentences", "sentence_lengths"))}
+        sizes["documents"] = len(maps["document_sentences"])
+        entries.append({"file": path.name, "bytes": path.stat().st_size, "blake2b": checksum, **sizes})
+    total = Counter()
+    for entry in entries:
+        total.update({key: entry[key] for key in ("tokens", "sentences", "documents")})
+    if not total["documents"]:
+        raise ValueError(f"the corpus holds no usable document; counted: {dict(counts) or 'nothing'}")
+    keep = _first_of_each(paths, total["documents"])
+    aside = {name: folder / f".{name}.{os.getpid()}.npy" for name in ("sentence_ends", "documents")}
+    ends = np.lib.format.open_memmap(aside["sentence_ends"], "w+", np.int64, (total["sentences"] + 1,))
+    documents = np.lib.format.open_memmap(aside["documents"], "w+", np.int64, (int(keep.sum()), 2))
+    sentence = document = kept = 0
+    for path in paths:
+        maps = map_tensors(path)
+        lengths = maps["sentence_lengths"]
+        ends[sentence + 1 : sentence + 1 + len(lengths)] = ends[sentence] + np.cumsum(lengths, dtype=np.int64)
+        last = sentence + np.cumsum(maps["document_sentences"], dtype=np.int64)
+        first = np.concatenate([[sentence], last[:-1]]) if len(last) else last
+        bounds = np.stack([first, last], axis=1)[keep[document : document + len(last)]]
+        documents[kept : kept + len(bounds)] = bounds
+        sentence, document, kept = sentence + len(lengths), document + len(last), kept + len(bounds)
+    for name, array in (("sentence_ends", ends), ("documents", documents)):
+        array.flush()
+        os.replace(aside[name], folder / f"{name}.npy")
+    manifest = {
+        "made_by": made_by,
+        "documents": kept,
+        "duplicate_documents": total["documents"] - kept,
+        "sentences": total["sentences"],
+        "tokens": total["tokens"],
+        "counts": dict(sorted(counts.items())),
+        "shards": entries,
+    }
+    write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    return manifest
+
+
+def _first_of_each(paths: list[Path], total: int) -> np.ndarray:
+    """bool (total,): False for documents whose digest an earlier one has; passes over ranges of the first two bytes."""
+    keep = np.ones(total, dtype=bool)
+    passes = min(1 << 16, -(-total // DOCUMENTS_A_PASS))
+    for part in range(passes):
+        low, high = (65536 * part // passes, 65536 * (part + 1) // passes)
+        digests, numbers, start = [], [], 0
+        for path in paths:
+            found = map_tensors(path)["digests"]
+            lead = found[:, 0].astype(np.int64) * 256 + found[:, 1]
+            here = np.flatnonzero((lead >= low) & (lead < high))
+            digests.append(found[here])
+            numbers.append(start + here)
+            start += len(found)
+        words = np.ascontiguousarray(np.concatenate(digests)).view(np.uint64)
+        number = np.concatenate(numbers)
+        order = np.lexsort((number, words[:, 1], words[:, 0]))
+        same = (words[order][1:] == words[order][:-1]).all(axis=1)
+        keep[number[order[1:][same]]] = False
+    return keep
+
+
+def open_corpus(folder: str | Path, *, verify: bool = False) -> Corpus:
+    """The corpus that ``prepare`` wrote, memory-mapped; ``verify`` reads every shard and compares checksums.
+
+    Raises FileNotFoundError where there is no manifest (prepare has not finished) and ValueError naming a shard
+    whose size or checksum differs.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    paths = [folder / "shards" / entry["file"] for entry in manifest["shards"]]
+    for path, entry in zip(paths, manifest["shards"], strict=True):
+        size = path.stat().st_size if path.is_file() else 0
+        if size != entry["bytes"]:
+            raise ValueError(f"shard {path} has {size} bytes, the manifest says {entry['bytes']}: run prepare again")
+        if verify:
+            with path.open("rb") as file:
+                checksum = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            if checksum != entry["blake2b"]:
+                raise ValueError(f"shard {path} is damaged (checksum): delete it and run prepare again")
+    ends = np.cumsum([entry["tokens"] for entry in manifest["shards"]]).tolist()
+    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("sentence_ends", "documents"))
+    return Corpus(ShardedTokens(paths, ends), *arrays)
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """The manifest of prepared data; FileNotFoundError where prepare has not finished."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: prepare has not been run there, or not to its end")
+    return json.loads(path.read_text(encoding="utf-8"))
