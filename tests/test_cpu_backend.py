@@ -136,6 +136,22 @@ def test_one_openmp_runtime_and_torch_threads():
     assert result.stdout.split() == ["0", "2", "1"], "new threads at 1, at 3, OpenMP runtimes: " + result.stdout
 
 
+@pytest.mark.parametrize("length", [1, 49, 300])
+def test_more_threads_than_heads_give_the_same_bits(length):
+    """One sequence and one head: the forward's queries are shared out."""
+    attention, _ = operators()
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+    qkv, keys = torch.randn(length, 3, 1, 40), (random.row_keys(cu_seqlens, length), torch.tensor([77]))
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5, 16):
+        torch.set_num_threads(threads)
+        results.append(attention.attention_fwd(qkv, cu_seqlens, length, *keys, 0.2, 0.1, 3))
+    torch.set_num_threads(before)
+    for out, lse in results:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
 def test_library_needs_nothing_but_c():
     """No symbol of torch, Python, OpenMP or the C++ runtime: that is why one build serves every version."""
     text = cpu.LIBRARY.read_bytes()

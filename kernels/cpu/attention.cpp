@@ -121,14 +121,21 @@ int forward(const T* qkv, T* out, float* lse, const Shape& shape, float scale, c
     const int64_t d_row = padded_stride(size), s_row = padded_stride(most), words = (most + 63) / 64;
     const int64_t d_padded = round_up(size, TILE_COLUMNS);
     const size_t floats = most * d_row + size * s_row + QUERY_BLOCK * (2 * d_row + s_row);
-    if (threads > shape.sequences * shape.heads) threads = static_cast<int>(shape.sequences * shape.heads);
+    // Threads beyond the (sequence, head) pairs share a pair's queries; each copies the keys and values for itself.
+    const int64_t pairs = shape.sequences * shape.heads;
+    const int64_t parts = pairs > 0 && threads > pairs ? (threads + pairs - 1) / pairs : 1;
+    if (threads > pairs * parts) threads = static_cast<int>(pairs * parts);
     const Scratch scratch(threads, floats * sizeof(float) + words * sizeof(uint64_t));
     if (!scratch.ok()) return NO_MEMORY;
 
-    parallel(threads, shape.sequences * shape.heads, [&](int64_t item, int worker) {
-        const int64_t sequence = item / shape.heads, head = item % shape.heads;
+    parallel(threads, pairs * parts, [&](int64_t item, int worker) {
+        const int64_t pair = item / parts, part = item % parts;
+        const int64_t sequence = pair / shape.heads, head = pair % shape.heads;
         const int64_t start = shape.cu_seqlens[sequence], keys = shape.cu_seqlens[sequence + 1] - start;
-        if (keys == 0) return;
+        const int64_t blocks = (keys + QUERY_BLOCK - 1) / QUERY_BLOCK;
+        const int64_t first_query = blocks * part / parts * QUERY_BLOCK;
+        const int64_t last_query = smaller(keys, blocks * (part + 1) / parts * QUERY_BLOCK);
+        if (first_query >= last_query) return;
         uint64_t* mask = scratch.of<uint64_t>(worker);
         float* v = reinterpret_cast<float*>(mask + words);
         float* k_transposed = v + most * d_row;
@@ -143,8 +150,8 @@ int forward(const T* qkv, T* out, float* lse, const Shape& shape, float scale, c
         transpose(k_transposed, s_row, v, d_row, keys, size);
         copy_rows(v, d_row, v_in, shape.token_stride(), keys, size, 1.0f);
 
-        for (int64_t first = 0; first < keys; first += QUERY_BLOCK) {
-            const int64_t queries = smaller(QUERY_BLOCK, keys - first);
+        for (int64_t first = first_query; first < last_query; first += QUERY_BLOCK) {
+            const int64_t queries = smaller(QUERY_BLOCK, last_query - first);
             copy_rows(q, d_row, q_in + first * shape.token_stride(), shape.token_stride(), queries, size, scale);
             for (int64_t i = first + queries; i < smaller(keys, first + 2 * QUERY_BLOCK); i++)
                 prefetch_row(q_in + i * shape.token_stride(), size);
