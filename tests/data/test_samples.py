@@ -1,0 +1,242 @@
+"""Pairs, masks and batches: distributions on a real corpus, purity, and packed against padded."""
+
+import math
+
+import numpy as np
+import pytest
+
+from bert_fast.data import (
+    Corpus,
+    PackedBatches,
+    PretrainingCollator,
+    PretrainingDataset,
+    capacities,
+    draw_wikipedia_lengths,
+    masked_count,
+    pack_samples,
+    packed_loader,
+    plan_batches,
+)
+from bert_fast.data.pairs import permutation, truncated_lengths
+
+EPOCHS = 4
+
+
+def assert_fits(observed, probabilities):
+    """Chi-squared: the statistic of ``observed`` is not beyond five standard deviations of its distribution."""
+    observed, probabilities = np.asarray(observed, float), np.asarray(probabilities, float)
+    expected = observed.sum() * probabilities / probabilities.sum()
+    assert expected.min() >= 5
+    freedom = len(observed) - 1
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    # Wilson and Hilferty: the cube root of chi-squared / k is nearly normal
+    deviation = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    assert deviation < 5, f"chi-squared {statistic:.1f} at {freedom} degrees of freedom"
+
+
+@pytest.fixture(scope="module")
+def dataset(corpus, tokenizer):
+    return PretrainingDataset(corpus, tokenizer, max_length=128, seed=7)
+
+
+@pytest.fixture(scope="module")
+def samples(dataset):
+    """(plan, samples) of several epochs."""
+    out = []
+    for epoch in range(EPOCHS):
+        dataset.set_epoch(epoch)
+        out.append((dataset.plan, [dataset[i] for i in range(len(dataset))]))
+    dataset.set_epoch(0)
+    return out
+
+
+def restored(sample):
+    ids = sample.input_ids.copy()
+    ids[sample.masked_positions] = sample.masked_labels
+    return ids
+
+
+def test_pairs(samples, corpus, dataset):
+    ends = corpus.sentence_ends
+    labels, others = [], []
+    for plan, drawn in samples:
+        labels += plan.label.tolist()
+        no = plan.label == 1
+        assert (plan.b_document[no] != plan.document[no]).all()
+        assert (plan.b_document[~no] == plan.document[~no]).all()
+        assert (plan.b_start[~no] == plan.a_end[~no]).all()
+        assert (plan.a_start < plan.a_end).all()
+        assert (plan.b_start < plan.b_end).all()
+        for document, start, end in (
+            (plan.document, plan.a_start, plan.a_end),
+            (plan.b_document, plan.b_start, plan.b_end),
+        ):
+            assert (corpus.documents[document, 0] <= start).all()
+            assert (end <= corpus.documents[document, 1]).all()
+        others.append(plan.b_document[no])
+        for i, sample in enumerate(drawn):
+            ids = restored(sample)
+            assert len(ids) == plan.length[i] <= 128
+            seps = np.flatnonzero(ids == dataset.special.sep)
+            assert ids[0] == dataset.special.cls
+            assert len(seps) == 2
+            assert seps[1] == len(ids) - 1
+            assert (sample.token_type_ids == (np.arange(len(ids)) > seps[0])).all()
+            for text, start, end in (
+                (ids[1 : seps[0]], plan.a_start, plan.a_end),
+                (ids[seps[0] + 1 : -1], plan.b_start, plan.b_end),
+            ):
+                source = corpus.tokens[ends[start[i]] : ends[end[i]]].astype(np.uint16).tobytes()
+                assert len(text)
+                assert text.astype(np.uint16).tobytes() in source
+    assert_fits(np.bincount(labels), [0.5, 0.5])
+    # another document is drawn evenly; the few that A comes from most are drawn a little less
+    assert len(np.unique(np.concatenate(others))) > 0.9 * len(corpus.documents)
+
+
+def test_masks(samples, dataset, tokenizer):
+    cases, replaced, where = np.zeros(3), [], []
+    for _, drawn in samples:
+        for sample in drawn:
+            n = len(sample.input_ids) - 3
+            k = len(sample.masked_positions)
+            assert k == max(1, round(0.15 * n)) == masked_count(n)
+            assert (np.diff(sample.masked_positions) > 0).all()
+            ids = restored(sample)
+            assert not np.isin(ids[sample.masked_positions], [dataset.special.cls, dataset.special.sep]).any()
+            seen = sample.input_ids[sample.masked_positions]
+            mask = seen == dataset.special.mask
+            kept = seen == sample.masked_labels
+            cases += [mask.sum(), (~mask & ~kept).sum(), kept.sum()]
+            replaced.append(seen[~mask & ~kept])
+            if n >= 50:
+                real = np.setdiff1d(
+                    np.arange(len(ids)), np.flatnonzero(np.isin(ids, [dataset.special.cls, dataset.special.sep]))
+                )
+                where.append(np.searchsorted(real, sample.masked_positions) / n)
+    v = dataset.vocab_size
+    assert_fits(cases, [0.8 + 0.1 / v, 0.1 * (1 - 2 / v), 0.1 + 0.1 / v])
+    assert_fits(np.bincount(np.concatenate(replaced) * 30 // v, minlength=30), np.ones(30))
+    counts = np.histogram(np.concatenate(where), bins=5, range=(0, 1))[0]
+    assert np.abs(counts / counts.sum() - 0.2).max() < 0.01
+
+
+def test_pure_in_seed_epoch_index(corpus, tokenizer, samples):
+    again = PretrainingDataset(corpus, tokenizer, max_length=128, seed=7)
+    again.set_epoch(2)
+    for i in (len(again) - 1, 5, 0):  # in any order
+        for ours, before in zip(again[i], samples[2][1][i], strict=True):
+            np.testing.assert_array_equal(ours, before)
+    first, second = samples[0][1], samples[1][1]
+    assert any(len(a.input_ids) != len(b.input_ids) for a, b in zip(first, second, strict=False))
+    other = PretrainingDataset(corpus, tokenizer, max_length=128, seed=8)
+    assert not np.array_equal(other.plan.label[:64], samples[0][0].label[:64])
+    order = permutation(1000, seed=1, epoch=0)
+    assert sorted(order) == list(range(1000))
+    assert not np.array_equal(order, permutation(1000, seed=1, epoch=1))
+
+
+def test_whole_words(corpus, tokenizer):
+    dataset = PretrainingDataset(corpus, tokenizer, max_length=64, whole_word=True)
+    cases = np.zeros(3)
+    total = wanted = 0
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        ids, chosen = restored(sample), set(sample.masked_positions.tolist())
+        total, wanted = total + len(chosen), wanted + int(masked_count(len(ids) - 3))
+        assert len(chosen) <= masked_count(len(ids) - 3)
+        for p in range(2, len(ids) - 1):
+            before_is_special = ids[p - 1] in (dataset.special.cls, dataset.special.sep)
+            if dataset.continues[ids[p]] and not before_is_special:
+                assert (p in chosen) == (p - 1 in chosen)
+        seen = sample.input_ids[sample.masked_positions]
+        mask, kept = seen == dataset.special.mask, seen == sample.masked_labels
+        cases += [mask.sum(), (~mask & ~kept).sum(), kept.sum()]
+    assert total > 0.97 * wanted
+    assert_fits(cases, [0.8, 0.1, 0.1])
+
+
+def test_without_nsp_every_sentence_is_used_once(corpus, tokenizer):
+    dataset = PretrainingDataset(corpus, tokenizer, max_length=64, nsp=False)
+    plan = dataset.plan
+    used = np.zeros(len(corpus.sentence_ends) - 1, int)
+    for start, end in zip(plan.a_start, plan.a_end, strict=True):
+        used[start:end] += 1
+    assert (used == 1).all()
+    sample = dataset[3]
+    assert sample.next_sentence_label == -100
+    assert not sample.token_type_ids.any()
+    assert "next_sentence_label" not in PretrainingCollator(tokenizer)([sample])
+
+
+def test_truncation_token_by_token():
+    for a in range(1, 12):
+        for b in range(1, 12):
+            for capacity in range(2, 14):
+                x, y = a, b
+                while x + y > capacity:
+                    x, y = (x - 1, y) if x > y else (x, y - 1)
+                assert truncated_lengths(a, b, capacity) == (x, y)
+
+
+def test_packing_wastes_under_one_percent():
+    lengths = draw_wikipedia_lengths(20_000, seed=3)
+    for budget in (4096, 16384):
+        size = capacities(budget, 512)
+        order = permutation(len(lengths), seed=0, epoch=0)
+        bins = plan_batches(lengths, order, size)
+        assert sorted(np.concatenate(bins)) == list(range(len(lengths)))
+        for members in bins:
+            assert lengths[members].sum() <= size.tokens
+            assert len(members) <= size.sequences
+            assert masked_count(lengths[members] - 3).sum() <= size.masked
+        assert 1 - lengths.sum() / (len(bins) * budget) < 0.01
+    with pytest.raises(ValueError, match="budget"):
+        plan_batches(np.array([9, 99]), [0, 1], capacities(50, 50))
+
+
+def test_packed_equals_padded(dataset, tokenizer):
+    size = capacities(1024, 128)
+    chosen = [dataset[i] for i in (3, 0, 8, 5)]
+    padded = PretrainingCollator(tokenizer)(chosen)
+    packed = pack_samples(chosen, size, pad_id=dataset.special.pad)
+    real = padded["attention_mask"].bool()
+    lengths = padded["attention_mask"].sum(1)
+    total = int(lengths.sum())
+    for name in ("input_ids", "token_type_ids"):
+        assert (packed[name][0, :total] == padded[name][real]).all()
+    assert (packed["position_ids"][0, :total] == real.cumsum(1)[real] - 1).all()
+    assert packed["cu_seq_lens_q"].tolist() == [0, *lengths.cumsum(0).tolist()] + [total] * (size.sequences - 4)
+    assert packed["max_length_q"] == int(lengths.max())
+    labels = np.full(size.tokens, -100)
+    k = int((packed["masked_labels"] != -100).sum())
+    labels[packed["masked_positions"][:k]] = packed["masked_labels"][:k]
+    assert (labels[:total] == padded["labels"][real].numpy()).all()
+    assert k == int((padded["labels"] != -100).sum())
+    assert (packed["masked_labels"][k:] == -100).all()
+    assert packed["cls_positions"][:4].tolist() == packed["cu_seq_lens_q"][:4].tolist()
+    assert packed["next_sentence_label"].tolist() == padded["next_sentence_label"].tolist() + [-100] * (
+        size.sequences - 4
+    )
+    assert packed["sample_ids"][:4].tolist() == [3, 0, 8, 5]
+    with pytest.raises(ValueError, match="do not fit"):
+        pack_samples(chosen * 20, size, pad_id=0)
+
+
+def test_loader_gives_the_same_with_workers(dataset):
+    batches = PackedBatches(dataset, capacities(4096, 128))
+    assert sorted(np.concatenate(batches.bins)) == list(range(len(dataset)))
+    for made, direct in zip(
+        packed_loader(batches, batch_indices=[4, 1], workers=1), (batches[4], batches[1]), strict=True
+    ):
+        assert all((np.asarray(made[name]) == np.asarray(direct[name])).all() for name in direct)
+
+
+def test_bad_corpora(corpus, tokenizer):
+    with pytest.raises(ValueError, match="two documents"):
+        PretrainingDataset(Corpus(corpus.tokens, corpus.sentence_ends, corpus.documents[:1]), tokenizer)
+    single = Corpus(np.arange(10), np.array([0, 5, 10]), np.array([[0, 1], [1, 2]]))
+    with pytest.raises(ValueError, match="no document has two sentences"):
+        PretrainingDataset(single, tokenizer)
+    with pytest.raises(ValueError, match="max_length"):
+        PretrainingDataset(corpus, tokenizer, max_length=4)
