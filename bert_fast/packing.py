@@ -59,6 +59,9 @@ def masked_layout(
     attended = mask != 0
     batch, length = mask.shape
     lengths = attended.sum(dim=1)
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        # A recorded program is for any mask of this shape, so no number may be read from this one.
+        return _unpacked_layout(attended, samples)
     outside = torch.zeros((), dtype=torch.bool, device=mask.device)
     if read is not None:
         outside = outside | (read & ~attended).any()
@@ -70,15 +73,20 @@ def masked_layout(
     if total == batch * length:
         return full_layout(batch, length, mask.device, samples)
     if outside:
-        layout = full_layout(batch, length, mask.device, samples)
-        layout.bias = attention_bias(attended[:, None, None, :], torch.float32)
-        layout.explicit = True
-        return layout
+        return _unpacked_layout(attended, samples)
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     indices = torch.nonzero_static(attended.flatten(), size=total)[:, 0]
     layout = Layout(batch, length, cu_seqlens, longest, random.row_keys(cu_seqlens, total, samples), indices)
     layout.first = cu_seqlens[:-1].long() if pools else None
+    return layout
+
+
+def _unpacked_layout(attended: Tensor, samples: Tensor | None) -> Layout:
+    """Every place is a row, and a bias in attention leaves out the keys that are not ``attended`` (B, S)."""
+    layout = full_layout(*attended.shape, attended.device, samples)
+    layout.bias = attention_bias(attended[:, None, None, :], torch.float32)
+    layout.explicit = True
     return layout
 
 

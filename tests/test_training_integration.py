@@ -319,7 +319,7 @@ def test_two_processes_with_an_unused_next_sentence_head(how, tmp_path):
     assert_same_tensors({name: value for name, value in found.items() if name not in unused}, expected)
 
 
-# --- torch.compile, sentence-transformers ------------------------------------------------------------------------
+# --- torch.compile, export, sentence-transformers --------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -359,3 +359,24 @@ def test_accelerated_sentence_transformers_pipeline():
     assert_close(after, before)
     assert {name: id(p) for name, p in accelerated.named_parameters()} == parameters
     assert any(type(module).__module__.startswith("bert_fast") for module in accelerated.modules())
+
+
+def _recorded(model, arguments, how):
+    if how == "export":
+        return torch.export.export(model, arguments).module()
+    return torch.jit.trace(model, arguments, strict=False)
+
+
+@pytest.mark.parametrize("how", ["export", "trace"])
+def test_exported_program_reads_the_mask_it_is_given(how):
+    """Recorded with one mask and run with others: nothing of the first may be in the program."""
+    model = bert_fast.BertModel(tiny_config()).eval()
+    ids, everything = torch.randint(5, 83, (3, 8)), torch.ones(3, 8, dtype=torch.long)
+    with torch.no_grad():
+        program = _recorded(model, (ids, everything), how)
+        for lengths in ([8, 8, 8], [8, 3, 5], [2, 1, 8]):
+            mask = (torch.arange(8) < torch.tensor(lengths)[:, None]).long()
+            found = program(ids.flip(1), mask)
+            found = found["last_hidden_state"] if isinstance(found, dict) else found[0]
+            expected = model(ids.flip(1), mask).last_hidden_state
+            assert_close(found[mask.bool()], expected[mask.bool()], f"lengths {lengths}")
