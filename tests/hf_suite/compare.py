@@ -68,7 +68,7 @@ def defects(reference: dict[str, Outcome], ours: dict[str, Outcome]) -> dict[str
         if mine is None:
             found[name] = "did not run"
         elif mine.failures:
-            found[name] = "failed: " + "\n".join(mine.failures)
+            found[name] = f"failed {len(mine.failures)} times, first: {mine.failures[0]}"
         elif len(mine.skips) > len(theirs.skips):
             found[name] = "skipped: " + "; ".join(sorted(set(mine.skips)))
     return found
