@@ -222,7 +222,7 @@ def residual_layernorm_fwd(
     """x (T, H), bias (H,) or None, residual (T, H) or None -> out (T, H), z (T, H), mean (T,), rstd (T,).
 
     ``z`` is the sum before the LayerNorm, kept for the backward. out and z have the residual's dtype (x's,
-    where there is none).
+    where there is none), and the statistics are those of z as stored, so that both directions see one z.
     """
     z = _accumulate(x)
     if bias is not None:
@@ -230,10 +230,11 @@ def residual_layernorm_fwd(
     z = _drop_hidden(z, row_key, rng_key, p, site)
     if residual is not None:
         z = z + _accumulate(residual)
-    normalized, mean, rstd = _normalize(z, eps)
-    out = normalized * _accumulate(weight) + _accumulate(ln_bias)
     dtype = x.dtype if residual is None else residual.dtype
-    return out.to(dtype), z.to(dtype, copy=z is x), mean, rstd  # an operator's output must not be its input
+    z = z.to(dtype, copy=z is x)  # an operator's output must not be its input
+    normalized, mean, rstd = _normalize(_accumulate(z), eps)
+    out = normalized * _accumulate(weight) + _accumulate(ln_bias)
+    return out.to(dtype), z, mean, rstd
 
 
 def residual_layernorm_bwd(

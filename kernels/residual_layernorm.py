@@ -8,11 +8,11 @@ With M the dropout factor of an element (0 or 1 / keep, from kernels/philox.py, 
               d z = rstd * (g - mean(g) - xhat * mean(g * xhat)) = d residual;   d x = M * d z
               d weight = sum d out * xhat;    d ln_bias = sum d out;             d bias = sum d x
 
-Saved: z in the residual's dtype, mean and rstd in fp32. The variance is the mean of (z - mean)^2 over the row
-held in registers, so a large mean costs no digits. Bytes for (T, H) in an e-byte dtype: 4 T H e forward (x,
-residual; out, z) and 4 T H e backward (d out, z; d x, d residual), 3 T H e where p is 0, as d x is then
-d residual. About 10 FLOPs an element (and a third of Philox's 60 integer operations with dropout): bound by
-memory.
+Saved: z in the residual's dtype, mean and rstd of z as stored, in fp32, so both directions see one z. The
+variance is the mean of (z - mean)^2 over the row held in registers, so a large mean costs no digits. Bytes for
+(T, H) in an e-byte dtype: 4 T H e forward (x, residual; out, z) and 4 T H e backward (d out, z; d x, d
+residual), 3 T H e where p is 0, as d x is then d residual. About 10 FLOPs an element (and a third of Philox's
+60 integer operations with dropout): bound by memory.
 
 Source: J. Ba et al., "Layer Normalization", 2016; parameter gradients as per-program partial sums.
 """
@@ -76,9 +76,10 @@ def _residual_layernorm_fwd_kernel(
         z = drop(z, row_key, rng_key_ptr, threshold, scale, site, BLOCK_M, BLOCK_N)
     if HAS_RESIDUAL:
         z += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(z_ptr + offset, z, mask=mask)
+    stored = z.to(z_ptr.dtype.element_ty)
+    tl.store(z_ptr + offset, stored, mask=mask)
 
-    normalized, mean, rstd = normalize(z, column_mask, eps, COLUMNS)
+    normalized, mean, rstd = normalize(stored.to(tl.float32), column_mask, eps, COLUMNS)
     tl.store(mean_ptr + row, mean, mask=row_mask)
     tl.store(rstd_ptr + row, rstd, mask=row_mask)
     weight = tl.load(weight_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
