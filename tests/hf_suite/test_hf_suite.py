@@ -1,6 +1,6 @@
 """The bar of a drop-in: transformers' own model tests on bert_fast's eight classes, as many as on its own.
 
-Four to six minutes on two cores, after a download of 11 MB on the first run; see compare.py.
+A minute and a half on two idle cores, after a download of 11 MB on the first run; see compare.py.
 """
 
 import pytest
