@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (text in several scripts)
 """Reading documents and splitting sentences."""
 
 import gzip

@@ -23,7 +23,8 @@ def test_transformers_gives_the_same_ids(tmp_path, documents, lowercase):
         assert from_vocab.encode(text, "and B").ids == ids
         assert load_tokenizer(tmp_path / "other.json").encode(text, "and B").ids == ids
     assert ("Café" in ours.normalizer.normalize_str("Café")) is not lowercase
-    assert [t for t in ours.encode("我们", add_special_tokens=False).tokens] == ["我", "们"]
+    assert ours.encode("我们", add_special_tokens=False).tokens == ["我", "们"]
+    assert not {"##我", "##."} & set(ours.get_vocab())
 
 
 def test_training_is_reproducible(documents):
@@ -48,5 +49,7 @@ def test_bad_vocabularies(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError):
         load_tokenizer(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no word"):
+        train_tokenizer([" "], 50)
     with pytest.raises(ValueError, match="vocab_size"):
         train_tokenizer(["a"], 5)
