@@ -192,7 +192,7 @@ def read_documents(
             if b"\0" in raw:
                 raise ValueError(f"{path}: NUL byte at byte {raw.index(0)} of document {number}: not a text file")
             try:
-                text = raw.decode("utf-8-sig")
+                text = raw.decode("utf-8").removeprefix("\ufeff")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}: document {number} is not UTF-8 at its byte {error.start}") from error
             if sentences := split_sentences(text, language):

@@ -175,7 +175,7 @@ def _make_shard(out: Path, number: int, documents: list[bytes], counts: Counter,
     for raw in documents:
         counts["bytes"] += len(raw)
         try:
-            text = raw.decode("utf-8-sig")
+            text = raw.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError:
             counts["invalid_utf8"] += 1
             continue
