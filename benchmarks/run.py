@@ -41,7 +41,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=512, help="tokens of a full sequence (default 512)")
     parser.add_argument("--batch", type=int, help="sequences a step (default: what fits the time, at least 2)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="autocast dtype; auto: bfloat16 where the device has matrix units for it, else float32")  # fmt: skip
+                        help="autocast dtype; auto: bfloat16 where the device multiplies it, else float32")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--lengths", choices=("full", "wikipedia", "corpus"), default="full",
                         help="lengths of the sequences; full adds a table at Wikipedia's lengths")  # fmt: skip
@@ -132,6 +132,17 @@ def label(name: str, padding: str) -> str:
     return f"{name}, {padding}" if padding == "longest" else name
 
 
+def executed_flops(options, config, batch, name: str, padding: str) -> int:
+    """What a variant really computes: padding too where it pads, and the head wherever it runs it."""
+    if padding == "packed":
+        lengths = batch.lengths
+    else:
+        lengths = [batch.seq if padding == "padded" else max(batch.lengths)] * len(batch.lengths)
+    everywhere = name not in ("bert_fast", "hf-masked-head")
+    predicted = sum(lengths) if everywhere else batch.predicted
+    return step_flops(config, lengths, predicted if options.train else 0, train=options.train)
+
+
 def timed_table(options, config, batch, entries: list[tuple[str, str]], dtype, peaks, bar, title: str):
     """Times ``entries`` (variant, padding) interleaved; returns table rows and ours-over-theirs ratios by key.
 
@@ -160,7 +171,6 @@ def timed_table(options, config, batch, entries: list[tuple[str, str]], dtype, p
     steps.clear()
 
     rows, ratios = [], {}
-    executed = step_flops(config, batch.lengths, batch.predicted if options.train else 0, train=options.train)
     full = step_flops(
         config, [batch.seq] * len(batch.lengths), batch.predicted if options.train else 0, train=options.train
     )
@@ -171,6 +181,7 @@ def timed_table(options, config, batch, entries: list[tuple[str, str]], dtype, p
             rows.append(row | {"failed": failed[key]})
             continue
         step = measure.quantiles(times[key])
+        executed = executed_flops(options, config, batch, name, padding)
         memory = None
         if not options.no_memory:
             bar.phase(f"{title}: memory of {key}")

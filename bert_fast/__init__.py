@@ -14,6 +14,7 @@ _MODEL = (
     "BertPreTrainedModel",
     "accelerate",
 )
+_DISPATCH = ("backends", "set_backend", "use_backend")
 
 
 def __getattr__(name: str):
@@ -22,6 +23,10 @@ def __getattr__(name: str):
         from . import model
 
         return getattr(model, name)
+    if name in _DISPATCH:
+        from . import dispatch
+
+        return getattr(dispatch, name)
     if name == "BertConfig":
         from transformers import BertConfig
 
@@ -30,4 +35,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_MODEL, "BertConfig"]
+    return [*globals(), *_MODEL, *_DISPATCH, "BertConfig"]

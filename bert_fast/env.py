@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from . import __version__, backends
+from . import __version__, dispatch
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn", "apex")
 
@@ -35,8 +35,8 @@ def environment() -> dict:
             "threads": torch.get_num_threads(),
         },
         "devices": devices,
-        "backends": {name: backends.why_unavailable(name) or "available" for name in backends.BACKENDS},
-        "operators": backends.backends(),
+        "backends": {name: dispatch.why_unavailable(name) or "available" for name in dispatch.BACKENDS},
+        "operators": dispatch.backends(),
     }
 
 

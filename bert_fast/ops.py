@@ -1,14 +1,14 @@
 """The fused operators as PyTorch operators: schemas, shapes, derivatives, checks. Nothing here computes.
 
 Each operator is two torch.library operators, ``bert_fast::<name>_fwd`` and ``bert_fast::<name>_bwd``, so that
-autograd, fake tensors and torch.compile see through it; bert_fast/backends.py says which implementation runs.
+autograd, fake tensors and torch.compile see through it; bert_fast/dispatch.py says which implementation runs.
 The public functions below check what shapes, dtypes and devices tell; values (ids, labels, cu_seqlens) are
 checked on CPU tensors when the operator runs, and never on a GPU, where that would wait for the device.
 """
 
 import torch
 
-from . import backends
+from . import dispatch
 
 Tensor = torch.Tensor
 
@@ -23,7 +23,7 @@ def _define(operator: str, direction: str, schema: str, fake, check=None) -> Non
         device = args[0].device
         if check is not None and device.type == "cpu":
             check(*args)
-        implementation = backends.implementation(operator, direction, device.type)
+        implementation = dispatch.implementation(operator, direction, device.type)
         if device.type != "cuda":
             return implementation(*args)
         with torch.cuda.device(device):  # kernels are launched on the current device, which may be another

@@ -22,12 +22,12 @@ def check_tensors(operator: str, columns: int | None = None, **tensors: torch.Te
         if tensor is not None and tensor.dtype not in _DTYPES:
             raise TypeError(
                 f"bert_fast.{operator}: {name} has dtype {tensor.dtype}; the triton backend has float16, bfloat16 and "
-                f'float32. For float64 use the reference: bert_fast.backends.set_backend({operator}="reference")'
+                f'float32. For float64 use the reference: bert_fast.set_backend({operator}="reference")'
             )
     if columns is not None and not 1 <= columns <= MAX_COLUMNS:
         raise ValueError(
             f"bert_fast.{operator}: rows have {columns} elements; the triton backend has 1 to {MAX_COLUMNS}. For other "
-            f'sizes use the reference: bert_fast.backends.set_backend({operator}="reference")'
+            f'sizes use the reference: bert_fast.set_backend({operator}="reference")'
         )
 
 

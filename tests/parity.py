@@ -2,7 +2,7 @@
 
 import torch
 
-from bert_fast import backends
+from bert_fast import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -10,7 +10,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def available_backends(operator: str) -> list[str]:
     """The backends of ``operator`` that can run here and are ours to test (peers are not)."""
     ours = ("triton", "cpu", "reference")
-    return [b for b in ours if b in backends.TABLE[operator] and backends.why_unavailable(b) is None]
+    return [b for b in ours if b in dispatch.TABLE[operator] and dispatch.why_unavailable(b) is None]
 
 
 def assert_near_truth(what, ours, same_dtype, truth, *, factor: float = 1.5, floor: float = 2.0) -> None:

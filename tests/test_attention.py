@@ -6,7 +6,7 @@ import pytest
 import torch
 from parity import DEVICE, assert_near_truth, available_backends
 
-from bert_fast import backends, ops, random, reference
+from bert_fast import dispatch, ops, random, reference
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 BACKENDS = available_backends("attention")
@@ -65,7 +65,7 @@ def compare(backend, lengths, heads, size, dtype, p, tail=0, scale=1.0):
     grad_out = torch.randn(qkv.shape[0], heads * size, device=DEVICE).to(dtype)
     keys = {"row_key": row_key, "rng_key": rng_key}
 
-    with backends.use_backend(attention=backend):
+    with dispatch.use_backend(attention=backend):
         ours = differentiate(lambda x: ops.attention(x, cu_seqlens, longest, p=p, site=SITE, **keys), qkv, grad_out)
         _, lse = torch.ops.bert_fast.attention_fwd(
             qkv, cu_seqlens, longest, row_key, rng_key, size**-0.5, p, SITE
@@ -128,7 +128,7 @@ def test_tail_longer_than_every_sequence(backend):
 def test_no_token(backend):
     qkv, cu_seqlens, *_ = packed([], 2, 16)
     qkv.requires_grad_()
-    with backends.use_backend(attention=backend):
+    with dispatch.use_backend(attention=backend):
         out = ops.attention(qkv, cu_seqlens, 0)
         (grad,) = torch.autograd.grad(out.sum(), qkv)
     assert out.shape == (0, 32)
@@ -146,7 +146,7 @@ def test_no_sequence_sees_another(backend, p):
     changed[9:79] = 50 * torch.randn(70, 3, 1, 32, device=DEVICE)
     changed_grad[9:79] += 1
     results = []
-    with backends.use_backend(attention=backend):
+    with dispatch.use_backend(attention=backend):
         for x, g in ((qkv, grad_out), (changed, changed_grad)):
             results.append(
                 differentiate(
@@ -162,7 +162,7 @@ def test_no_sequence_sees_another(backend, p):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_token_sees_left_and_right(backend):
     qkv, cu_seqlens, *_, longest = packed([70], 1, 16)
-    with backends.use_backend(attention=backend):
+    with dispatch.use_backend(attention=backend):
         before = ops.attention(qkv, cu_seqlens, longest)
         for changed in (0, 69):
             other = qkv.clone()
@@ -181,7 +181,7 @@ def test_mask_is_the_function_of_what_an_element_is(backend, p):
     arguments = (cu_seqlens, longest, row_key, rng_key, 1.0, p, 9)
     grad_out = torch.zeros(76, heads * size, device=DEVICE)
     grad_out[0, :size] = grad_out[65, :size] = 1.0  # queries 0 and 65 of the first sequence, first head
-    with backends.use_backend(attention=backend):
+    with dispatch.use_backend(attention=backend):
         out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments)
         grad = torch.ops.bert_fast.attention_bwd(grad_out, qkv, out, lse, *arguments)
     for start, length in ((0, 66), (66, 10)):
@@ -200,7 +200,7 @@ def test_same_bits_twice(backend, dtype):
     qkv, cu_seqlens, row_key, rng_key, longest = packed([33, 70], 1, 32, dtype, tail=5)
     arguments = (cu_seqlens, longest, row_key, rng_key, 0.2, 0.1, SITE)
     grad_out = torch.randn(qkv.shape[0], 32, device=DEVICE).to(dtype)
-    with backends.use_backend(attention=backend):
+    with dispatch.use_backend(attention=backend):
         runs = []
         for _ in range(2):
             out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments)
@@ -217,7 +217,7 @@ def test_large_scores_give_no_nan(backend, sign):
     qkv[:, 0], qkv[:, 1] = 100.0, sign * 25.0 * (1 + torch.rand(73, 1, 1, device=DEVICE))
     arguments = (cu_seqlens, longest, row_key, rng_key, 0.25, 0.1, SITE)
     grad_out = torch.randn(73, 16, device=DEVICE)
-    with backends.use_backend(attention=backend):
+    with dispatch.use_backend(attention=backend):
         out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments)
         grad = torch.ops.bert_fast.attention_bwd(grad_out, qkv, out, lse, *arguments)
     true_out, true_lse = reference.attention_fwd(qkv.double(), *arguments)
@@ -236,7 +236,7 @@ def test_strided_and_unaligned_qkv(backend):
     strided.copy_(qkv)
     unaligned = torch.empty(qkv.numel() + 1, device=DEVICE)[1:].view(qkv.shape)
     unaligned.copy_(qkv)
-    with backends.use_backend(attention=backend):
+    with dispatch.use_backend(attention=backend):
         for x in (strided, unaligned):
             torch.testing.assert_close(ops.attention(x, cu_seqlens, longest), expected)
 
@@ -247,7 +247,7 @@ def test_opcheck(backend, p):
     qkv, cu_seqlens, row_key, rng_key, longest = packed([3, 4], 1, 8)
     qkv.requires_grad_()
     arguments = (cu_seqlens, longest, row_key, rng_key, 0.3, p, SITE)
-    with backends.use_backend(attention=backend):
+    with dispatch.use_backend(attention=backend):
         torch.library.opcheck(torch.ops.bert_fast.attention_fwd, (qkv, *arguments))
         with torch.no_grad():
             out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments)
@@ -261,7 +261,7 @@ def test_opcheck(backend, p):
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")
 def test_triton_says_what_it_does_not_have():
     qkv, cu_seqlens, *_, longest = packed([4], 1, 8)
-    with backends.use_backend(attention="triton"):
+    with dispatch.use_backend(attention="triton"):
         with pytest.raises(TypeError, match="reference"):
             ops.attention(qkv.double(), cu_seqlens, longest)
         with pytest.raises(ValueError, match="scale"):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from parity import DEVICE, assert_near_truth, available_backends
 
-from bert_fast import backends, ops, reference
+from bert_fast import dispatch, ops, reference
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {  # x, bias
@@ -30,7 +30,7 @@ def compare(backend, tokens, columns, dtypes, bias=True, scale=1.5):
     x = (scale * torch.randn(tokens, columns)).to(dtypes[0]).to(DEVICE)
     bias = torch.randn(columns).to(dtypes[1]).to(DEVICE) if bias else None
     grad_out = torch.randn(tokens, columns, device=DEVICE).to(x.dtype)
-    with backends.use_backend(bias_gelu=backend):
+    with dispatch.use_backend(bias_gelu=backend):
         ours = differentiate(ops.bias_gelu, x, bias, grad_out)
     same_dtype = differentiate(lambda x, b=None: F.gelu(x if b is None else x + b.to(x.dtype)), x, bias, grad_out)
     truth = differentiate(
@@ -68,7 +68,7 @@ def test_more_shapes(backend, tokens, columns, dtypes):
 def test_tails_and_special_values(backend):
     """Far out GELU is exactly 0 or u, its derivative 0 or 1; infinities do not become NaN where the limit exists."""
     u = torch.tensor([[-200.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 200.0, math.inf]], device=DEVICE, requires_grad=True)
-    with backends.use_backend(bias_gelu=backend):
+    with dispatch.use_backend(bias_gelu=backend):
         out = ops.bias_gelu(u)
         (grad,) = torch.autograd.grad(out[:, :-1].sum(), u)
     torch.testing.assert_close(out, F.gelu(u.detach()), rtol=1e-6, atol=0)
@@ -78,7 +78,7 @@ def test_tails_and_special_values(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_erf_and_not_its_tanh_approximation(backend):
     u = torch.linspace(-4, 4, 4001, device=DEVICE)[None]
-    with backends.use_backend(bias_gelu=backend):
+    with dispatch.use_backend(bias_gelu=backend):
         out = ops.bias_gelu(u).double()
     exact = F.gelu(u.double())
     tanh = F.gelu(u.double(), approximate="tanh")
@@ -89,7 +89,7 @@ def test_is_erf_and_not_its_tanh_approximation(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_twice(backend):
     x, bias, grad_out = torch.randn(70, 96).to(DEVICE), torch.randn(96).to(DEVICE), torch.randn(70, 96).to(DEVICE)
-    with backends.use_backend(bias_gelu=backend):
+    with dispatch.use_backend(bias_gelu=backend):
         first, second = (differentiate(ops.bias_gelu, x, bias, grad_out) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -97,7 +97,7 @@ def test_same_bits_twice(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_not_contiguous(backend):
     x, bias = torch.randn(64, 9, device=DEVICE), torch.randn(128, device=DEVICE)
-    with backends.use_backend(bias_gelu=backend):
+    with dispatch.use_backend(bias_gelu=backend):
         assert torch.equal(ops.bias_gelu(x.T, bias[::2]), ops.bias_gelu(x.T.contiguous(), bias[::2].contiguous()))
 
 
@@ -106,7 +106,7 @@ def test_not_contiguous(backend):
 def test_opcheck(backend, bias):
     x = torch.randn(5, 32, device=DEVICE, requires_grad=True)
     bias = torch.randn(32, device=DEVICE, requires_grad=True) if bias else None
-    with backends.use_backend(bias_gelu=backend):
+    with dispatch.use_backend(bias_gelu=backend):
         torch.library.opcheck(torch.ops.bert_fast.bias_gelu_fwd, (x, bias))
         detached = [None if t is None else t.detach() for t in (bias,)]
         torch.library.opcheck(
@@ -117,7 +117,7 @@ def test_opcheck(backend, bias):
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
 def test_triton_names_what_it_lacks():
     with (
-        backends.use_backend(bias_gelu="triton"),
+        dispatch.use_backend(bias_gelu="triton"),
         pytest.raises(TypeError, match=r"x has dtype torch.float64.*reference"),
     ):
         ops.bias_gelu(torch.randn(2, 32, dtype=torch.float64, device=DEVICE))

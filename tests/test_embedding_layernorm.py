@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from parity import DEVICE, assert_near_truth, available_backends
 
-from bert_fast import backends, ops, random, reference
+from bert_fast import dispatch, ops, random, reference
 
 EPS = 1e-12
 SITE = 0
@@ -55,7 +55,7 @@ def run(backend, indices, tables, grad_out, keys, p=0.0, padding_idx=None, out_d
             padding_idx=padding_idx, out_dtype=out_dtype,
         )  # fmt: skip
 
-    with backends.use_backend(embedding_layernorm=backend):
+    with dispatch.use_backend(embedding_layernorm=backend):
         return differentiate(ours, tables, grad_out)
 
 
@@ -248,7 +248,7 @@ def test_opcheck(backend, p):
     tables = {name: t[:2].clone() if t.dim() == 2 else t for name, t in make_tables(16, DTYPES["fp32"]).items()}
     leaves = [t.requires_grad_() for t in tables.values()]
     statistics = (torch.rand(5, device=DEVICE), torch.rand(5, device=DEVICE))
-    with backends.use_backend(embedding_layernorm=backend):
+    with dispatch.use_backend(embedding_layernorm=backend):
         torch.library.opcheck(
             torch.ops.bert_fast.embedding_layernorm_fwd, (*indices, *leaves, *keys, EPS, p, SITE, 0, FULL)
         )

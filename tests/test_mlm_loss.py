@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert_fast import backends, ops, reference
+from bert_fast import dispatch, ops, reference
 from tests.parity import DEVICE, assert_near_truth, available_backends
 
 BACKENDS = available_backends("mlm_loss")
@@ -33,7 +33,7 @@ def _truth(hidden, word, bias, labels, normalizer=None):
 
 
 def _run(backend, *args):
-    with backends.use_backend(mlm_loss=backend):
+    with dispatch.use_backend(mlm_loss=backend):
         return torch.ops.bert_fast.mlm_loss_fwd(*args)
 
 
@@ -128,7 +128,7 @@ def test_equals_cross_entropy(backend):
     tensors = [t.clone().requires_grad_() for t in (hidden, word, bias)]
     expected = F.cross_entropy(F.linear(*tensors), labels)
     expected_grads = torch.autograd.grad(expected * 3.5, tensors)
-    with backends.use_backend(mlm_loss=backend):
+    with dispatch.use_backend(mlm_loss=backend):
         loss = ops.mlm_loss(*tensors, labels, chunk=8)
         grads = torch.autograd.grad(loss * 3.5, tensors)
     torch.testing.assert_close(loss, expected)
@@ -150,7 +150,7 @@ def test_backward_scales(backend, dtype):
     grads = [torch.randn(shape, device=DEVICE).to(d) for shape, d in
              (((5, 9), dtype), ((700, 9), torch.float32), ((700,), dtype))]  # fmt: skip
     grad_loss = torch.tensor(-2.25, device=DEVICE)
-    with backends.use_backend(mlm_loss=backend):
+    with dispatch.use_backend(mlm_loss=backend):
         scaled = torch.ops.bert_fast.mlm_loss_bwd(grad_loss, *grads)
     for a, b in zip(scaled, grads, strict=True):
         assert a.data_ptr() != b.data_ptr()
@@ -192,8 +192,8 @@ def test_logits_exist_for_one_chunk_at_most(backend, chunk):
 
 
 def _implementation(backend):
-    with backends.use_backend(mlm_loss=backend):
-        return backends.implementation("mlm_loss", "fwd", DEVICE)
+    with dispatch.use_backend(mlm_loss=backend):
+        return dispatch.implementation("mlm_loss", "fwd", DEVICE)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
@@ -221,7 +221,7 @@ def test_label_out_of_range_raises_on_a_cpu(label):
 def test_opcheck(backend):
     hidden, word, bias, labels = _inputs(6, 40, 8, torch.float32)
     tensors = [t.requires_grad_() for t in (hidden, word, bias)]
-    with backends.use_backend(mlm_loss=backend):
+    with dispatch.use_backend(mlm_loss=backend):
         for with_grads in (True, False):
             arguments = [*tensors] if with_grads else [t.detach() for t in tensors]
             torch.library.opcheck(

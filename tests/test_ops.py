@@ -14,7 +14,7 @@ import pytest
 import torch
 from parity import DEVICE, available_backends
 
-from bert_fast import backends, ops, random, reference
+from bert_fast import dispatch, ops, random, reference
 from bert_fast.peers import apex, flash_attn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,19 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def _fresh_choice(monkeypatch):
     """No override, no environment variable, no warning given yet."""
     monkeypatch.delenv("BERT_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(backends, "_override", {})
-    monkeypatch.setattr(backends, "_functions", {})
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_override", {})
+    monkeypatch.setattr(dispatch, "_functions", {})
 
 
 def unavailable(monkeypatch, *names):
-    real = backends.why_unavailable
-    monkeypatch.setattr(backends, "why_unavailable", lambda b: f"{b} was taken away" if b in names else real(b))
+    real = dispatch.why_unavailable
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda b: f"{b} was taken away" if b in names else real(b))
 
 
 def available(monkeypatch, *names):
-    real = backends.why_unavailable
-    monkeypatch.setattr(backends, "why_unavailable", lambda b: None if b in names else real(b))
+    real = dispatch.why_unavailable
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda b: None if b in names else real(b))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -44,9 +44,9 @@ def available(monkeypatch, *names):
 
 
 def test_every_backend_has_the_signatures_of_the_reference():
-    for operator in backends.TABLE:
+    for operator in dispatch.TABLE:
         for backend in available_backends(operator):
-            module = importlib.import_module(backends.TABLE[operator][backend])
+            module = importlib.import_module(dispatch.TABLE[operator][backend])
             for direction in ("fwd", "bwd"):
                 ours = inspect.signature(getattr(module, f"{operator}_{direction}"))
                 specified = inspect.signature(getattr(reference, f"{operator}_{direction}"))
@@ -56,35 +56,35 @@ def test_every_backend_has_the_signatures_of_the_reference():
 @pytest.mark.parametrize(("device", "expected"), [("cuda", "triton"), ("cpu", "cpu"), ("mps", "reference")])
 def test_the_device_decides(monkeypatch, device, expected):
     available(monkeypatch, "triton", "cpu")
-    assert backends.choose("bias_gelu", device) == expected
+    assert dispatch.choose("bias_gelu", device) == expected
 
 
 def test_override_of_all_and_of_one(monkeypatch):
     available(monkeypatch, "triton", "cpu")
-    backends.set_backend("reference", bias_gelu="triton")
-    assert backends.choose("bias_gelu", "cpu") == "triton"
-    assert backends.choose("attention", "cuda") == "reference"
-    backends.set_backend(None, bias_gelu=None)
-    assert backends.choose("bias_gelu", "cpu") == "cpu"
-    assert backends.choose("attention", "cuda") == "triton"
+    dispatch.set_backend("reference", bias_gelu="triton")
+    assert dispatch.choose("bias_gelu", "cpu") == "triton"
+    assert dispatch.choose("attention", "cuda") == "reference"
+    dispatch.set_backend(None, bias_gelu=None)
+    assert dispatch.choose("bias_gelu", "cpu") == "cpu"
+    assert dispatch.choose("attention", "cuda") == "triton"
 
 
 def test_a_peer_for_all_serves_the_operators_that_it_has(monkeypatch):
     available(monkeypatch, "triton", "flash_attn")
-    backends.set_backend("flash_attn")
-    assert backends.choose("attention", "cuda") == "flash_attn"
-    assert backends.choose("bias_gelu", "cuda") == "triton"
+    dispatch.set_backend("flash_attn")
+    assert dispatch.choose("attention", "cuda") == "flash_attn"
+    assert dispatch.choose("bias_gelu", "cuda") == "triton"
 
 
 def test_use_backend_gives_back_what_was_there(monkeypatch):
     available(monkeypatch, "triton")
-    backends.set_backend("reference")
-    with backends.use_backend(bias_gelu="triton"):
-        assert backends.choose("bias_gelu", "cpu") == "triton"
-    assert backends.choose("bias_gelu", "cpu") == "reference"
-    with pytest.raises(KeyError), backends.use_backend("triton"):
+    dispatch.set_backend("reference")
+    with dispatch.use_backend(bias_gelu="triton"):
+        assert dispatch.choose("bias_gelu", "cpu") == "triton"
+    assert dispatch.choose("bias_gelu", "cpu") == "reference"
+    with pytest.raises(KeyError), dispatch.use_backend("triton"):
         raise KeyError
-    assert backends.choose("bias_gelu", "cpu") == "reference"
+    assert dispatch.choose("bias_gelu", "cpu") == "reference"
 
 
 def test_a_choice_reaches_the_implementation():
@@ -93,7 +93,7 @@ def test_a_choice_reaches_the_implementation():
     real = reference.bias_gelu_fwd
     try:
         reference.bias_gelu_fwd = lambda *args: calls.append(args) or real(*args)
-        with backends.use_backend("reference"):
+        with dispatch.use_backend("reference"):
             ops.bias_gelu(x)
     finally:
         reference.bias_gelu_fwd = real
@@ -103,10 +103,10 @@ def test_a_choice_reaches_the_implementation():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: backends.set_backend("cuda"), r"unknown backend 'cuda'; the backends are triton, cpu, reference"),
-        (lambda: backends.set_backend(softmax="triton"), r"unknown operator 'softmax'; the operators are embedding"),
-        (lambda: backends.set_backend(bias_gelu="apex"), r"bias_gelu has no backend 'apex'; it has triton, cpu, ref"),
-        (lambda: backends.why_unavailable("xla"), r"unknown backend 'xla'"),
+        (lambda: dispatch.set_backend("cuda"), r"unknown backend 'cuda'; the backends are triton, cpu, reference"),
+        (lambda: dispatch.set_backend(softmax="triton"), r"unknown operator 'softmax'; the operators are embedding"),
+        (lambda: dispatch.set_backend(bias_gelu="apex"), r"bias_gelu has no backend 'apex'; it has triton, cpu, ref"),
+        (lambda: dispatch.why_unavailable("xla"), r"unknown backend 'xla'"),
     ],
 )
 def test_names_that_do_not_exist(call, message):
@@ -125,9 +125,9 @@ def test_names_that_do_not_exist(call, message):
 )
 def test_a_missing_backend_by_name_raises_and_says_how_to_get_it(monkeypatch, backend, how):
     unavailable(monkeypatch, backend)
-    with pytest.raises(backends.BackendUnavailable, match=rf"'{backend}' cannot run here: .*taken away.*{how}"):
-        backends.set_backend(backend)
-    assert backends._override == {}, "a refused choice changes nothing"
+    with pytest.raises(dispatch.BackendUnavailable, match=rf"'{backend}' cannot run here: .*taken away.*{how}"):
+        dispatch.set_backend(backend)
+    assert dispatch._override == {}, "a refused choice changes nothing"
 
 
 def test_automatic_fallback_warns_once(monkeypatch):
@@ -135,35 +135,35 @@ def test_automatic_fallback_warns_once(monkeypatch):
     with pytest.warns(
         RuntimeWarning, match=r"the cpu backend cannot run here \(cpu was taken away\).*To get it: build"
     ):
-        assert backends.choose("bias_gelu", "cpu") == "reference"
+        assert dispatch.choose("bias_gelu", "cpu") == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("attention", "cpu") == "reference"
+        assert dispatch.choose("attention", "cpu") == "reference"
         with pytest.raises(RuntimeWarning, match="triton"):  # another backend is another warning
-            backends.choose("attention", "cuda")
+            dispatch.choose("attention", "cuda")
 
 
 def test_named_reference_does_not_warn(monkeypatch):
     unavailable(monkeypatch, "cpu", "triton")
-    backends.set_backend("reference")
+    dispatch.set_backend("reference")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("bias_gelu", "cpu") == "reference"
+        assert dispatch.choose("bias_gelu", "cpu") == "reference"
 
 
 def test_environment_variable(monkeypatch):
     available(monkeypatch, "triton")
     monkeypatch.setenv("BERT_FAST_BACKEND", "reference")
-    assert backends.choose("bias_gelu", "cuda") == "reference"
-    backends.set_backend(bias_gelu="triton")
-    assert backends.choose("bias_gelu", "cuda") == "triton", "what the program asks for goes before the environment"
+    assert dispatch.choose("bias_gelu", "cuda") == "reference"
+    dispatch.set_backend(bias_gelu="triton")
+    assert dispatch.choose("bias_gelu", "cuda") == "triton", "what the program asks for goes before the environment"
     monkeypatch.setenv("BERT_FAST_BACKEND", "fastest")
     with pytest.raises(ValueError, match="unknown backend 'fastest'"):
-        backends.choose("attention", "cuda")
+        dispatch.choose("attention", "cuda")
 
 
 def test_environment_variable_in_a_new_process():
-    code = "import bert_fast.backends as b; print(b.backends()['attention']['cpu'])"
+    code = "import bert_fast.dispatch as b; print(b.backends()['attention']['cpu'])"
     environment = os.environ | {"BERT_FAST_BACKEND": "reference"}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == "reference", result.stderr
@@ -172,17 +172,17 @@ def test_environment_variable_in_a_new_process():
 def test_backends_lists_every_operator():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table = backends.backends()
-    assert list(table) == list(backends.TABLE)
-    assert all(name in backends.BACKENDS for row in table.values() for name in row.values())
+        table = dispatch.backends()
+    assert list(table) == list(dispatch.TABLE)
+    assert all(name in dispatch.BACKENDS for row in table.values() for name in row.values())
 
 
 def test_triton_names_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "TRITON_INTERPRET=1" in backends.why_unavailable("triton")
+    assert "TRITON_INTERPRET=1" in dispatch.why_unavailable("triton")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert backends.why_unavailable("triton") == "the package triton is not installed"
+    assert dispatch.why_unavailable("triton") == "the package triton is not installed"
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -212,11 +212,11 @@ def good(operator):
 
 
 def call(operator, **changes):
-    with backends.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         return getattr(ops, operator)(**(good(operator) | changes))
 
 
-@pytest.mark.parametrize("operator", backends.TABLE)
+@pytest.mark.parametrize("operator", dispatch.TABLE)
 def test_good_arguments_are_good(operator):
     assert call(operator).isfinite().all()
 
@@ -280,7 +280,7 @@ def test_bad_values(operator, changes, error, message):
 def test_double_backward_raises_clearly(operator):
     arguments = good(operator)
     x = arguments[{"embedding_layernorm": "word", "attention": "qkv"}.get(operator, "x")].requires_grad_()
-    with backends.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         out = getattr(ops, operator)(**arguments)
         (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(NotImplementedError, match=f"{operator} has no second derivative"):
@@ -291,7 +291,7 @@ def test_double_backward_raises_clearly(operator):
 def test_compiles_without_a_graph_break(operator):
     arguments = good(operator)
     compiled = torch.compile(lambda **kw: getattr(ops, operator)(**kw) * 2, fullgraph=True, backend="aot_eager")
-    with backends.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         torch.testing.assert_close(compiled(**arguments), getattr(ops, operator)(**arguments) * 2, rtol=0, atol=0)
 
 
@@ -302,8 +302,8 @@ def test_compiles_without_a_graph_break(operator):
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
 def test_flash_attn_is_not_installed():
     assert flash_attn.why_unavailable() == "the package flash-attn is not installed"
-    with pytest.raises(backends.BackendUnavailable, match="flash-attn"):
-        backends.set_backend(attention="flash_attn")
+    with pytest.raises(dispatch.BackendUnavailable, match="flash-attn"):
+        dispatch.set_backend(attention="flash_attn")
 
 
 def test_flash_attn_says_why(monkeypatch):
@@ -408,7 +408,7 @@ def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch):
     results = {}
     for backend in ("flash_attn", "reference"):
         leaf = qkv.clone().requires_grad_()
-        with backends.use_backend(attention=backend):
+        with dispatch.use_backend(attention=backend):
             out = ops.attention(leaf, cu_seqlens, 5)
             results[backend] = [out.detach(), *torch.autograd.grad(out, leaf, grad_out)]
     assert stand_in.calls == ["forward", "backward"]
@@ -454,7 +454,7 @@ def test_apex_is_called_as_it_wants_to_be(monkeypatch, bias, p):
     results = {}
     for backend in ("apex", "reference"):
         x, residual, weight, ln_bias, x_bias = leaves = [t.clone().requires_grad_() for t in inputs]
-        with backends.use_backend(residual_layernorm=backend):
+        with dispatch.use_backend(residual_layernorm=backend):
             out = ops.residual_layernorm(
                 x, residual, weight, ln_bias, bias=x_bias if bias else None, eps=1e-5, p=p, row_key=keys[0],
                 rng_key=keys[1],

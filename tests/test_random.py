@@ -6,15 +6,15 @@ import pytest
 import torch
 from parity import DEVICE
 
-from bert_fast import backends, ops, random
+from bert_fast import dispatch, ops, random
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from bert_fast.kernels import philox as device_philox  # noqa: E402
 
-HAS_TRITON = backends.why_unavailable("triton") is None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason=f"triton: {backends.why_unavailable('triton')}")
+HAS_TRITON = dispatch.why_unavailable("triton") is None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason=f"triton: {dispatch.why_unavailable('triton')}")
 KEY = 0x0123_4567_89AB_CDEF
 
 

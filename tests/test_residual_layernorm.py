@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from parity import DEVICE, assert_near_truth, available_backends
 
-from bert_fast import backends, ops, random, reference
+from bert_fast import dispatch, ops, random, reference
 
 EPS = 1e-12
 SITE = 5
@@ -69,7 +69,7 @@ def compare(backend, inputs, p):
             z = z.to(residual.dtype) + residual
         return F.layer_norm(z, shape[1:], weight.to(z.dtype), ln_bias.to(z.dtype), EPS)
 
-    with backends.use_backend(residual_layernorm=backend):
+    with dispatch.use_backend(residual_layernorm=backend):
         result = differentiate(ours, inputs, grad_out)
     double = {name: None if t is None else t.double() for name, t in inputs.items()}
     truth = differentiate(exact, double, grad_out.double())
@@ -118,7 +118,7 @@ def test_constant_rows(backend):
     """Variance 0: xhat is 0, so the output is ln_bias, and nothing is NaN or infinite."""
     inputs = make_inputs(6, 64, DTYPES["fp32"], bias=False)
     inputs["x"], inputs["residual"] = torch.zeros_like(inputs["x"]), torch.full_like(inputs["residual"], 3.0)
-    with backends.use_backend(residual_layernorm=backend):
+    with dispatch.use_backend(residual_layernorm=backend):
         result = differentiate(
             lambda x, bias, residual, weight, ln_bias: ops.residual_layernorm(x, residual, weight, ln_bias, eps=1e-5),
             inputs,
@@ -137,7 +137,7 @@ def test_mask_is_the_function(backend, columns, p):
     row_key, rng_key = make_keys(tokens)
     x = torch.ones(tokens, columns, device=DEVICE)
     parameter = torch.ones(columns, device=DEVICE)
-    with backends.use_backend(residual_layernorm=backend):
+    with dispatch.use_backend(residual_layernorm=backend):
         _, z, _, _ = torch.ops.bert_fast.residual_layernorm_fwd(
             x, None, None, parameter, parameter, row_key, rng_key, 1.0, p, SITE
         )
@@ -156,7 +156,7 @@ def test_same_bits_twice(backend):
             x, residual, weight, ln_bias, bias=bias, eps=EPS, p=0.1, row_key=row_key, rng_key=rng_key
         )
 
-    with backends.use_backend(residual_layernorm=backend):
+    with dispatch.use_backend(residual_layernorm=backend):
         first, second = differentiate(ours, inputs, grad_out), differentiate(ours, inputs, grad_out)
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -166,7 +166,7 @@ def test_same_bits_twice(backend):
 def test_gradient_of_x_is_the_residuals_where_nothing_differs(backend):
     inputs = make_inputs(4, 32, DTYPES["bf16"])
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    with backends.use_backend(residual_layernorm=backend):
+    with dispatch.use_backend(residual_layernorm=backend):
         _, z, mean, rstd = torch.ops.bert_fast.residual_layernorm_fwd(
             *(inputs[name] for name in ("x", "bias", "residual", "weight", "ln_bias")), none, none, EPS, 0.0, 0
         )
@@ -187,7 +187,7 @@ def test_not_contiguous(backend):
     wide = torch.randn(9, 128, device=DEVICE)
     weight, ln_bias = torch.randn(128, device=DEVICE), torch.randn(128, device=DEVICE)
     residual = torch.randn(64, 9, device=DEVICE)
-    with backends.use_backend(residual_layernorm=backend):
+    with dispatch.use_backend(residual_layernorm=backend):
         strided = ops.residual_layernorm(wide[:, ::2], residual.T, weight[::2], ln_bias[::2], eps=EPS)
         packed = ops.residual_layernorm(
             wide[:, ::2].contiguous(), residual.T.contiguous(), weight[::2].contiguous(), ln_bias[::2].contiguous(),
@@ -203,7 +203,7 @@ def test_opcheck(backend, p):
     inputs = make_inputs(5, 32, DTYPES["fp32"])
     keys = make_keys(5)
     leaves = [inputs[name].requires_grad_() for name in ("x", "bias", "residual", "weight", "ln_bias")]
-    with backends.use_backend(residual_layernorm=backend):
+    with dispatch.use_backend(residual_layernorm=backend):
         torch.library.opcheck(torch.ops.bert_fast.residual_layernorm_fwd, (*leaves, *keys, EPS, p, SITE))
         z = torch.randn(5, 32, device=DEVICE)
         rows = torch.rand(5, device=DEVICE)
@@ -217,7 +217,7 @@ def test_opcheck(backend, p):
 def test_triton_names_what_it_lacks():
     double = make_inputs(2, 32, (torch.float64,) * 3)
     wide = make_inputs(1, 8193, DTYPES["fp32"])
-    with backends.use_backend(residual_layernorm="triton"):
+    with dispatch.use_backend(residual_layernorm="triton"):
         with pytest.raises(TypeError, match=r"x has dtype torch.float64.*reference"):
             ops.residual_layernorm(double["x"], None, double["weight"], double["ln_bias"], eps=EPS)
         with pytest.raises(ValueError, match=r"8193 elements; the triton backend has 1 to 8192.*reference"):

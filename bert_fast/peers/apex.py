@@ -1,6 +1,6 @@
 """residual_layernorm with the fused LayerNorm of NVIDIA's apex (https://github.com/NVIDIA/apex), to compare with.
 
-Asked for by name: ``bert_fast.backends.set_backend(residual_layernorm="apex")``. apex fuses the LayerNorm alone, so
+Asked for by name: ``bert_fast.set_backend(residual_layernorm="apex")``. apex fuses the LayerNorm alone, so
 bias, dropout (this engine's mask) and residual are PyTorch operations before it.
 """
 

@@ -1,6 +1,6 @@
 """attention through flash-attn 2 (https://github.com/Dao-AILab/flash-attention), to compare with.
 
-Asked for by name: ``bert_fast.backends.set_backend(attention="flash_attn")``. Without dropout alone: its mask comes
+Asked for by name: ``bert_fast.set_backend(attention="flash_attn")``. Without dropout alone: its mask comes
 from its own generator and its own numbering, so it can't equal the other back ends'.
 """
 

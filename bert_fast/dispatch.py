@@ -1,0 +1,160 @@
+"""Which implementation runs: one table, one chooser.
+
+An operator has up to five implementations, all with the signatures of bert_fast/reference.py. The tensor's
+device decides (cuda: triton; cpu: the C++ operators where they are built, else the reference); a backend
+asked for by name is used or its absence raised, never replaced in silence.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import warnings
+
+import torch
+
+_TRITON = "bert_fast.kernels."
+_CPU = "bert_fast.kernels.cpu."
+
+# operator -> backend -> module that defines <operator>_fwd and <operator>_bwd
+TABLE = {
+    "embedding_layernorm": {"triton": _TRITON + "embedding_layernorm", "cpu": _CPU + "embedding_layernorm"},
+    "attention": {
+        "triton": _TRITON + "attention",
+        "cpu": _CPU + "attention",
+        "flash_attn": "bert_fast.peers.flash_attn",
+    },
+    "residual_layernorm": {
+        "triton": _TRITON + "residual_layernorm",
+        "cpu": _CPU + "residual_layernorm",
+        "apex": "bert_fast.peers.apex",
+    },
+    "bias_gelu": {"triton": _TRITON + "bias_gelu", "cpu": _CPU + "bias_gelu"},
+    "mlm_loss": {"triton": _TRITON + "mlm_loss", "cpu": _CPU + "mlm_loss"},
+}
+for _row in TABLE.values():
+    _row["reference"] = "bert_fast.reference"
+
+BACKENDS = ("triton", "cpu", "reference", "flash_attn", "apex")
+
+_HOW_TO_GET = {
+    "triton": "install it with `pip install 'triton>=3.6,<3.10'` (Linux only)",
+    "cpu": "build it with a C++ compiler present: `pip install --no-build-isolation -e .`",
+    "flash_attn": "install it with `pip install flash-attn --no-build-isolation` on a machine with CUDA's compiler",
+    "apex": "build NVIDIA's apex from https://github.com/NVIDIA/apex (PyPI's `apex` is another project)",
+}
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why and how to get it."""
+
+
+def why_unavailable(backend: str) -> str | None:
+    """Why ``backend`` cannot run in this environment, or None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests)"
+        return None
+    if backend == "cpu":
+        if importlib.util.find_spec("bert_fast.kernels.cpu") is None:
+            return "the C++ operators are not part of this installation"
+        return importlib.import_module("bert_fast.kernels.cpu").why_unavailable()
+    if backend in ("flash_attn", "apex"):
+        return importlib.import_module(f"bert_fast.peers.{backend}").why_unavailable()
+    raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
+
+
+_override: dict[str, str] = {}  # operator (or "*": every operator) -> backend
+_functions: dict[tuple[str, str, str], object] = {}  # (operator, direction, device) -> implementation, as chosen
+_warned: set[str] = set()
+
+
+def _validate(operator: str, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
+    if operator != "*":
+        if operator not in TABLE:
+            raise ValueError(f"unknown operator {operator!r}; the operators are {', '.join(TABLE)}")
+        if backend not in TABLE[operator]:
+            raise ValueError(f"operator {operator} has no backend {backend!r}; it has {', '.join(TABLE[operator])}")
+    reason = why_unavailable(backend)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot run here: {reason}; {_HOW_TO_GET[backend]}")
+
+
+def set_backend(backend: str | None = None, **operators: str | None) -> None:
+    """Ask for a backend by name, for every operator or for some: ``set_backend("reference", attention="triton")``.
+
+    ``None`` gives the choice back to the tensor's device. Raises BackendUnavailable where a named backend
+    cannot run here. The environment variable BERT_FAST_BACKEND does the same for every operator.
+    """
+    chosen = {"*": backend, **operators}
+    for operator, name in chosen.items():
+        if name is not None:
+            _validate(operator, name)
+    for operator, name in chosen.items():
+        if name is None:
+            _override.pop(operator, None)
+        else:
+            _override[operator] = name
+    _functions.clear()
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None = None, **operators: str | None):
+    """``set_backend`` for the length of a ``with`` block."""
+    before = dict(_override)
+    try:
+        set_backend(backend, **operators)
+        yield
+    finally:
+        _override.clear()
+        _override.update(before)
+        _functions.clear()
+
+
+def choose(operator: str, device_type: str) -> str:
+    """The backend that runs ``operator`` on tensors of ``device_type``."""
+    named = _override.get(operator) or _override.get("*")
+    if named is None and os.environ.get("BERT_FAST_BACKEND"):
+        named = os.environ["BERT_FAST_BACKEND"]
+        _validate("*", named)
+    if named is not None and named in TABLE[operator]:
+        return named
+    preferred = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
+    reason = why_unavailable(preferred)
+    if reason is None:
+        return preferred
+    if preferred not in _warned:
+        _warned.add(preferred)
+        warnings.warn(
+            f"bert_fast: the {preferred} backend cannot run here ({reason}); the slower reference backend "
+            f"serves. To get it: {_HOW_TO_GET[preferred]}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return "reference"
+
+
+def implementation(operator: str, direction: str, device_type: str):
+    """The function ``<operator>_<direction>`` (direction: fwd or bwd) of the chosen backend."""
+    key = (operator, direction, device_type)
+    if key not in _functions:
+        backend = choose(operator, device_type)
+        if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            importlib.import_module("bert_fast.interpreter").correct_bfloat16()
+        module = importlib.import_module(TABLE[operator][backend])
+        _functions[key] = getattr(module, f"{operator}_{direction}")
+    return _functions[key]
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What runs where: for each operator its backend on CPU and CUDA tensors, as chosen now."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+        return {operator: {device: choose(operator, device) for device in devices} for operator in TABLE}

@@ -1,0 +1,163 @@
+"""benchmarks/run.py as a user runs it, on tiny sizes; and the counts and comparisons it rests on."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name: str):
+    """A module of benchmarks/, which is a folder of scripts and no package."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def run(*arguments: str):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "--model", "tiny", "--seq", "32", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "seq", "predicted", "gflop"),
+    [(12, 768, 128, 20, 69.93), (12, 768, 512, 76, 300.9), (24, 1024, 128, 20, 240.6), (24, 1024, 512, 76, 1019.8)],
+)
+def test_flops_of_published_sizes(layers, hidden, seq, predicted, gflop):
+    config = BertConfig(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=30522)
+    counted = load("flops").step_flops(config, [seq], predicted, train=True) / 1e9
+    assert counted == pytest.approx(gflop, rel=1e-3)
+
+
+def test_wikipedia_quantiles_have_the_histograms_mean():
+    from bert_fast.data import wikipedia_lengths
+
+    quantiles = load("workload").wikipedia_quantiles
+    counts = wikipedia_lengths()
+    mean = (counts * torch.arange(1, 513).numpy()).sum() / counts.sum()
+    assert sum(quantiles(64, 512)) / 64 == pytest.approx(mean, rel=0.02)
+    assert max(quantiles(64, 128)) <= 128
+
+
+def test_parity_rows_fail_on_a_wrong_missing_or_undefined_gradient():
+    rows_of = load("numerical_parity").rows_of
+    truth = {"loss": torch.tensor(7.0).double(), "w": torch.randn(50).double(), "zero": torch.zeros(5).double()}
+    reference = {name: t * (1 + 1e-6) for name, t in truth.items()}
+
+    def passed(**changed):
+        return {row["what"]: row["passed"] for row in rows_of(truth, reference, {**reference, **changed}, 1e-6)}
+
+    assert all(passed().values())
+    assert not passed(w=truth["w"] * 1.001)["w"]
+    assert not passed(w=truth["w"] * float("nan"))["w"]
+    assert not passed(zero=truth["zero"] + 0.1)["zero"]
+    assert not passed(loss=truth["loss"] * 1.01)["loss"]
+    without = {name: t for name, t in reference.items() if name != "w"}
+    assert [row["passed"] for row in rows_of(truth, reference, without, 1e-6) if row["what"] == "w"] == [False]
+
+
+def test_paired_ratio_and_quantiles():
+    measure = load("measure")
+    assert measure.paired_ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == 2.0
+    assert measure.quantiles([1.0, 2.0, 3.0])["p50"] == 2.0
+
+
+def test_a_whole_run(tmp_path):
+    results, picture = tmp_path / "r.json", tmp_path / "r.png"
+    done = run("--batch", "2", "--rounds", "2", "--peers", "hf-eager,hf-masked-head,hf-flash", "--optimizer", "adamw",
+               "--json", str(results), "--plot", str(picture))  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(results.read_text())
+    assert set(found) >= {"environment", "work", "parity", "throughput", "speedup"}
+    assert set(found["work"]) >= {"model", "seq", "batch", "lengths", "real_tokens", "masked", "dtype"}
+    assert found["work"]["real_tokens"] == 64
+    assert found["parity"]["passed"] is True
+    assert {"what", "error", "reference_error", "bound"} <= set(found["parity"]["rows"][0])
+    assert len(found["parity"]["rows"]) == 47
+    names = [row["name"] for row in found["throughput"] if row["lengths"] == "full" and row["dtype"] == "float32"]
+    assert names[:3] == ["bert_fast", "hf-eager", "hf-masked-head"]
+    for row in found["throughput"]:
+        assert set(row) >= {"step_s", "sequences_per_s", "real_tokens_per_s", "executed_tflops", "share_of_peak", "mfu"}
+        assert row["step_s"]["p20"] <= row["step_s"]["p50"] <= row["step_s"]["p80"]
+        assert row["peak_memory_mib"] > 0
+    assert set(found["speedup"]) == {"hf-eager", "hf-masked-head"}
+    assert any(row["lengths"] == "wikipedia" for row in found["throughput"])
+    assert picture.stat().st_size > 10_000
+    assert "flash-attn is not installed" in done.stdout or torch.cuda.is_available()
+
+
+def test_failed_parity_prints_no_speed(tmp_path):
+    code = f"""
+import sys
+sys.argv[0] = {str(BENCHMARKS / "run.py")!r}
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import bert_fast.reference as reference, bert_fast
+right = reference.bias_gelu_fwd
+reference.bias_gelu_fwd = lambda x, bias: right(x, bias) * 1.001
+from bert_fast import dispatch as seam
+seam.set_backend("reference")
+import run
+arguments = "--model tiny --seq 32 --batch 2 --rounds 1 --json".split()
+sys.exit(run.main([*arguments, {str(tmp_path / "r.json")!r}]))
+"""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "parity failed" in done.stderr
+    assert "seq/s" not in done.stdout
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["parity"]["passed"] is False
+    assert found["throughput"] == []
+
+
+def test_encoding_and_masked_language_modelling_alone():
+    quick = ("--batch", "2", "--rounds", "1", "--no-memory")
+    encode = run(*quick, "--mode", "encode", "--peers", "hf-sdpa")
+    assert encode.returncode == 0, encode.stdout + encode.stderr
+    alone = run(
+        "--no-nsp", "--batch", "2", "--rounds", "1", "--peers", "hf-eager", "--no-memory", "--lengths", "corpus"
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no corpus file"), (b"", "no text"), (b"text \xff\xfe here", "UTF-8"), (b"\x7fELF\0\0binary", "NUL")],
+)
+def test_a_corpus_that_cannot_be_used(tmp_path, content, message):
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    done = run("--corpus", str(path))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seq", "513"], "512 positions"),
+        (["--peers", "hf-magic"], "hf-magic"),
+        (["--optimizer", "lamb"], "lamb"),
+        (["--rounds", "0"], "at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
