@@ -1,0 +1,417 @@
+"""Every operator alone, forward and backward apart, beside PyTorch's own composition of the same function.
+
+Operands have BERT's sizes and the dtypes of a training step under autocast: what a matrix product gave is in
+``dtype``; parameters, the embedding's output and the residual stream are float32. All sequences are full, dropout
+is 0.1. Three things to know when reading the times:
+
+- Both sides take the bias apart, as the operators do. In PyTorch's own BERT the linear before adds it.
+- mlm_loss makes its gradients in the forward, PyTorch in the backward: compare the two directions' sum.
+- Caches are emptied before each call, so that a share of the memory's rate means memory.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from workload import model_config
+
+from bert_fast import dispatch, ops
+from bert_fast.random import row_keys
+
+Tensor = torch.Tensor
+
+OPERATORS = tuple(dispatch.TABLE)
+DIRECTIONS = ("forward", "backward")
+DROPOUT = 0.1
+EPS = 1e-12
+CLS, SEP, MASK = 101, 102, 103  # rows of the word table that every batch uses often
+MASKED_SHARE = 0.15
+REPEATS = {"cpu": 1, "cuda": 10}  # calls a round
+CACHE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # more than any last-level cache
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What an operator has to do: FLOPs where matrix products are the limit, else bytes, each input read once and each
+# output written once. Vectors of T or H elements are left out (under 1 %). e: bytes of an element of ``dtype``.
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs or bytes of one call; the other is 0, since it is not the limit."""
+
+    flops: int = 0
+    bytes: int = 0
+
+
+def embedding_layernorm_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
+    """A word row each token, position and segment rows once; backward the same again and all gradients written."""
+    tokens, h = batch * seq, config.hidden_size
+    small = 4 * h * (seq + config.type_vocab_size)
+    tables = 4 * h * (config.vocab_size + config.max_position_embeddings + config.type_vocab_size)
+    return {
+        "forward": Work(bytes=tokens * h * (4 + 4) + small),  # word row; out
+        "backward": Work(bytes=tokens * h * (4 + 4) + small + tables),  # d out, word row; the tables' gradients
+    }
+
+
+def attention_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
+    """Two products forward and five backward (scores once again), 2 S^2 D FLOPs each, per sequence and head.
+
+    Products that a kernel computes twice are not counted twice.
+    """
+    product = 2 * seq * seq * config.hidden_size * batch
+    return {"forward": Work(flops=2 * product), "backward": Work(flops=5 * product)}
+
+
+def residual_layernorm_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
+    elements = batch * seq * config.hidden_size
+    return {
+        "forward": Work(bytes=elements * (e + 4 + 4 + 4)),  # x, residual; out, z
+        "backward": Work(bytes=elements * (4 + 4 + e + 4)),  # d out, z; d x, d residual
+    }
+
+
+def bias_gelu_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
+    elements = batch * seq * config.intermediate_size
+    return {"forward": Work(bytes=elements * 2 * e), "backward": Work(bytes=elements * 3 * e)}  # x; out. d out, x; d x
+
+
+def mlm_loss_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
+    """Forward all three products (logits, d hidden, d word); backward the gradients read, scaled and written."""
+    masked, h, vocabulary = masked_positions(batch, seq), config.hidden_size, config.vocab_size
+    return {
+        "forward": Work(flops=6 * masked * h * vocabulary),
+        "backward": Work(bytes=2 * (masked * h * e + vocabulary * (h + 1) * 4)),
+    }
+
+
+WORK = {
+    "embedding_layernorm": embedding_layernorm_work,
+    "attention": attention_work,
+    "residual_layernorm": residual_layernorm_work,
+    "bias_gelu": bias_gelu_work,
+    "mlm_loss": mlm_loss_work,
+}
+
+
+def masked_positions(batch: int, seq: int) -> int:
+    return max(1, round(MASKED_SHARE * batch * seq))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Operands, and both sides of a comparison
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one size. ``ours`` and ``torch`` run its forward on the same operands and give out.
+
+    ``inputs`` are the operands that get a gradient; ``backend`` is what really runs ours.
+    """
+
+    operator: str
+    backend: str
+    shape: str
+    inputs: tuple[Tensor, ...]
+    ours: Callable[[], Tensor]
+    torch: Callable[[], Tensor]
+    work: dict[str, Work]
+
+    def calls(self, direction: str) -> dict[str, Callable[[], object]]:
+        """{"bert_fast": ..., "pytorch": ...}: functions that run ``direction`` alone, any number of times."""
+        forwards = {"bert_fast": self.ours, "pytorch": self.torch}
+        if direction == "forward":
+            return forwards
+        outs = {name: forward() for name, forward in forwards.items()}
+        first = outs["bert_fast"]
+        grad_out = torch.randn_like(first) if first.dim() else torch.ones_like(first)
+        return {name: self._backward(out, grad_out) for name, out in outs.items()}
+
+    def _backward(self, out: Tensor, grad_out: Tensor) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(out, self.inputs, grad_out, retain_graph=True)
+
+
+def running_backend(operator: str, device: str) -> str:
+    """The backend that runs ``operator``; the reference where a backend has left the operator to it."""
+    serving = {dispatch.implementation(operator, direction, device).__module__ for direction in ("fwd", "bwd")}
+    return "reference" if serving == {"bert_fast.reference"} else dispatch.choose(operator, device)
+
+
+def build_case(
+    operator: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    model: str = "base",
+    seq: int = 512,
+    batch: int = 2,
+    dropout: float = DROPOUT,
+) -> Case:
+    """The case of ``operator`` (a name of OPERATORS) for ``batch`` full sequences of ``seq`` tokens.
+
+    Raises ValueError for an unknown operator and for a ``seq`` beyond the model's positions.
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"unknown operator {operator!r}; the operators are {', '.join(OPERATORS)}")
+    config = model_config(model, dropout=dropout)
+    if not 3 <= seq <= config.max_position_embeddings:
+        raise ValueError(f"seq is {seq}; sequences here have 3 to {config.max_position_embeddings} tokens")
+    shape, inputs, ours, composition = _BUILDERS[operator](_Operands(device, dtype, batch, seq, dropout), config)
+    work = WORK[operator](config, batch, seq, dtype.itemsize)
+    return Case(operator, running_backend(operator, device), shape, inputs, ours, composition, work)
+
+
+class _Operands:
+    """Random operands of one batch: the same in every run."""
+
+    def __init__(self, device: str, dtype: torch.dtype, batch: int, seq: int, dropout: float):
+        self.device, self.dtype, self.batch, self.seq, self.dropout = device, dtype, batch, seq, dropout
+        self.tokens = batch * seq
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq
+        self.keys = {
+            "p": dropout,
+            "row_key": row_keys(self.cu_seqlens, self.tokens),
+            "rng_key": torch.randint(2**62, (1,), generator=self.generator, device=device),
+        }
+
+    def activation(self, *shape: int) -> Tensor:
+        """What a matrix product gave, in ``dtype``."""
+        x = torch.randn(shape, generator=self.generator, device=self.device)
+        return x.to(self.dtype).requires_grad_()
+
+    def parameter(self, *shape: int, scale: float = 0.02, mean: float = 0.0) -> Tensor:
+        x = torch.randn(shape, generator=self.generator, device=self.device)
+        return x.mul_(scale).add_(mean).requires_grad_()
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
+
+def _embedding_layernorm(o: _Operands, config):
+    h, device = config.hidden_size, o.device
+    word = o.parameter(config.vocab_size, h)
+    position = o.parameter(config.max_position_embeddings, h)
+    segment = o.parameter(config.type_vocab_size, h)
+    weight, bias = o.parameter(h, mean=1.0), o.parameter(h)
+    ids = o.integers(config.vocab_size, o.batch, o.seq)
+    hidden = torch.rand(ids.shape, generator=o.generator, device=device) < 0.8 * MASKED_SHARE
+    ids = torch.where(hidden, MASK, ids)
+    ids[:, 0], ids[:, -1] = CLS, SEP
+    positions = torch.arange(o.seq, device=device).repeat(o.batch)
+    segments = (positions >= o.seq // 2).long()
+    ids = ids.flatten()
+
+    def ours() -> Tensor:
+        return ops.embedding_layernorm(
+            ids, positions, segments, word, position, segment, weight, bias, eps=EPS, padding_idx=0, **o.keys
+        )
+
+    def composition() -> Tensor:
+        z = F.embedding(ids, word, padding_idx=0) + F.embedding(segments, segment) + F.embedding(positions, position)
+        return F.dropout(F.layer_norm(z, (h,), weight, bias, EPS), o.dropout)
+
+    return f"{o.tokens} x {h}", (word, position, segment, weight, bias), ours, composition
+
+
+def _attention(o: _Operands, config):
+    heads = config.num_attention_heads
+    size = config.hidden_size // heads
+    qkv = o.activation(o.tokens, 3, heads, size)
+
+    def ours() -> Tensor:
+        return ops.attention(qkv, o.cu_seqlens, o.seq, **o.keys)
+
+    def composition() -> Tensor:
+        q, k, v = qkv.view(o.batch, o.seq, 3, heads, size).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=o.dropout)
+        return out.transpose(1, 2).reshape(o.tokens, heads * size)
+
+    return f"{o.batch} x {o.seq}, {heads} heads of {size}", (qkv,), ours, composition
+
+
+def _residual_layernorm(o: _Operands, config):
+    h = config.hidden_size
+    x, residual = o.activation(o.tokens, h), o.parameter(o.tokens, h, scale=1.0)
+    bias, weight, ln_bias = o.parameter(h), o.parameter(h, mean=1.0), o.parameter(h)
+
+    def ours() -> Tensor:
+        return ops.residual_layernorm(x, residual, weight, ln_bias, bias=bias, eps=EPS, **o.keys)
+
+    def composition() -> Tensor:
+        z = F.dropout(x + bias.to(o.dtype), o.dropout) + residual
+        return F.layer_norm(z, (h,), weight, ln_bias, EPS)
+
+    return f"{o.tokens} x {h}", (x, residual, bias, weight, ln_bias), ours, composition
+
+
+def _bias_gelu(o: _Operands, config):
+    x, bias = o.activation(o.tokens, config.intermediate_size), o.parameter(config.intermediate_size)
+
+    def ours() -> Tensor:
+        return ops.bias_gelu(x, bias)
+
+    def composition() -> Tensor:
+        return F.gelu(x + bias.to(o.dtype))
+
+    return f"{o.tokens} x {config.intermediate_size}", (x, bias), ours, composition
+
+
+def _mlm_loss(o: _Operands, config):
+    masked, vocabulary = masked_positions(o.batch, o.seq), config.vocab_size
+    hidden = o.activation(masked, config.hidden_size)
+    word, bias = o.parameter(vocabulary, config.hidden_size), o.parameter(vocabulary)
+    labels = o.integers(vocabulary, masked)
+
+    def ours() -> Tensor:
+        return ops.mlm_loss(hidden, word, bias, labels)
+
+    def composition() -> Tensor:
+        logits = F.linear(hidden, word.to(o.dtype), bias.to(o.dtype))
+        return F.cross_entropy(logits.float(), labels)
+
+    return f"{masked} x {config.hidden_size} x {vocabulary}", (hidden, word, bias), ours, composition
+
+
+_BUILDERS = {
+    "embedding_layernorm": _embedding_layernorm,
+    "attention": _attention,
+    "residual_layernorm": _residual_layernorm,
+    "bias_gelu": _bias_gelu,
+    "mlm_loss": _mlm_loss,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Time
+
+
+class Stopwatch:
+    """Milliseconds of one call with empty caches: CUDA's events on a GPU, the host's clock on a CPU.
+
+    Emptying the caches also keeps a GPU busy for long enough that the host can launch the call meanwhile.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self._scratch = torch.empty(CACHE_BYTES[device], dtype=torch.uint8, device=device)
+
+    def empty_caches(self) -> None:
+        self._scratch.zero_()
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        self.empty_caches()
+        if self.device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end)
+        begun = time.perf_counter()
+        result = call()
+        elapsed = time.perf_counter() - begun
+        del result  # kept until here: giving its memory back is not the operator's time
+        return 1e3 * elapsed
+
+
+def measure_operators(
+    device: str,
+    dtype: torch.dtype,
+    model: str = "base",
+    seq: int = 512,
+    batch: int = 2,
+    rounds: int = 7,
+    *,
+    limits: dict[str, float],
+    progress: Callable[[str], None] | None = None,
+) -> list[dict]:
+    """Time every operator of bert_fast.ops and PyTorch's composition, a call of each in turn; medians over rounds.
+
+    ``device`` is "cpu" or "cuda", ``dtype`` a floating dtype, ``model`` tiny, base or large; ``limits`` are the
+    machine's measured "matmul_tflops" (TFLOP/s in ``dtype``) and "copy_gbs" (GB/s read and written).
+    ``progress`` is called with a phrase for each step.
+
+    Returns a row for each operator and direction: "operator", "direction", "backend", "shape", "ms", "torch_ms",
+    "tflops" or "gbs" (by what limits it: see ``WORK``) and "share_of_limit", that rate over the machine's.
+    Raises ValueError for ``rounds`` below 1 and for sizes that the model does not have.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected at least 1")
+    stopwatch, rows = Stopwatch(device), []
+    for operator in OPERATORS:
+        case = build_case(operator, device, dtype, model=model, seq=seq, batch=batch)
+        for direction in DIRECTIONS:
+            if progress is not None:
+                progress(f"{operator} {direction}")
+            calls = case.calls(direction)
+            times = {name: [] for name in calls}
+            for call in calls.values():  # the first call compiles, the second finds its memory in the allocator
+                stopwatch(call)
+                stopwatch(call)
+            for _ in range(rounds * REPEATS[device]):
+                for name, call in calls.items():
+                    times[name].append(stopwatch(call))
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            rows.append(_row(case, direction, medians, limits))
+    return rows
+
+
+def _row(case: Case, direction: str, medians: dict[str, float], limits: dict[str, float]) -> dict:
+    ms, work = medians["bert_fast"], case.work[direction]
+    if work.flops:
+        rate = {"tflops": work.flops / ms / 1e9}
+        share = rate["tflops"] / limits["matmul_tflops"]
+    else:
+        rate = {"gbs": work.bytes / ms / 1e6}
+        share = rate["gbs"] / limits["copy_gbs"]
+    return {
+        "operator": case.operator,
+        "direction": direction,
+        "backend": case.backend,
+        "shape": case.shape,
+        "ms": ms,
+        "torch_ms": medians["pytorch"],
+        **rate,
+        "share_of_limit": share,
+    }
+
+
+def print_operators(rows: list[dict]) -> None:
+    """The rows of :func:`measure_operators` as a table, with the sum of both directions for each operator."""
+    table = Table(
+        title="Operators alone, against PyTorch's composition of the same function",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("operator, size, backend", no_wrap=True)
+    table.add_column("direction", no_wrap=True)
+    for column in ("ms", "PyTorch", "ours is", "rate", "of limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for operator in dict.fromkeys(row["operator"] for row in rows):
+        own = [row for row in rows if row["operator"] == operator]
+        labels = (operator, own[0]["shape"], own[0]["backend"])
+        for label, row in zip(labels, own, strict=False):
+            rate = f"{row['tflops']:.3g} TFLOP/s" if "tflops" in row else f"{row['gbs']:.3g} GB/s"
+            share = f"{row['share_of_limit']:.0%}"
+            table.add_row(label, row["direction"], *_compared(row["ms"], row["torch_ms"]), rate, share)
+        ms, torch_ms = math.fsum(r["ms"] for r in own), math.fsum(r["torch_ms"] for r in own)
+        table.add_row(labels[-1], "both", *_compared(ms, torch_ms), "", "", end_section=True)
+    console = Console()
+    console.print(table)
+    console.print(
+        "limit: the measured matrix-product rate (TFLOP/s) or copy rate (GB/s). mlm_loss makes its gradients in the\n"
+        "forward, PyTorch in the backward: compare both. Biases are added apart on both sides.\n"
+    )
+
+
+def _compared(ms: float, torch_ms: float) -> tuple[str, str, str]:
+    return f"{ms:.3f}", f"{torch_ms:.3f}", f"{torch_ms / ms:.2f}x"
