@@ -340,7 +340,8 @@ def measure_operators(
     ``progress`` is called with a phrase for each step.
 
     Returns a row for each operator and direction: "operator", "direction", "backend", "shape", "ms", "torch_ms",
-    "tflops" or "gbs" (by what limits it: see ``WORK``) and "share_of_limit", that rate over the machine's.
+    "tflops" or "gbs" (by what limits it: see ``WORK``) and "share_of_limit", that rate over the machine's: above 1
+    where an operator multiplies in a dtype that is faster than ``dtype`` on this machine.
     Raises ValueError for ``rounds`` below 1 and for sizes that the model does not have.
     """
     if rounds < 1:
@@ -390,28 +391,39 @@ def print_operators(rows: list[dict]) -> None:
         title="Operators alone, against PyTorch's composition of the same function",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=0,  # eighty columns hold it
     )
     table.add_column("operator, size, backend", no_wrap=True)
-    table.add_column("direction", no_wrap=True)
-    for column in ("ms", "PyTorch", "ours is", "rate", "of limit"):
+    table.add_column("", no_wrap=True)
+    for column in ("ms", "PyTorch", "ours is", "rate", "share"):
         table.add_column(column, justify="right", no_wrap=True)
     for operator in dict.fromkeys(row["operator"] for row in rows):
         own = [row for row in rows if row["operator"] == operator]
-        labels = (operator, own[0]["shape"], own[0]["backend"])
-        for label, row in zip(labels, own, strict=False):
-            rate = f"{row['tflops']:.3g} TFLOP/s" if "tflops" in row else f"{row['gbs']:.3g} GB/s"
-            share = f"{row['share_of_limit']:.0%}"
-            table.add_row(label, row["direction"], *_compared(row["ms"], row["torch_ms"]), rate, share)
-        ms, torch_ms = math.fsum(r["ms"] for r in own), math.fsum(r["torch_ms"] for r in own)
-        table.add_row(labels[-1], "both", *_compared(ms, torch_ms), "", "", end_section=True)
+        for label, row in zip((operator, own[0]["shape"]), own, strict=True):
+            compared = _compared(row["ms"], row["torch_ms"])
+            table.add_row(label, row["direction"], *compared, _rate(row), f"{row['share_of_limit']:.0%}")
+        ms, torch_ms = (math.fsum(row[key] for row in own) for key in ("ms", "torch_ms"))
+        table.add_row(own[0]["backend"], "both", *_compared(ms, torch_ms), "", "", end_section=True)
     console = Console()
     console.print(table)
     console.print(
-        "limit: the measured matrix-product rate (TFLOP/s) or copy rate (GB/s). mlm_loss makes its gradients in the\n"
+        "share: of the measured matrix-product rate (FLOP/s) or copy rate (GB/s). mlm_loss makes its gradients in the "
         "forward, PyTorch in the backward: compare both. Biases are added apart on both sides.\n"
     )
 
 
 def _compared(ms: float, torch_ms: float) -> tuple[str, str, str]:
-    return f"{ms:.3f}", f"{torch_ms:.3f}", f"{torch_ms / ms:.2f}x"
+    return _digits(ms), _digits(torch_ms), f"{torch_ms / ms:.2f}x"
+
+
+def _digits(value: float) -> str:
+    """Three digits, and all those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _rate(row: dict) -> str:
+    if "gbs" in row:
+        return f"{_digits(row['gbs'])} GB/s"
+    tflops = row["tflops"]
+    return f"{_digits(tflops)} TFLOP/s" if tflops >= 1 else f"{_digits(1e3 * tflops)} GFLOP/s"

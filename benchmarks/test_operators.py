@@ -1,7 +1,8 @@
 """Every operator under pytest-benchmark, ours beside PyTorch: `pytest benchmarks --benchmark-only`.
 
 On a GPU where there is one, else on the CPU, with the cases of operators.py. Times are the host's, so on a GPU they
-include the launch; `python benchmarks/run.py --kernels` has the device's own, and the rates.
+include the launch; `python benchmarks/run.py --kernels` has the device's own, and the rates. For a narrow table add
+`--benchmark-columns=min,median,rounds`.
 """
 
 import functools
