@@ -1,5 +1,5 @@
-// dropout_mask: the keep masks by themselves, as 64-bit words. No operator stores them; tests compare them with
-// bert_fast/random.py.
+// dropout_mask: the keep masks by themselves, as 64-bit words. The large operators draw them row by row; this is for
+// embedding_layernorm, which runs once in a step, and for the tests.
 
 #include "parallel.h"
 #include "philox.h"
