@@ -11,7 +11,7 @@ WORKERS ?= 2
 .PHONY: help setup bench test test-all gpu-test lint format clean
 
 help:
-	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512"
+	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512 (more: ARGS=...)"
 	@echo "make test      set up .venv and run the tests (the fast tier)"
 	@echo "make test-all  the slow tier too"
 	@echo "make gpu-test  the same operator and model tests on a GPU, with the Python that has torch with CUDA"
@@ -37,8 +37,8 @@ $(VENV)/.installed: $(VENV)/.requirements setup.py pyproject.toml $(CPU_SOURCES)
 	@touch $@
 
 bench: setup
-	@echo "== python benchmarks/run.py --seq 512"
-	@$(BIN)/python benchmarks/run.py --seq 512
+	@echo "== python benchmarks/run.py --seq 512 $(ARGS)"
+	@$(BIN)/python benchmarks/run.py --seq 512 $(ARGS)
 
 test: setup
 	@echo "== Tests, fast tier"
