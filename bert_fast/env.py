@@ -1,5 +1,6 @@
 """``python -m bert_fast.env``: versions, devices, backends and what is missing, to read or to put in a report."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -33,11 +34,20 @@ def environment() -> dict:
             "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "C++ operators": _cpu_operators(),
         },
         "devices": devices,
         "backends": {name: dispatch.why_unavailable(name) or "available" for name in dispatch.BACKENDS},
         "operators": dispatch.backends(),
     }
+
+
+def _cpu_operators() -> str:
+    reason = dispatch.why_unavailable("cpu")
+    if reason is not None:
+        return f"none: {reason}"
+    cpu = importlib.import_module("bert_fast.kernels.cpu")
+    return f"{cpu.instruction_set()}, {'on the threads of torch' if cpu.has_threads() else 'on one thread'}"
 
 
 def _processor() -> str:

@@ -21,9 +21,9 @@ LENGTHS = [130, 0, 1, 67, 5]
 
 
 def operators():
-    from bert_fast.kernels.cpu import attention, bias_gelu
+    from bert_fast.kernels.cpu import attention, bias_gelu, residual_layernorm
 
-    return attention, bias_gelu
+    return attention, bias_gelu, residual_layernorm
 
 
 def attention_case(dtype=torch.float32, heads=3, size=24, p=0.1, tail=2):
@@ -36,29 +36,41 @@ def attention_case(dtype=torch.float32, heads=3, size=24, p=0.1, tail=2):
 
 
 def run_everything(dtype):
-    """Every result of both directions of attention and bias_gelu on fresh inputs, with the inputs."""
-    attention, bias_gelu = operators()
+    """Every result of both directions of the operators that are all C++, on fresh inputs, with the inputs."""
+    attention, bias_gelu, residual_layernorm = operators()
     qkv, grad_out, arguments = attention_case(dtype)
     out, lse = attention.attention_fwd(qkv, *arguments)
     grad_qkv = attention.attention_bwd(grad_out, qkv, out, lse, *arguments)
     x, bias, grad = torch.randn(333, 77).to(dtype), torch.randn(77).to(dtype), torch.randn(333, 77).to(dtype)
     gelu = bias_gelu.bias_gelu_fwd(x, bias)
-    inputs = (qkv, grad_out, arguments, x, bias, grad)
-    return inputs, (out, lse, grad_qkv, gelu, *bias_gelu.bias_gelu_bwd(grad, x, bias))
+    residual, weight = torch.randn(333, 77).to(dtype), torch.randn(77).to(dtype)
+    keys = torch.randint(0, 2**40, (333,)), arguments[3]
+    *normed, mean, rstd = residual_layernorm.residual_layernorm_fwd(
+        x, bias, residual, weight, bias, *keys, 1e-5, 0.1, 2
+    )
+    saved = (normed[1], mean, rstd)
+    grads = residual_layernorm.residual_layernorm_bwd(grad, *saved, weight, *keys, 0.1, 2, dtype, True)
+    inputs = (qkv, grad_out, arguments, x, bias, grad, residual, weight, keys)
+    return inputs, (out, lse, grad_qkv, gelu, *bias_gelu.bias_gelu_bwd(grad, x, bias), *normed, *grads)
 
 
 def reference_results(inputs, convert):
-    qkv, grad_out, arguments, x, bias, grad = inputs
-    qkv, grad_out, x, bias, grad = (convert(t) for t in (qkv, grad_out, x, bias, grad))
+    qkv, grad_out, arguments, x, bias, grad, residual, weight, keys = inputs
+    qkv, grad_out, x, bias, grad, residual, weight = map(convert, (qkv, grad_out, x, bias, grad, residual, weight))
     out, lse = reference.attention_fwd(qkv, *arguments)
     grad_qkv = reference.attention_bwd(grad_out, qkv, out, lse, *arguments)
-    return out, lse, grad_qkv, reference.bias_gelu_fwd(x, bias), *reference.bias_gelu_bwd(grad, x, bias)
+    gelu = (reference.bias_gelu_fwd(x, bias), *reference.bias_gelu_bwd(grad, x, bias))
+    *normed, mean, rstd = reference.residual_layernorm_fwd(x, bias, residual, weight, bias, *keys, 1e-5, 0.1, 2)
+    saved = (normed[1], mean, rstd)
+    grads = reference.residual_layernorm_bwd(grad, *saved, weight, *keys, 0.1, 2, x.dtype, True)
+    return out, lse, grad_qkv, *gelu, *normed, *grads
 
 
 def check_operators(expected_set: str) -> None:
     """Run in a process of its own, with BERT_FAST_CPU_ISA set: values, and the same bits at 1, 2 and 7 threads."""
     assert cpu.instruction_set() == expected_set
-    names = ("out", "lse", "grad_qkv", "gelu", "grad_x", "grad_bias")
+    names = ("out", "lse", "grad_qkv", "gelu", "grad_x", "grad_bias", "normed", "z", "grad_x of residual_layernorm",
+             "grad_residual", "grad_bias of residual_layernorm", "grad_weight", "grad_ln_bias")  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         results = []
         for threads in (1, 2, 7):
@@ -67,11 +79,31 @@ def check_operators(expected_set: str) -> None:
             inputs, outputs = run_everything(dtype)
             results.append(outputs)
         same, truth = (reference_results(inputs, f) for f in (lambda t: t, lambda t: t.double()))
+        assert len(results[0]) == len(names)
         for i, name in enumerate(names):
             assert_near_truth(f"{name} ({dtype})", results[0][i], same[i], truth[i], factor=2.0, floor=4.0)
             assert all(torch.equal(results[0][i], r[i]) for r in results), f"{name}: bits depend on the threads"
     rows = torch.randint(0, 2**62, (5,))
     check_masks(rows)
+    check_mlm_loss_rows()
+
+
+def check_mlm_loss_rows() -> None:
+    """The pass over logits: loss and gradients against autograd in float64, the same bits at 1, 2 and 7 threads."""
+    rows = cpu.function("mlm_loss_rows", "pppfppllii")
+    logits, bias, labels = torch.randn(37, 301) * 5, torch.randn(301), torch.randint(0, 301, (37,))
+    labels[5] = -1
+    results = []
+    for threads in (1, 2, 7):
+        gradient, losses, grad_bias = logits.clone(), torch.empty(37), torch.zeros(301)
+        rows(gradient, bias, labels, 0.25, losses, grad_bias, 37, 301, 1, threads)
+        results.append((losses, gradient, grad_bias))
+    leaves = [t.double().requires_grad_() for t in (logits, bias)]
+    truth = torch.nn.functional.cross_entropy(leaves[0] + leaves[1], labels, ignore_index=-1, reduction="none")
+    expected = (truth.detach(), *torch.autograd.grad(0.25 * truth.sum(), leaves))
+    for i in range(3):
+        torch.testing.assert_close(results[0][i].double(), expected[i], rtol=2e-6, atol=2e-6)
+        assert all(torch.equal(results[0][i], r[i]) for r in results), "bits depend on the threads"
 
 
 def check_masks(row_key) -> None:
@@ -139,7 +171,7 @@ def test_one_openmp_runtime_and_torch_threads():
 @pytest.mark.parametrize("length", [1, 49, 300])
 def test_more_threads_than_heads_give_the_same_bits(length):
     """One sequence and one head: the forward's queries are shared out."""
-    attention, _ = operators()
+    attention, _, _ = operators()
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
     qkv, keys = torch.randn(length, 3, 1, 40), (random.row_keys(cu_seqlens, length), torch.tensor([77]))
     results, before = [], torch.get_num_threads()
@@ -159,7 +191,7 @@ def test_library_needs_nothing_but_c():
 
 
 def test_float64_is_the_reference():
-    attention, bias_gelu = operators()
+    attention, bias_gelu, _ = operators()
     qkv, grad_out, arguments = attention_case(torch.float64)
     out, lse = attention.attention_fwd(qkv, *arguments)
     expected, expected_lse = reference.attention_fwd(qkv, *arguments)
@@ -183,7 +215,7 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_unaligned_data_give_the_same_bits(dtype):
-    attention, bias_gelu = operators()
+    attention, bias_gelu, _ = operators()
     qkv, grad_out, arguments = attention_case(dtype)
     out, lse = attention.attention_fwd(qkv, *arguments)
     again, lse_again = attention.attention_fwd(shifted(qkv), *arguments)
@@ -198,7 +230,7 @@ def test_unaligned_data_give_the_same_bits(dtype):
 
 def test_stored_formats_round_as_torch_does():
     """Every bfloat16 and float16 through GELU, specials and subnormals included; of large values it is the identity."""
-    _, bias_gelu = operators()
+    _, bias_gelu, _ = operators()
     for dtype in (torch.bfloat16, torch.float16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         zero = torch.zeros(1, dtype=torch.float32)
