@@ -141,7 +141,9 @@ def executed_flops(options, config, batch, name: str, padding: str) -> int:
     return step_flops(config, lengths, predicted if options.train else 0, train=options.train)
 
 
-def timed_table(options, config, batch, entries: list[tuple[str, str]], dtype, peaks, bar, title: str):
+def timed_table(
+    options, config, batch, entries: list[tuple[str, str]], dtype, peaks, bar, title: str, with_memory: bool
+):
     """Times ``entries`` (variant, padding) interleaved; returns table rows and ours-over-theirs ratios by key.
 
     ``peaks`` holds the matrix rate by dtype. A variant that fails keeps its reason in its row.
@@ -168,6 +170,19 @@ def timed_table(options, config, batch, entries: list[tuple[str, str]], dtype, p
     times = measure.interleave(steps, options.rounds, options.device, bar.tick)
     steps.clear()
 
+    memory = dict.fromkeys(times)
+    if with_memory and not options.no_memory:
+        bar.phase(f"{title}: peak memory")
+        shape = {
+            "model": options.model, "seq": batch.seq, "lengths": batch.lengths, "predicted": batch.predicted,
+            "device": options.device, "dtype": str(dtype).removeprefix("torch."), "train": options.train,
+            "nsp": options.nsp, "optimizer": options.optimizer,
+        }  # fmt: skip
+        timed = [(name, padding) for name, padding in entries if label(name, padding) in times]
+        cases = [{**shape, "name": name, "padding": padding} for name, padding in timed]
+        peaks_mib = measure.peak_memories_mib(cases, options.device)
+        memory = {label(*entry): mib for entry, mib in zip(timed, peaks_mib, strict=True)}
+
     rows, ratios = [], {}
     full = step_flops(
         config, [batch.seq] * len(batch.lengths), batch.predicted if options.train else 0, train=options.train
@@ -180,16 +195,6 @@ def timed_table(options, config, batch, entries: list[tuple[str, str]], dtype, p
             continue
         step = measure.quantiles(times[key])
         executed = executed_flops(options, config, batch, name, padding)
-        memory = None
-        if not options.no_memory:
-            bar.phase(f"{title}: memory of {key}")
-            memory = measure.peak_memory_mib(
-                {
-                    "name": name, "padding": padding, "model": options.model, "seq": batch.seq,
-                    "lengths": batch.lengths, "predicted": batch.predicted, "device": options.device,
-                    "dtype": row["dtype"], "train": options.train, "nsp": options.nsp, "optimizer": options.optimizer,
-                }
-            )  # fmt: skip
         rows.append(
             row
             | {
@@ -199,7 +204,7 @@ def timed_table(options, config, batch, entries: list[tuple[str, str]], dtype, p
                 "executed_tflops": executed / step["p50"] / 1e12,
                 "share_of_peak": executed / step["p50"] / peaks[dtype],
                 "mfu": full / step["p50"] / peaks[dtype],
-                "peak_memory_mib": memory,
+                "peak_memory_mib": memory[key],
             }
         )
         if name != "bert_fast":
@@ -217,7 +222,6 @@ def memory_of(text: str) -> int:
         variant, batch, a["device"], DTYPES[a["dtype"]], train=a["train"], optimizer=a["optimizer"]
     )
     with measure.PeakMemory(a["device"]) as peak:
-        step()
         step()
     print(peak.mib)
     return 0
@@ -361,7 +365,9 @@ def time_everything(options, config, batch, wikipedia, peers, dtype, peaks, resu
 
     def table(title: str, batch, entries, dtype, lengths: str) -> tuple[list[dict], dict]:
         with Bar() as bar:
-            rows, ratios = timed_table(options, config, batch, entries, dtype, peaks, bar, title)
+            rows, ratios = timed_table(
+                options, config, batch, entries, dtype, peaks, bar, title, with_memory=not groups
+            )
         tables.show_throughput(title, rows, ratios)
         for row in rows:
             results["throughput"].append({k: v for k, v in row.items() if k != "key"} | {"lengths": lengths})
