@@ -244,3 +244,45 @@ def test_stored_formats_round_as_torch_does():
         unit = truth.abs() * info.eps + info.smallest_normal * info.eps + 2.0**-120  # Phi below 2^-126 is 0
         assert ((ours - truth).abs() <= unit).all(), "further than one unit in the last place from the truth"
         assert bias_gelu.bias_gelu_fwd(every[every.isnan()][:, None].contiguous(), zero).isnan().all()
+
+
+@pytest.mark.parametrize("positions", [7, 70_000])
+def test_mlm_loss_and_embedding_have_the_same_bits_at_any_number_of_threads(positions):
+    from bert_fast.kernels.cpu import embedding_layernorm, mlm_loss
+
+    before = torch.get_num_threads()
+    hidden, word, bias = torch.randn(positions, 4), torch.randn(11, 4), torch.randn(11)
+    ids = torch.randint(0, 11, (positions,))
+    none = torch.empty(0, dtype=torch.int64)
+    tables = (word, torch.randn(5, 4), torch.randn(2, 4), torch.randn(4))
+    indices = (ids, ids % 5, ids % 2)
+    results = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            losses = [
+                mlm_loss.mlm_loss_fwd(hidden * (1 + k), word, bias, ids, None, -100, 1 << 20, False)[0]
+                for k in range(8)
+            ]
+            out, mean, rstd = embedding_layernorm.embedding_layernorm_fwd(
+                *indices, *tables, torch.randn(4, generator=torch.Generator().manual_seed(1)), none, none,
+                1e-5, 0.0, 0, -1, torch.float32,
+            )  # fmt: skip
+            grads = embedding_layernorm.embedding_layernorm_bwd(
+                hidden, *indices, *tables, mean, rstd, none, none, 0.0, 0, -1
+            )
+            results.append((*losses, out, *grads))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("normalizer", [float("inf"), 1e30])
+def test_mlm_loss_with_a_huge_normalizer_has_finite_gradients(normalizer):
+    from bert_fast.kernels.cpu import mlm_loss
+
+    inputs = (torch.randn(5, 4), torch.randn(11, 4), torch.randn(11), torch.randint(0, 11, (5,)))
+    arguments = (*inputs, torch.tensor(normalizer), -100, 3, True)
+    for ours, expected in zip(mlm_loss.mlm_loss_fwd(*arguments), reference.mlm_loss_fwd(*arguments), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)

@@ -31,6 +31,16 @@ def _sum_of_rows(ids, positions, segments, word, position, segment) -> Tensor:
     return word[ids].float() + segment[segments].float() + position[positions].float()
 
 
+def _table_gradient(table: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """rows (T, H) float32 summed into the shape and dtype of table by index (T,), in the order of T."""
+    grad = torch.zeros_like(table)
+    if table.dtype == torch.float32:
+        return grad.index_add_(0, index, rows)
+    used, place = index.unique(return_inverse=True)  # sums in float32 of the rows that occur, not of the whole table
+    sums = rows.new_zeros(used.numel(), rows.shape[1]).index_add_(0, place, rows)
+    return grad.index_copy_(0, used, sums.to(table.dtype))
+
+
 def embedding_layernorm_fwd(
     ids: Tensor,
     positions: Tensor,
@@ -87,11 +97,8 @@ def embedding_layernorm_bwd(
     _, grad_z, _, grad_weight, grad_bias = residual_layernorm_bwd(
         grad_y, z, mean, rstd, weight.float(), row_key, rng_key, 0.0, site, torch.float32, False
     )
-    grads = [
-        torch.zeros(table.shape).index_add_(0, index, grad_z)  # in the order of T: the same bits every time
-        for table, index in ((word, ids), (position, positions), (segment, segments))
-    ]
+    pairs = ((word, ids), (position, positions), (segment, segments))
+    grads = [_table_gradient(table, index, grad_z) for table, index in pairs]
     if padding_idx >= 0:
         grads[0][padding_idx] = 0.0
-    grads = [grad.to(table.dtype) for grad, table in zip(grads, tables, strict=True)]
     return *grads, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

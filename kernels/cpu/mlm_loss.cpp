@@ -60,13 +60,15 @@ int forward(float* logits, const float* bias, const int64_t* labels, float scale
             const float factor = scale / total;
             // (e^(x_label - lse) - 1) without the cancellation that softmax - 1 has where the label is certain
             const float label_gradient = scale * __builtin_expm1f(-losses[row]);
-            line[labels[row]] = label_gradient / factor;
+            line[labels[row]] = 0.0f;  // its gradient is put in below: dividing by a factor of 0 would give NaN
             for (int64_t v = 0; v < vocabulary; v += LANES) {
                 const int64_t count = vocabulary - v;
                 const vfloat g = load_first(line + v, count) * factor;
                 store_first(line + v, g, count);
                 store_first(sum_bias + v, load_first(sum_bias + v, count) + g, count);
             }
+            line[labels[row]] = label_gradient;
+            sum_bias[labels[row]] += label_gradient;
         }
     });
     return DONE;

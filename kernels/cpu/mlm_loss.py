@@ -52,7 +52,9 @@ def mlm_loss_fwd(
                 grad_word = product if start == 0 else grad_word.add_(product)
     if with_grads and positions == 0:
         grad_word = torch.zeros(word.shape)
-    return losses.sum() / count, grad_hidden, grad_word.to(word.dtype), grad_bias.to(bias.dtype)
+    # torch splits a long sum over its threads, so the bits would depend on them; NumPy's pairwise sum does not.
+    total = torch.tensor(float(losses.numpy().sum(dtype="float64")), dtype=torch.float32)
+    return total / count, grad_hidden, grad_word.to(word.dtype), grad_bias.to(bias.dtype)
 
 
 mlm_loss_bwd = reference.mlm_loss_bwd
