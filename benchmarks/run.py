@@ -24,13 +24,14 @@ import variants
 from flops import step_flops
 from numerical_parity import compare
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from workload import MODELS, Workload, model_config
+from workload import MODELS, Workload, model_config, random_batch
 
 from bert_fast.env import environment
 
 DROPOUT = 0.1
 TIMED_SECONDS = 200  # of interleaved rounds at full length that the default batch is chosen for
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +46,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="lengths of the sequences; full adds a table at Wikipedia's lengths")  # fmt: skip
     parser.add_argument("--mode", choices=("train", "encode"), default="train")
     parser.add_argument("--optimizer", choices=("none", "adamw", "lamb"), default="none")
-    parser.add_argument("--peers", default=",".join(variants.PEERS), help="comma-separated variants of the reference")
+    parser.add_argument("--peers", default=",".join(variants.PEERS), help="comma-separated: "
+                        + "; ".join(f"{name} ({variants.DESCRIPTIONS[name]})" for name in variants.PEERS))  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--corpus", help="text to take the batches from (default: Python's language reference)")
     parser.add_argument("--no-nsp", action="store_true", help="masked language modelling alone")
@@ -175,7 +177,7 @@ def timed_table(
         bar.phase(f"{title}: peak memory")
         shape = {
             "model": options.model, "seq": batch.seq, "lengths": batch.lengths, "predicted": batch.predicted,
-            "device": options.device, "dtype": str(dtype).removeprefix("torch."), "train": options.train,
+            "device": options.device, "dtype": NAMES[dtype], "train": options.train,
             "nsp": options.nsp, "optimizer": options.optimizer,
         }  # fmt: skip
         timed = [(name, padding) for name, padding in entries if label(name, padding) in times]
@@ -189,7 +191,7 @@ def timed_table(
     )
     for name, padding in entries:
         key = label(name, padding)
-        row = {"name": name, "padding": padding, "key": key, "dtype": str(dtype).removeprefix("torch.")}
+        row = {"name": name, "padding": padding, "key": key, "dtype": NAMES[dtype]}
         if key in failed:
             rows.append(row | {"failed": failed[key]})
             continue
@@ -213,11 +215,11 @@ def timed_table(
 
 
 def memory_of(text: str) -> int:
-    """In a child process: the peak memory of one variant's steps, on a batch of the same shape, printed in MiB."""
+    """In a child process: the peak memory of one variant's step, on a batch of the same shape, printed in MiB."""
     a = json.loads(text)
     config = model_config(a["model"], dropout=DROPOUT)
     variant = variants.build(a["name"], config, a["device"], train=a["train"], nsp=a["nsp"], padding=a["padding"])
-    batch = shape_batch(a, config.vocab_size)
+    batch = random_batch(a["lengths"], a["predicted"], a["seq"], a["device"], nsp=a["nsp"])
     step = variants.make_step(
         variant, batch, a["device"], DTYPES[a["dtype"]], train=a["train"], optimizer=a["optimizer"]
     )
@@ -225,36 +227,6 @@ def memory_of(text: str) -> int:
         step()
     print(peak.mib)
     return 0
-
-
-def shape_batch(a: dict, vocabulary: int):
-    """A batch with the lengths and predicted positions of ``a``; which tokens they are does not change memory."""
-    import numpy as np
-    from workload import Batch
-
-    from bert_fast.data import Sample, capacities, pack_samples, pad_samples
-
-    samples = []
-    for index, n in enumerate(a["lengths"]):
-        share = a["predicted"] * n // sum(a["lengths"]) if index else a["predicted"] - sum(
-            a["predicted"] * m // sum(a["lengths"]) for m in a["lengths"][1:]
-        )  # fmt: skip
-        at = np.linspace(1, n - 2, share).astype(np.int64)
-        ids = np.random.default_rng(index).integers(5, vocabulary, n)
-        samples.append(Sample(ids, np.zeros(n, dtype=np.int64), at, ids[at], 0, index))
-    size = capacities(sum(a["lengths"]), max(a["lengths"]), len(samples))
-
-    def moved(batch: dict) -> dict:
-        if not a["nsp"]:
-            batch.pop("next_sentence_label")
-        return {k: v.to(a["device"]) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-    return Batch(
-        a["lengths"], a["predicted"], a["seq"],
-        moved(pad_samples(samples, pad_id=0, length=a["seq"])),
-        moved(pad_samples(samples, pad_id=0)),
-        moved(pack_samples(samples, size, pad_id=0)),
-    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -269,7 +241,6 @@ def main(argv: list[str] | None = None) -> int:
     say = tables.console.print
     started = time.perf_counter()
 
-    work = None
     if not options.kernels:
         with Bar() as bar:
             bar.phase("reading the corpus and training its tokenizer")
@@ -289,11 +260,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     say(f"machine    {facts['devices'][0] if device == 'cuda' else facts['machine']['processor']}, "
         f"{facts['machine']['threads']} threads, {facts['machine']['instruction set of torch']}")  # fmt: skip
-    say(f"limits     matrix product {', '.join(f'{str(k)[6:]} {v / 1e12:.3f} TFLOP/s' for k, v in peaks.items())}; "
+    say(f"limits     matrix product {', '.join(f'{NAMES[k]} {v / 1e12:.3f} TFLOP/s' for k, v in peaks.items())}; "
         f"copy {copy / 1e9:.1f} GB/s")  # fmt: skip
     say(f"operators  {', '.join(sorted({d[device] for d in facts['operators'].values()}))}")
 
-    limits = {"matmul_tflops": {str(k)[6:]: v / 1e12 for k, v in peaks.items()}, "copy_gbs": copy / 1e9}
+    limits = {"matmul_tflops": {NAMES[k]: v / 1e12 for k, v in peaks.items()}, "copy_gbs": copy / 1e9}
 
     if options.kernels:
         from operators import measure_operators, print_operators

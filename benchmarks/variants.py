@@ -68,8 +68,7 @@ def build(name: str, config, device: str, *, train: bool, nsp: bool, padding: st
     torch.manual_seed(0)
     config = type(config)(**config.to_dict())
     kind = "BertForPreTraining" if nsp else "BertForMaskedLM"
-    encode = not train
-    if encode:
+    if not train:
         kind = "BertModel"
     if name == "bert_fast":
         model = getattr(bert_fast, kind)(config)
@@ -77,7 +76,7 @@ def build(name: str, config, device: str, *, train: bool, nsp: bool, padding: st
     else:
         attention = {"hf-eager": "eager", "hf-masked-head": "eager", "hf-flash": "flash_attention_2"}.get(name, "sdpa")
         config._attn_implementation = attention
-        reference = MaskedHead if name == "hf-masked-head" and not encode else getattr(transformers, kind)
+        reference = MaskedHead if name == "hf-masked-head" and train else getattr(transformers, kind)
         if name == "hf-masked-head" and not nsp:
             raise ValueError("hf-masked-head is built for MLM + NSP; leave it out with --no-nsp")
         model = reference(config)
@@ -88,7 +87,7 @@ def build(name: str, config, device: str, *, train: bool, nsp: bool, padding: st
 
     def batch_of(batch: Batch) -> dict:
         inputs = dict(getattr(batch, form))
-        if encode:
+        if not train:
             for key in ("labels", "next_sentence_label", "masked_positions", "masked_labels"):
                 inputs.pop(key, None)
         return inputs

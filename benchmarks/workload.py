@@ -8,6 +8,7 @@ from transformers import BertConfig
 
 from bert_fast.data import (
     PretrainingDataset,
+    Sample,
     capacities,
     encode_documents,
     pack_samples,
@@ -81,43 +82,66 @@ class Workload:
                 raise ValueError(f"the corpus gives {len(samples)} samples of {seq} tokens, fewer than --batch {size}")
         else:
             targets = [seq] * size if lengths == "full" else wikipedia_quantiles(size, seq)
-            samples = [self._sample(length, seed + i) for i, length in enumerate(targets)]
+            samples = self._samples(targets, seed)
         return self._batch(samples, seq, device)
-
-    def _sample(self, length: int, seed: int):
-        """A sample of exactly ``length`` tokens: the first of a shuffled epoch that was cut to that length."""
-        dataset = PretrainingDataset(
-            self.corpus, self.tokenizer, max_length=max(length, 8), seed=seed, nsp=self.nsp, short_seq_prob=0.0
-        )
-        order = dataset.order()
-        exact = [i for i in order if dataset.plan.length[i] == length]
-        if not exact:
-            raise ValueError(f"the corpus has no sample of {length} tokens: give a longer --corpus or a smaller --seq")
-        return dataset[exact[0]]
 
     def parity_batch(self, seq: int, device: str) -> Batch:
         """A full sequence and one of Wikipedia's lower-quartile length: full length and padding in one batch."""
-        short = wikipedia_quantiles(2, seq)[0]
-        return self._batch([self._sample(seq, 0), self._sample(short, 1)], seq, device)
+        return self._batch(self._samples([seq, wikipedia_quantiles(2, seq)[0]], seed=0), seq, device)
 
-    def _batch(self, samples: list, seq: int, device: str) -> Batch:
-        pad = special_ids(self.tokenizer).pad
-        lengths = [len(sample.input_ids) for sample in samples]
-        size = capacities(sum(lengths), max(lengths), len(lengths))
+    def _samples(self, lengths: list[int], seed: int) -> list[Sample]:
+        """Samples of exactly ``lengths`` tokens: of each length the first ones cut to it, epoch after epoch."""
+        found = {}
+        for length in set(lengths):
+            dataset = PretrainingDataset(
+                self.corpus, self.tokenizer, max_length=max(length, 8), seed=seed, nsp=self.nsp, short_seq_prob=0.0
+            )
+            samples: list[Sample] = []
+            while (missing := lengths.count(length) - len(samples)) > 0:
+                exact = [i for i in dataset.order() if dataset.plan.length[i] == length][:missing]
+                if not exact:
+                    raise ValueError(
+                        f"the corpus has no sample of {length} tokens: give a longer --corpus or a smaller --seq"
+                    )
+                samples += [dataset[i] for i in exact]
+                dataset.set_epoch(dataset.epoch + 1)
+            found[length] = iter(samples)
+        return [next(found[length]) for length in lengths]
 
-        def to_device(batch: dict) -> dict:
-            if not self.nsp:
-                batch = {key: value for key, value in batch.items() if key != "next_sentence_label"}
-            return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    def _batch(self, samples: list[Sample], seq: int, device: str) -> Batch:
+        return make_batch(samples, seq, device, pad_id=special_ids(self.tokenizer).pad, nsp=self.nsp)
 
-        return Batch(
-            lengths=lengths,
-            predicted=sum(len(sample.masked_positions) for sample in samples),
-            seq=seq,
-            padded=to_device(pad_samples(samples, pad_id=pad, length=seq)),
-            longest=to_device(pad_samples(samples, pad_id=pad)),
-            packed=to_device(pack_samples(samples, size, pad_id=pad)),
-        )
+
+def make_batch(samples: list[Sample], seq: int, device: str, *, pad_id: int, nsp: bool) -> Batch:
+    """The samples in every form a variant takes, on ``device``."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    size = capacities(sum(lengths), max(lengths), len(lengths))
+
+    def finished(batch: dict) -> dict:
+        if not nsp:
+            batch = {key: value for key, value in batch.items() if key != "next_sentence_label"}
+        return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    return Batch(
+        lengths=lengths,
+        predicted=sum(len(sample.masked_positions) for sample in samples),
+        seq=seq,
+        padded=finished(pad_samples(samples, pad_id=pad_id, length=seq)),
+        longest=finished(pad_samples(samples, pad_id=pad_id)),
+        packed=finished(pack_samples(samples, size, pad_id=pad_id)),
+    )
+
+
+def random_batch(lengths: list[int], predicted: int, seq: int, device: str, *, nsp: bool) -> Batch:
+    """A batch of random tokens in the shape of another: what memory depends on, without its corpus."""
+    draw = np.random.default_rng(0)
+    shares = [predicted * n // sum(lengths) for n in lengths]
+    shares[0] += predicted - sum(shares)
+    samples = []
+    for index, (n, share) in enumerate(zip(lengths, shares, strict=True)):
+        ids, at = draw.integers(5, VOCABULARY, n), np.linspace(1, n - 2, share).astype(np.int64)
+        samples.append(Sample(ids, np.zeros(n, dtype=np.int64), at, ids[at], 0, index))
+    return make_batch(samples, seq, device, pad_id=0, nsp=nsp)
 
 
 def wikipedia_quantiles(count: int, seq: int) -> list[int]:

@@ -61,6 +61,21 @@ def test_bert_vocabulary(backend, dtype):
     _check(backend, _inputs(5, 30522, 64, dtype), chunk=3)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="about products on a CPU")
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("positions", [1, 3, 7, 11])
+def test_few_positions_are_as_exact_as_many(backend, positions):
+    """MKL adds the V terms of a product with fewer than 12 rows one by one, at up to ten times the error."""
+    inputs = _inputs(64, 30522, 64, torch.float32, ignored=0.0)
+    few = (inputs[0][:positions], inputs[1], inputs[2], inputs[3][:positions])
+    norm_error = {}
+    for name, case in (("many", inputs), ("few", few)):
+        ours = _run(backend, *case, None, -100, 64, True)[1].double()
+        true = _truth(*case)[1]
+        norm_error[name] = float((ours - true).norm() / true.norm())
+    assert norm_error["few"] <= 2 * norm_error["many"] + 1e-7, norm_error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -28,7 +28,7 @@ def mlm_loss_fwd(
         return reference.mlm_loss_fwd(hidden, word, bias, labels, normalizer, ignore_index, chunk, with_grads)
     valid = labels != ignore_index
     count = valid.sum().clamp(min=1).float() if normalizer is None else normalizer.reshape(()).float()
-    targets = labels.where(valid, -1)
+    scale, targets = float(1.0 / count), labels.where(valid, -1)
     table, table_bias = word.to(hidden.dtype), bias.float()
     positions, vocabulary = hidden.shape[0], word.shape[0]
     losses = torch.empty(positions)
@@ -39,12 +39,12 @@ def mlm_loss_fwd(
         rows = slice(start, min(start + chunk, positions))
         logits = (hidden[rows] @ table.T).float()
         _rows(
-            logits, table_bias, targets[rows].contiguous(), float(1.0 / count), losses[rows], grad_bias,
+            logits, table_bias, targets[rows].contiguous(), scale, losses[rows], grad_bias,
             *logits.shape, int(with_grads), torch.get_num_threads(),
         )  # fmt: skip
         if with_grads:
             grad_logits = logits.to(hidden.dtype)
-            torch.mm(grad_logits, table, out=grad_hidden[rows])
+            grad_hidden[rows] = reference.long_product(grad_logits, table)
             if hidden.dtype == torch.float32 and start > 0:
                 grad_word.addmm_(grad_logits.T, hidden[rows])
             else:
