@@ -1,0 +1,123 @@
+"""The command line ``bert-fast``: one module a command, each with ``add_parser(subparsers)`` and ``run(options)``.
+
+Exit codes: 0 done; 1 failed for a reason that the message gives; 2 wrong usage; 3 training stopped because losses
+were not finite; 130 Ctrl-C; 143 SIGTERM. An error is one line on stderr; ``BERT_FAST_DEBUG=1`` shows where it came
+from. A command's module imports torch and the rest inside ``run``, so ``--help`` answers at once.
+"""
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from bert_fast import __version__
+
+FAILED, USAGE, NOT_FINITE, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+
+# In the order in which they are used; the name of a command is that of its module, with "-" for "_".
+COMMANDS = (
+    "tokenizer",
+    "prepare",
+    "pretrain",
+    "plot",
+    "evaluate",
+    "fill-mask",
+    "encode",
+    "finetune",
+    "env",
+)
+
+EPILOG = """\
+from text to a filled mask:
+  bert-fast tokenizer corpus/ --vocab-size 30522 --out tok
+  bert-fast prepare corpus/ --tokenizer tok --out data
+  bert-fast pretrain --data data --out run --model base
+  bert-fast fill-mask run "The capital of France is [MASK]."
+
+bert-fast COMMAND --help explains a command, with examples. Exit codes: 0 done, 1 failed (the message says why),
+2 wrong usage, 3 stopped because losses were not finite, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwinds like KeyboardInterrupt, so that worker processes end and files are closed."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="bert-fast",
+        description="Pre-train BERT fast: from raw text to a checkpoint that transformers loads.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"bert_fast {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for name in COMMANDS:
+        module = f"{__name__}.{name.replace('-', '_')}"
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module).add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        options = build_parser().parse_args(argv)
+    except SystemExit as stop:  # --help, --version and wrong usage
+        return stop.code or 0
+    try:
+        with _sigterm_unwinds():
+            return options.run(options) or 0
+    except KeyboardInterrupt:
+        print(f"bert-fast {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Terminated:
+        print(f"bert-fast {options.command}: terminated", file=sys.stderr)
+        return TERMINATED
+    except BrokenPipeError:  # the reader of a pipe has gone (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:  # whatever it is, a user gets one line and an exit code; the traceback on demand
+        if os.environ.get("BERT_FAST_DEBUG"):
+            raise
+        print(f"bert-fast {options.command}: error: {_one_line(error)}", file=sys.stderr)
+        return FAILED
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    if isinstance(error, (OSError, ValueError)) and message:
+        return message
+    return f"{type(error).__name__}: {message} (unexpected: BERT_FAST_DEBUG=1 shows where it came from)"
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Turns SIGTERM into :class:`Terminated` meanwhile; a command may install its own handler on top."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+
+    def unwind(signum, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
