@@ -6,8 +6,6 @@ never what `prepare` waits for. It rather leaves two sentences together than cut
 
 import re
 
-import sentencex
-
 PARAGRAPH = re.compile(r"\n\s*\n")
 # A "sentence" of this many characters is a table, a log or a text without punctuation; pieces of it are kept apart.
 LONGEST = 10_000
@@ -21,6 +19,8 @@ def split_sentences(text: str, language: str = "en") -> list[str]:
     too. A blank line always ends a sentence, a single line break does not. A stretch of more than 10 000
     characters without an end is cut at white space (or at the limit where there is none).
     """
+    import sentencex  # here, so that packing, batches and benchmarks run where this compiled package is not installed
+
     sentences = []
     for paragraph in PARAGRAPH.split(text):
         for sentence in sentencex.segment(language, paragraph):
