@@ -4,9 +4,11 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # Seconds between two lines of progress where stderr is a file or a pipe, and between two in JSON mode.
 LINE_EVERY = 10.0
@@ -75,7 +77,7 @@ class Output:
         if self.silent:
             return
         if self.json:
-            self._json_line({"kind": "result"} | facts)
+            self.json_line({"kind": "result"} | facts)
         elif text is not None:
             self._aside(lambda: print(text, flush=True))
 
@@ -84,7 +86,7 @@ class Output:
         if self.silent or self.quiet:
             return
         if self.json:
-            self._json_line({"kind": "note", "text": text})
+            self.json_line({"kind": "note", "text": text})
         else:
             self._aside(lambda: print(text, file=sys.stderr, flush=True))
 
@@ -93,7 +95,7 @@ class Output:
         if self.silent:
             return
         if self.json:
-            self._json_line({"kind": "warning", "text": text})
+            self.json_line({"kind": "warning", "text": text})
         else:
             self._aside(lambda: print(f"bert-fast {self.command}: warning: {text}", file=sys.stderr, flush=True))
 
@@ -107,7 +109,7 @@ class Output:
             yield Progress(total, what, unit, done)
             return
         if self.json:
-            bar: Progress = _JsonProgress(total, what, unit, done, self._json_line)
+            bar: Progress = _JsonProgress(total, what, unit, done, self.json_line)
         elif sys.stderr.isatty():
             bar = _TerminalProgress(total, what, unit, done)
         else:
@@ -128,7 +130,8 @@ class Output:
             self._bar.aside(write)
 
     @staticmethod
-    def _json_line(facts: dict) -> None:
+    def json_line(facts: dict) -> None:
+        """One JSON line on stdout, whatever the mode: for results that have no other form."""
         print(json.dumps(_finite(facts), ensure_ascii=False, allow_nan=False), flush=True)
 
 
@@ -187,7 +190,9 @@ class Progress:
     def line(self) -> str:
         """The state in one line."""
         parts = [f"{self.what} {_count(self.done, self.unit, self.total)}", f"{_rate(self.rate, self.unit)}"]
-        if self.seconds_left is not None:
+        if self.total is not None and self.done >= self.total:
+            parts.append(f"in {_duration(time.monotonic() - self._began)}")
+        elif self.seconds_left is not None:
             parts.append(f"{_duration(self.seconds_left)} left")
         return "  ".join([*parts, self.text]).rstrip()
 
@@ -229,7 +234,7 @@ class _JsonProgress(Progress):
     def _print(self) -> None:
         self._shown_at, self._shown = time.monotonic(), self.done
         state = {"what": self.what, "unit": self.unit, "done": self.done, "total": self.total}
-        state |= {"rate": round(self.rate, 3), "seconds_left": self.seconds_left}
+        state |= {"rate": round(self.rate, 3), "seconds_left": _rounded(self.seconds_left)}
         self._write({"kind": "progress"} | state | self.facts)
 
 
@@ -259,6 +264,10 @@ class _TerminalProgress(Progress):
         self._bars.start()
 
 
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
+
+
 def _count(done: float, unit: str, total: float | None) -> str:
     scale, name, digits = (1e6, "MB", 1) if unit == "bytes" else (1, unit, 0)
     of = "" if total is None else f" of {total / scale:,.{digits}f}"
@@ -275,3 +284,12 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Makes the folder and checks that files can be made in it, before any work is done; OSError that names it."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        pass
+    return path

@@ -1,0 +1,56 @@
+"""What the commands that read a corpus share: their arguments, and how far they are."""
+
+import argparse
+from pathlib import Path
+
+PACKED_SUFFIXES = {".gz", ".zst", ".zstd", ".parquet"}
+
+
+def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    """CORPUS..., --one-per-file and --text-field."""
+    parser.add_argument(
+        "corpus",
+        nargs="+",
+        metavar="CORPUS",
+        help="files, folders or 'patterns': text with a blank line between documents, JSON lines, Parquet; "
+        "plain, .gz or .zst",
+    )
+    parser.add_argument("--one-per-file", action="store_true", help="a text file is one document")
+    parser.add_argument(
+        "--text-field", metavar="NAME", default="text", help="key (JSON lines) or column (Parquet) of the text"
+    )
+
+
+def corpus_files(paths: list[str]) -> list[Path]:
+    """The files of the corpus; ValueError for one that is no text in UTF-8: programs, pictures, UTF-16."""
+    from bert_fast.data import expand_paths
+
+    files = expand_paths(paths)
+    for path in files:
+        if path.suffix.lower() in PACKED_SUFFIXES:
+            continue  # their readers tell
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+        if head.count(0) > len(head) // 100:  # a stray NUL is removed and counted; this many are no text
+            raise ValueError(f"{path} is not text in UTF-8: {head.count(0):,} of its first {len(head):,} bytes are NUL")
+    return files
+
+
+def corpus_bytes(files: list[Path]) -> int | None:
+    """The bytes of text that ``files`` hold, None where only unpacking would tell."""
+    if any(path.suffix.lower() in PACKED_SUFFIXES for path in files):
+        return None
+    return sum(path.stat().st_size for path in files)
+
+
+def skipped_text(counts: dict) -> str | None:
+    """What of a corpus was skipped or changed, in words; None where nothing was."""
+    words = {
+        "invalid_utf8": "documents skipped: not UTF-8",
+        "nul_bytes": "documents with NUL bytes, which were removed",
+        "empty_documents": "documents without a token",
+        "documents_cut": "cuts of documents longer than 16 MiB",
+        "invalid_json": "JSON lines skipped: no object with that text field, or beyond 64 MiB",
+    }
+    found = [f"{counts[key]:,} {text}" for key, text in words.items() if counts.get(key)]
+    return "; ".join(found) or None

@@ -1,0 +1,108 @@
+"""``bert-fast prepare``: a corpus to token shards."""
+
+import argparse
+
+from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, skipped_text
+from bert_fast.cli.output import Output, add_command, writable_folder
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command."""
+    parser = add_command(
+        subparsers,
+        "prepare",
+        run,
+        "turn a corpus into memory-mapped shards of token ids",
+        details="Documents are split into sentences and encoded on all cores, in bounded memory; exact duplicates are "
+        "dropped and counted. A run that was killed goes on where it was when started again; machines share the work "
+        "by --shard in one common folder, with the same result as one machine.",
+        examples="""
+bert-fast prepare corpus/ --tokenizer tok --out data
+bert-fast prepare corpus.txt --tokenizer vocab.txt --uncased --out data
+bert-fast prepare 'zh/*.jsonl.zst' --tokenizer tok --language zh --out data
+bert-fast prepare corpus/ --tokenizer tok --out /shared/data --shard 0/4     # and 1/4, 2/4, 3/4 elsewhere""",
+    )
+    add_corpus_arguments(parser)
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", required=True, help="folder, tokenizer.json or vocab.txt (BERT's will do)"
+    )
+    case = parser.add_mutually_exclusive_group()
+    case.add_argument("--cased", action="store_true", help="a vocab.txt is cased (default: seen from what is in it)")
+    case.add_argument("--uncased", action="store_true", help="a vocab.txt is uncased")
+    parser.add_argument("--out", metavar="DIR", required=True, help="where shards, index and manifest go")
+    parser.add_argument("--workers", metavar="N", type=_positive, help="processes (default: one a core)")
+    parser.add_argument(
+        "--shard", metavar="I/N", type=_shard, default=(0, 1), help="make every N-th shard, from the I-th (0 to N-1)"
+    )
+    parser.add_argument("--language", metavar="CODE", default="en", help="of the sentences, as en, de, zh")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, of = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, as in 0/4") from None
+    if not 0 <= index < of:
+        raise argparse.ArgumentTypeError(f"{text!r}: the first number must be 0 to {of - 1}")
+    return index, of
+
+
+def run(options: argparse.Namespace) -> None:
+    """Makes the shards."""
+    from bert_fast import data
+
+    out = Output.of(options)
+    files = corpus_files(options.corpus)
+    lowercase = False if options.cased else True if options.uncased else None
+    tokenizer = data.load_tokenizer(options.tokenizer, lowercase=lowercase)
+    folder = writable_folder(options.out)
+    size, (index, of) = corpus_bytes(files), options.shard
+    done: dict = {}
+    with out.progress(None if size is None else size / of, "preparing", "bytes") as bar:
+
+        def show(counts: dict) -> None:
+            done.update(counts)
+            facts = {key: counts[key] for key in ("units", "units_skipped", "documents", "tokens")}
+            bar.update(counts["bytes"], f"{counts['documents']:,} documents, {counts['tokens']:,} tokens", **facts)
+
+        manifest = data.prepare(
+            files,
+            tokenizer,
+            folder,
+            shard=options.shard,
+            workers=options.workers,
+            language=options.language,
+            one_per_file=options.one_per_file,
+            text_field=options.text_field,
+            progress=show,
+        )
+    made = {"shards_made": done.get("units", 0), "shards_found": done.get("units_skipped", 0)}
+    made["shards_made"] -= made["shards_found"]
+    if manifest is None:
+        text = f"{folder}: part {index}/{of} is made; the manifest comes with the last part"
+        out.result({"out": str(folder), "complete": False} | made, text)
+        return
+    if skipped := skipped_text(manifest["counts"]):
+        out.warn(skipped)
+    facts = {k: manifest[k] for k in ("documents", "duplicate_documents", "sentences", "tokens", "counts")}
+    facts = {"out": str(folder), "complete": True, "shards": len(manifest["shards"])} | made | facts
+    lines = [
+        f"{folder}: {manifest['documents']:,} documents, {manifest['sentences']:,} sentences, "
+        f"{manifest['tokens']:,} tokens in {_shards(len(manifest['shards']))}",
+        f"  {manifest['duplicate_documents']:,} duplicate documents dropped",
+        f"  how they were made, with checksums: {folder / 'manifest.json'}",
+    ]
+    if made["shards_found"]:
+        lines.insert(1, f"  {_shards(made['shards_found'])} made before, kept")
+    out.result(facts, "\n".join(lines))
+
+
+def _shards(number: int) -> str:
+    return f"{number:,} shard" if number == 1 else f"{number:,} shards"

@@ -1,0 +1,98 @@
+"""``bert-fast tokenizer``: a WordPiece vocabulary from a corpus."""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, skipped_text
+from bert_fast.cli.output import Output, Progress, add_command, writable_folder
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command."""
+    parser = add_command(
+        subparsers,
+        "tokenizer",
+        run,
+        "train a WordPiece tokenizer on a corpus",
+        details="The folder loads as transformers.BertTokenizerFast and in every command here. The corpus is streamed "
+        "twice (characters, then words), never held in memory; the same corpus gives the same vocabulary.",
+        examples="""
+bert-fast tokenizer corpus/ --vocab-size 30522 --out tok
+bert-fast tokenizer 'wiki/*.jsonl.zst' --text-field text --cased --out tok
+bert-fast tokenizer zh.txt.gz --limit-alphabet 8000 --vocab-size 21128 --out tok""",
+    )
+    add_corpus_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", required=True, help="where the tokenizer goes")
+    parser.add_argument("--vocab-size", metavar="N", type=int, default=30522, help="pieces, at most")
+    parser.add_argument(
+        "--cased", action="store_true", help="keep upper case and accents (default: lower case, accents stripped)"
+    )
+    parser.add_argument("--min-frequency", metavar="N", type=int, default=2, help="least occurrences of a pair to join")
+    parser.add_argument(
+        "--limit-alphabet", metavar="N", type=int, default=1000, help="characters to keep; about 8000 for Chinese"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is in DIR")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains and saves the tokenizer."""
+    from bert_fast.data import save_tokenizer, train_tokenizer
+
+    out = Output.of(options)
+    if options.vocab_size < 1 or options.min_frequency < 1 or options.limit_alphabet < 1:
+        raise ValueError("--vocab-size, --min-frequency and --limit-alphabet must be at least 1")
+    files = corpus_files(options.corpus)
+    folder = writable_folder(options.out)
+    if (folder / "tokenizer.json").exists() and not options.overwrite:
+        raise ValueError(f"{folder} holds a tokenizer already: choose another --out, or --overwrite it")
+    size = corpus_bytes(files)
+    with out.progress(None if size is None else 2 * size, "reading", "bytes") as bar:
+        texts = _Texts(files, options.one_per_file, options.text_field, bar)
+        try:
+            tokenizer = train_tokenizer(
+                texts,
+                options.vocab_size,
+                lowercase=not options.cased,
+                min_frequency=options.min_frequency,
+                limit_alphabet=options.limit_alphabet,
+            )
+        except ValueError as error:
+            raise ValueError("; ".join(filter(None, (str(error), skipped_text(texts.counts))))) from error
+    if skipped := skipped_text(texts.counts):
+        out.warn(skipped)
+    save_tokenizer(tokenizer, folder)
+    pieces = tokenizer.get_vocab_size(with_added_tokens=True)
+    kind = "cased" if options.cased else "uncased"
+    facts = {"out": str(folder), "vocab_size": pieces, "documents": texts.counts["documents"]}
+    facts |= {"bytes": texts.counts["bytes"], "counts": {k: v for k, v in texts.counts.items() if k not in facts}}
+    megabytes = f"{texts.counts['bytes'] / 1e6:,.1f} MB"
+    out.result(
+        facts, f"{folder}: {pieces:,} pieces, {kind}, from {texts.counts['documents']:,} documents ({megabytes})"
+    )
+
+
+class _Texts:
+    """The documents of a corpus as text, read again each time they are gone through; counts those of one pass."""
+
+    def __init__(self, files: list[Path], one_per_file: bool, text_field: str, bar: Progress):
+        self.files, self.one_per_file, self.text_field, self.bar = files, one_per_file, text_field, bar
+        self.counts: Counter = Counter()
+
+    def __iter__(self) -> Iterator[str]:
+        from bert_fast.data import stream_documents
+
+        self.counts.clear()
+        for path in self.files:
+            for raw in stream_documents(
+                path, one_per_file=self.one_per_file, text_field=self.text_field, counts=self.counts
+            ):
+                self.bar.advance(len(raw))
+                try:
+                    text = raw.decode("utf-8").removeprefix("\ufeff")
+                except UnicodeDecodeError:
+                    self.counts["invalid_utf8"] += 1
+                    continue
+                self.counts.update({"documents": 1, "bytes": len(raw), "nul_bytes": int("\0" in text)})
+                yield text.replace("\0", "")

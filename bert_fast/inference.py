@@ -1,0 +1,162 @@
+"""After pre-training: loading a run or a Hugging Face folder, filling masks, vectors of sentences."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import logging as transformers_logging
+
+from bert_fast.data.tokenizer import load_tokenizer, special_ids
+
+# Sentences that are sorted by length together; their vectors are held until all of them are there.
+WINDOW = 8192
+
+
+def model_folder(path: str | Path) -> Path:
+    """The Hugging Face folder of ``path``: itself, or the ``model`` of a run. FileNotFoundError where there is none."""
+    path = Path(path)
+    for folder in (path / "model", path):
+        config = folder / "config.json"
+        if config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8")):
+            return folder
+    if (path / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{path} has no model yet: pre-training has not come to its end; start it again")
+    raise FileNotFoundError(f"{path} is neither a run of `bert-fast pretrain` nor a Hugging Face folder with a model")
+
+
+def load_model(cls: type, path: str | Path, *, optional: Sequence[str] = (), device: str | torch.device = "cpu"):
+    """(model in evaluation mode, tokenizer, names of ``optional`` parts that were missing) from a run or folder.
+
+    ``cls`` is one of this package's model classes. Raises ValueError where the checkpoint lacks weights that the
+    class needs (they would be random), except those whose names begin with one of ``optional``, and where it has no
+    BERT's configuration or vocabulary.
+    """
+    folder = model_folder(path)
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if kind != "bert":
+        raise ValueError(f"{folder} holds a model of type {kind!r}; this engine runs BERT")
+    tokenizer = load_tokenizer(folder)
+    with _silent_transformers():
+        model, loading = cls.from_pretrained(folder, output_loading_info=True)
+    missing = sorted(loading["missing_keys"])
+    if needed := [name for name in missing if not name.startswith(tuple(optional))]:
+        raise ValueError(
+            f"{folder} has no weights for {cls.__name__}: {needed[0]} and {len(needed) - 1} more are missing and "
+            "would be random"
+        )
+    vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+    if vocabulary > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {vocabulary} tokens, the model {model.config.vocab_size}: they do not "
+            "belong together"
+        )
+    return model.eval().to(device), tokenizer, missing
+
+
+class _silent_transformers:
+    """No progress bars and no reports on weights meanwhile: what they would tell is checked and raised here."""
+
+    def __enter__(self):
+        self.verbosity = transformers_logging.get_verbosity()
+        self.bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *error):
+        transformers_logging.set_verbosity(self.verbosity)
+        if self.bars:
+            transformers_logging.enable_progress_bar()
+
+
+class Candidate(NamedTuple):
+    """A token for a [MASK]."""
+
+    token: str
+    id: int
+    probability: float
+
+
+def fill_mask(model, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[list[Candidate]]:
+    """The ``top_k`` most probable tokens for each [MASK] of ``text``, best first, from a BertForMaskedLM.
+
+    Raises ValueError where the text has no [MASK] or more tokens than the model has positions.
+    """
+    ids = tokenizer.encode(text).ids
+    places = [place for place, number in enumerate(ids) if number == special_ids(tokenizer).mask]
+    if not places:
+        raise ValueError(f"no [MASK] in {text!r}")
+    if len(ids) > model.config.max_position_embeddings:
+        raise ValueError(f"the text has {len(ids)} tokens, the model {model.config.max_position_embeddings} positions")
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        scores = model(input_ids=torch.tensor([ids], device=device)).logits[0, places]
+    probabilities, found = scores.float().softmax(dim=-1).topk(min(top_k, scores.shape[-1]))
+    return [
+        [Candidate(tokenizer.id_to_token(i), i, p) for p, i in zip(row.tolist(), numbers.tolist(), strict=True)]
+        for row, numbers in zip(probabilities, found, strict=True)
+    ]
+
+
+def encode_sentences(
+    model,
+    tokenizer: Tokenizer,
+    sentences: Iterable[str],
+    *,
+    pooling: str = "mean",
+    normalize: bool = False,
+    max_length: int | None = None,
+    tokens: int = 8192,
+) -> Iterator[np.ndarray]:
+    """Yields float32 (n, hidden) arrays, one row a sentence, in the order of ``sentences``.
+
+    ``model`` is a BertModel in evaluation mode. ``pooling`` is "mean", over all tokens of the sentence with [CLS]
+    and [SEP], or "cls", the last hidden state at [CLS]; ``normalize`` scales rows to length 1. Sentences are cut to
+    ``max_length`` tokens (None: the model's positions). Within windows of 8192 they are sorted by length and packed,
+    about ``tokens`` of them a batch, without padding; memory does not grow with their number.
+    """
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
+    positions = model.config.max_position_embeddings
+    length = positions if max_length is None else max_length
+    if not 3 <= length <= positions:
+        raise ValueError(f"max_length must be between 3 and the model's {positions} positions, got {length}")
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.enable_truncation(length)
+    tokenizer.no_padding()
+    sentences = iter(sentences)
+    while window := list(islice(sentences, WINDOW)):
+        encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(window)]
+        vectors = np.empty((len(encoded), model.config.hidden_size), dtype=np.float32)
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        while order:
+            count, size = 0, 0
+            while count < len(order) and (count == 0 or size + len(encoded[order[count]]) <= tokens):
+                size += len(encoded[order[count]])
+                count += 1
+            batch, order = order[:count], order[count:]
+            vectors[batch] = _pooled(model, [encoded[i] for i in batch], pooling, normalize).cpu().numpy()
+        yield vectors
+
+
+def _pooled(model, ids: list[list[int]], pooling: str, normalize: bool) -> Tensor:
+    """float32 (n, hidden): the vectors of ``ids``, packed into one row."""
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(sequence) for sequence in ids], device=device)
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    with torch.no_grad():
+        hidden = model(
+            input_ids=torch.tensor([token for sequence in ids for token in sequence], device=device)[None],
+            cu_seq_lens_q=ends.int(),
+            max_length_q=max(map(len, ids)),
+        ).last_hidden_state[0]
+    if pooling == "mean":
+        vectors = torch.segment_reduce(hidden.float(), "mean", lengths=lengths, axis=0)
+    else:
+        vectors = hidden.index_select(0, ends[:-1]).float()
+    return torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors
