@@ -1,0 +1,62 @@
+"""``bert-fast pretrain``: prepared data to a pre-trained BERT. Its flags are the options of bert_fast.train.config."""
+
+import argparse
+import sys
+
+from bert_fast.cli.output import Output, add_command
+from bert_fast.train.config import ConfigError, fields, flag, resolve
+
+GROUPS = {
+    "data": "data and folders",
+    "model": "model",
+    "updates": "updates",
+    "optimizer": "optimiser and learning rate",
+    "device": "device",
+    "run": "metrics, validation and checkpoints",
+}
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command."""
+    parser = add_command(
+        subparsers,
+        "pretrain",
+        run,
+        "pre-train a BERT on prepared data",
+        details="A run that was stopped or killed goes on, exactly where it was, when the same command is given "
+        "again. Several GPUs or machines: start it with torchrun (docs/distributed.md).",
+        examples="bert-fast pretrain --data data --out run --model base --steps 100000\n"
+        "bert-fast pretrain --data data --out run --phases 128:900000,512:100000 --checkpoint-every 5000\n"
+        "bert-fast pretrain --data data --out run --init-from google-bert/bert-base-uncased --lr 5e-5\n"
+        "bert-fast pretrain --config run/config.json\n"
+        "torchrun --nproc-per-node 8 -m bert_fast pretrain --data data --out run --model large --optimizer lamb",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML or JSON file with any of these options; flags go before it"
+    )
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    for field, kind in fields():
+        about = field.metadata
+        text = about["help"].replace("%", "%%")
+        shown = field.default not in (None, "", True, False)
+        text += f" [default: {field.default}]" if shown else ""
+        given = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            given["action"] = argparse.BooleanOptionalAction
+        else:
+            given |= {"type": kind, "metavar": about["metavar"], "choices": about["choices"]}
+        groups[about["group"]].add_argument(flag(field.name), **given)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains; the exit code is that of :func:`bert_fast.train.pretrain.pretrain`."""
+    names = {field.name for field, _ in fields()}
+    flags = {name: value for name, value in vars(options).items() if name in names}
+    try:
+        config = resolve(flags, options.config)
+        from bert_fast.train.pretrain import pretrain
+
+        return pretrain(config, Output.of(options))
+    except ConfigError as error:
+        print(f"bert-fast pretrain: error: {error} (see bert-fast pretrain --help)", file=sys.stderr)
+        return 2

@@ -1,0 +1,1 @@
+"""Pre-training: configuration, schedule, plan of the updates, the update, checkpoints, and the loop over them."""

@@ -1,0 +1,195 @@
+"""Every option of pre-training: one dataclass, from which flags, configuration files and their checks are made.
+
+Needs neither torch nor transformers, so that ``--help`` answers at once.
+"""
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
+
+SIZES = {  # hidden layers, hidden size, attention heads; the feed-forward is four times as wide
+    "tiny": (2, 128, 2),
+    "mini": (4, 256, 4),
+    "small": (4, 512, 8),
+    "base": (12, 768, 12),
+    "large": (24, 1024, 16),
+}
+
+
+class ConfigError(ValueError):
+    """An option, or options together, that make no sense; the message names them."""
+
+
+def option(default, group: str, text: str, metavar: str | None = None, choices: tuple | None = None):
+    """A field of :class:`PretrainConfig` with what a flag needs to know of it."""
+    return dataclasses.field(
+        default=default, metadata={"group": group, "help": text, "metavar": metavar, "choices": choices}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """The options of ``bert-fast pretrain``; the text of each is its documentation."""
+
+    data: str = option("", "data", "folder that `bert-fast prepare` wrote", "DIR")
+    out: str = option("", "data", "the run's folder: checkpoints, metrics, the model", "RUN")
+    nsp: bool = option(True, "data", "next-sentence prediction; without it a sample is sentences of one document")
+    whole_word: bool = option(False, "data", "mask whole words")
+    short_seq_prob: float = option(0.1, "data", "share of samples whose target length is shorter than --seq", "P")
+    validation: float = option(0.01, "data", "share of the documents held out for validation; 0: none", "SHARE")
+    validation_data: str | None = option(None, "data", "prepared folder to validate on instead", "DIR")
+    validation_sequences: int = option(4096, "data", "validate on at most so many sequences", "N")
+    workers: int | None = option(None, "data", "processes that make batches [default: 2 with a GPU, else 1]", "N")
+
+    model: str = option("base", "model", f"{', '.join(SIZES)}, or a BertConfig as a JSON file", "SIZE|FILE")
+    init_from: str | None = option(
+        None, "model", "go on from a BERT checkpoint of transformers (folder or name on the Hub)", "MODEL"
+    )
+    dropout: float | None = option(None, "model", "dropout of hidden states and attention [default: the model's]", "P")
+
+    steps: int = option(1_000_000, "updates", "updates in all", "N")
+    batch_size: int = option(256, "updates", "sequences an update, over all processes", "N")
+    seq: int = option(128, "updates", "longest sequence, in tokens", "N")
+    phases: str | None = option(
+        None,
+        "updates",
+        "SEQ:STEPS of each phase, instead of --seq and --steps; a phase may set a batch size of its own, and a "
+        "learning rate or warm-up, which starts a schedule of its own: 128:900000,512:100000 or "
+        "128:7038:lr=6e-3:warmup=0.2843:batch=65536,512:1563:lr=4e-3:warmup=0.128:batch=32768",
+        "PHASES",
+    )
+    micro_tokens: int | None = option(
+        None, "updates", "tokens of one forward pass, at most [default: 16384 on a GPU, else 4096]", "N"
+    )
+    seed: int = option(0, "updates", "of weights, samples, masks and dropout", "N")
+
+    optimizer: str = option(
+        "adamw", "optimizer", "lamb is LAMB as published, lamb-nvidia the variant that clips first",
+        choices=("adamw", "lamb", "lamb-nvidia"),
+    )  # fmt: skip
+    lr: float = option(1e-4, "optimizer", "highest learning rate", "LR")
+    warmup: float = option(0.01, "optimizer", "updates of linear warm-up; below 1: share of the updates", "N")
+    schedule: str = option(
+        "linear", "optimizer", "decay of the learning rate to 0 after the warm-up",
+        choices=("linear", "polynomial", "constant"),
+    )  # fmt: skip
+    power: float = option(0.5, "optimizer", "of the polynomial decay", "P")
+    beta1: float = option(0.9, "optimizer", "decay of the first moment", "B")
+    beta2: float = option(0.999, "optimizer", "decay of the second moment", "B")
+    eps: float = option(1e-6, "optimizer", "added to the root of the second moment", "E")
+    weight_decay: float = option(0.01, "optimizer", "of all but biases and LayerNorm", "W")
+    clip: float = option(1.0, "optimizer", "highest norm of the gradient; 0: no clipping", "NORM")
+    max_skipped: int = option(
+        10, "optimizer", "stop (exit code 3) after so many updates in a row whose loss or gradient was not finite", "N"
+    )
+
+    device: str = option("auto", "device", "auto takes a GPU where there is one", choices=("auto", "cuda", "cpu"))
+    precision: str = option(
+        "auto", "device", "bf16: products in bfloat16, weights in float32; auto: bf16 where the device multiplies it",
+        choices=("auto", "fp32", "bf16"),
+    )  # fmt: skip
+    peak_tflops: float | None = option(
+        None, "device", "peak that MFU is taken against [default: a matrix product timed at the start]", "T"
+    )
+
+    log_every: int = option(10, "run", "updates between two lines of metrics", "N")
+    validate_every: int | None = option(None, "run", "updates between validations [default: --checkpoint-every]", "N")
+    checkpoint_every: int = option(1000, "run", "updates between checkpoints", "N")
+    keep: int = option(2, "run", "newest checkpoints to keep; the best by validation is kept beside them", "N")
+    resume: str = option(
+        "auto", "run", "auto: go on from the last good checkpoint in --out; never: refuse a folder that has a run",
+        choices=("auto", "never"),
+    )  # fmt: skip
+
+    def __post_init__(self):
+        for field, kind in fields():
+            value = getattr(self, field.name)
+            if value is None and not optional(field):
+                raise ConfigError(f"{flag(field.name)} needs a value")
+            if value is not None:
+                object.__setattr__(self, field.name, _converted(field, kind, value))
+        if not self.data or not self.out:
+            raise ConfigError("--data and --out are needed: the prepared data and the run's folder")
+        for name in ("seq", "steps", "batch_size", "max_skipped", "log_every", "checkpoint_every", "keep"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("validate_every", "micro_tokens"):
+            _require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        _require(self, "validation_sequences", self.validation_sequences >= 1, "at least 1")
+        for name in ("warmup", "lr", "power", "weight_decay", "clip"):
+            _require(self, name, 0 <= getattr(self, name) < float("inf"), "a number of at least 0")
+        for name in ("short_seq_prob", "dropout"):
+            _require(self, name, getattr(self, name) is None or 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("validation", "beta1", "beta2"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        _require(self, "eps", self.eps > 0, "above 0")
+        _require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        _require(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
+        _require(self, "peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "above 0")
+
+    def as_dict(self) -> dict:
+        """Options by name, as a configuration file has them; those that are not set are left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def flag(name: str) -> str:
+    """The flag of an option: ``batch_size`` is ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def fields() -> list[tuple[dataclasses.Field, type]]:
+    """Every option's field and the type of its values."""
+    hints = typing.get_type_hints(PretrainConfig)
+    found = []
+    for field in dataclasses.fields(PretrainConfig):
+        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+        found.append((field, next(kind for kind in kinds if kind is not types.NoneType)))
+    return found
+
+
+def optional(field: dataclasses.Field) -> bool:
+    """Whether the option may be left unset (None)."""
+    return field.default is None
+
+
+def read_config(path: str | Path) -> dict:
+    """Options of a TOML or JSON file, by name (``batch_size`` or ``batch-size``); ConfigError for any it has wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no table of options")
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    known = {field.name for field, _ in fields()}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"{path}: unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
+    return values
+
+
+def resolve(flags: dict, file: str | Path | None = None) -> PretrainConfig:
+    """The configuration of a command line: flags over the file's options over the defaults."""
+    return PretrainConfig(**{**(read_config(file) if file else {}), **flags})
+
+
+def _converted(field: dataclasses.Field, kind: type, value):
+    choices = field.metadata["choices"]
+    right = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        right, value = True, float(value)
+    if not right:
+        raise ConfigError(f"{flag(field.name)} takes a {kind.__name__}, got {value!r}")
+    if choices and value not in choices:
+        raise ConfigError(f"{flag(field.name)} is one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _require(config: PretrainConfig, name: str, right: bool, what: str) -> None:
+    if not right:
+        raise ConfigError(f"{flag(name)} must be {what}, got {getattr(config, name)!r}")

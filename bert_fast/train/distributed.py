@@ -1,0 +1,88 @@
+"""The processes of a run: who this one is, and the few things that they tell one another.
+
+Started by ``torchrun``, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it a run is one process. Gradients are
+averaged by DistributedDataParallel (overlapped with the backward), optimiser state is sharded by
+ZeroRedundancyOptimizer; both in bert_fast/train/step.py. docs/distributed.md says what the links must carry.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run: number ``rank`` of ``world``, on ``device``."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` summed over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def greatest(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise maximum of ``values`` over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """``data`` of every process, of equal length, in the order of ranks."""
+        if self.world == 1:
+            return [data]
+        own = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
+        parts = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(parts, own)
+        return [bytes(part.tolist()) for part in parts]
+
+    def broadcast(self, text: str) -> str:
+        """``text`` of the first process, on every one."""
+        if self.world == 1:
+            return text
+        data = text.encode() if self.first else b""
+        size = torch.tensor([len(data)], device=self.device)
+        dist.broadcast(size, 0)
+        own = torch.tensor(list(data) if self.first else [0] * int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(own, 0)
+        return bytes(own.tolist()).decode()
+
+    def wait(self) -> None:
+        """Returns when every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def started(device: str = "auto"):
+    """The :class:`Ranks` of this process; under torchrun the process group is open meanwhile."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} are visible")
+        torch.cuda.set_device(local)
+    where = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
+    if world == 1 or dist.is_initialized():
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        yield Ranks(rank, dist.get_world_size() if dist.is_initialized() else 1, where)
+        return
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), world, where)
+    finally:
+        dist.destroy_process_group()

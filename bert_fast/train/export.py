@@ -1,0 +1,94 @@
+"""RUN/model: the trained model as a plain Hugging Face folder, with a card that says how it was made."""
+
+import os
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+import bert_fast
+from bert_fast.data import save_tokenizer
+from bert_fast.model import BertForPreTraining
+from bert_fast.train.config import PretrainConfig, flag
+from bert_fast.train.schedule import phases
+
+
+def export(
+    run: Path,
+    model: BertForPreTraining,
+    tokenizer: Tokenizer,
+    config: PretrainConfig,
+    *,
+    manifest: dict,
+    state: dict,
+) -> Path:
+    """Writes RUN/model, aside first, and returns it.
+
+    ``transformers.BertForPreTraining.from_pretrained(RUN/model)`` gives the outputs of ``model``. ``manifest`` is
+    that of the prepared data, ``state`` the last checkpoint's.
+    """
+    folder, aside, before = run / "model", run / ".model", run / ".model-before"
+    for leftover in (aside, before):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        model.save_pretrained(aside)
+        save_tokenizer(tokenizer, aside, max_length=model.config.max_position_embeddings)
+        (aside / "README.md").write_text(model_card(model, config, manifest, state), encoding="utf-8")
+        if folder.exists():
+            os.rename(folder, before)
+        os.rename(aside, folder)
+    finally:
+        for leftover in (aside, before):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return folder
+
+
+def model_card(model: BertForPreTraining, config: PretrainConfig, manifest: dict, state: dict) -> str:
+    """The README.md of the model: data, steps, results."""
+    made = model.config
+    size = f"{made.num_hidden_layers} layers, hidden size {made.hidden_size}, {made.num_attention_heads} heads"
+    files = [name for name, _ in manifest["made_by"]["files"]]
+    named = ", ".join(files[:10]) + (f" and {len(files) - 10} more" if len(files) > 10 else "")
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: fill-mask",
+        "tags: [bert, bert_fast]",
+        "---",
+        "",
+        "# A BERT pre-trained with bert_fast",
+        "",
+        f"{size}, a vocabulary of {made.vocab_size}, {model.num_parameters():,} parameters; it loads with",
+        "`transformers.BertForPreTraining.from_pretrained(...)` and with `bert_fast`'s class of the same name.",
+        "",
+        "## Data",
+        "",
+        f"{manifest['documents']:,} documents, {manifest['sentences']:,} sentences, {manifest['tokens']:,} tokens "
+        f"({manifest['duplicate_documents']:,} duplicate documents left out), from {named}.",
+        "",
+        "## Training",
+        "",
+        f"{state['step']:,} updates, "
+        + ("masked language modelling and next-sentence prediction" if config.nsp else "masked language modelling")
+        + (" (whole words)" if config.whole_word else "")
+        + (f", from {config.init_from}" if config.init_from else "")
+        + ":",
+        "",
+        *(f"- updates {p.first + 1:,} to {p.last:,}: {p.seq} tokens, {p.batch_size} sequences" for p in phases(config)),
+        "",
+        "| option | value |",
+        "|---|---|",
+    ]
+    shown = ("optimizer", "lr", "warmup", "schedule", "beta1", "beta2", "eps", "weight_decay", "clip", "seed")
+    lines += [f"| `{flag(name)}` | {getattr(config, name)} |" for name in shown]
+    lines += [f"| precision | {state['precision']} |", "", "## Results", ""]
+    if state["validation"] is None:
+        lines.append("Not validated: no documents were held out.")
+    else:
+        lines += [f"On held-out documents, {state['validation']['sequences']:,} sequences:", "", "| | |", "|---|---|"]
+        lines += [
+            f"| {key.replace('_', ' ')} | {value:.4f} |" for key, value in state["validation"].items()
+            if isinstance(value, float)
+        ]  # fmt: skip
+    lines += ["", f"Made with bert_fast {bert_fast.__version__}."]
+    return "\n".join(lines) + "\n"

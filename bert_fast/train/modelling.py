@@ -1,0 +1,99 @@
+"""The model that a run trains: one of the published sizes, any BertConfig, or a checkpoint of transformers."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import BertConfig
+
+from bert_fast.data import load_tokenizer, special_ids
+from bert_fast.model import BertForPreTraining
+from bert_fast.train.config import SIZES, ConfigError, PretrainConfig
+
+POSITIONS = 512  # as published, whatever length is trained on
+NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def model_config(config: PretrainConfig, tokenizer: Tokenizer, longest: int) -> BertConfig:
+    """The BertConfig of a run whose sequences have at most ``longest`` tokens; its vocabulary is the tokenizer's.
+
+    ConfigError for a file that is none, a model with fewer positions, or a checkpoint of another vocabulary.
+    """
+    vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+    if config.init_from:
+        made = BertConfig.from_pretrained(config.init_from)
+        if made.vocab_size < vocabulary:
+            raise ConfigError(
+                f"--init-from {config.init_from} has a vocabulary of {made.vocab_size}, the data's tokenizer "
+                f"{vocabulary}: prepare the data with the checkpoint's own tokenizer"
+            )
+    elif config.model in SIZES:
+        layers, hidden, heads = SIZES[config.model]
+        made = BertConfig(
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            intermediate_size=4 * hidden,
+            max_position_embeddings=max(POSITIONS, longest),
+        )
+    elif Path(config.model).is_file():
+        try:
+            made = BertConfig.from_json_file(config.model)
+        except (ValueError, TypeError, OSError) as error:
+            raise ConfigError(f"--model {config.model} is no BertConfig: {error}") from error
+    else:
+        raise ConfigError(f"--model {config.model} is none of {', '.join(SIZES)}, and no file")
+    if not config.init_from:
+        made.vocab_size, made.pad_token_id = vocabulary, special_ids(tokenizer).pad
+    if made.max_position_embeddings < longest:
+        raise ConfigError(f"sequences of {longest} tokens, but the model has {made.max_position_embeddings} positions")
+    if config.dropout is not None:
+        made.hidden_dropout_prob = made.attention_probs_dropout_prob = config.dropout
+    return made
+
+
+def comparable(config: BertConfig) -> dict:
+    """The fields of ``config`` that make the model what it is, as JSON has them."""
+    return {k: v for k, v in config.to_dict().items() if k not in NOT_THE_MODEL}
+
+
+def new_model(config: PretrainConfig, made: BertConfig, seed: int) -> tuple[BertForPreTraining, list[str]]:
+    """A model with fresh weights drawn from ``seed``, or those of ``--init-from``; and what there is to say of it."""
+    torch.manual_seed(seed)
+    if not config.init_from:
+        return BertForPreTraining(made), []
+    model, info = BertForPreTraining.from_pretrained(
+        config.init_from, config=made, dtype=torch.float32, output_loading_info=True
+    )
+    notes = []
+    if missing := sorted(info["missing_keys"]):
+        notes.append(f"{config.init_from} lacks {', '.join(missing)}: drawn at random")
+    if unexpected := sorted(info["unexpected_keys"]):
+        notes.append(f"of {config.init_from} not used: {', '.join(unexpected)}")
+    return model, notes
+
+
+def check_vocabulary(source: str, tokenizer: Tokenizer) -> None:
+    """ConfigError where the checkpoint folder ``source`` brings a tokenizer that gives words other ids."""
+    folder = Path(source)
+    if not folder.is_dir() or not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return
+    theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+    differing = [token for token, number in ours.items() if theirs.get(token) != number]
+    if differing:
+        raise ConfigError(
+            f"the data were prepared with another tokenizer than that of {source} ({len(differing)} tokens have other "
+            f"ids there, {differing[0]!r} for one): prepare them with --tokenizer {source}"
+        )
+
+
+def load_weights(model: BertForPreTraining, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts ``tensors`` (by the names of parameters) into ``model``; ValueError unless they are exactly its own."""
+    parameters = dict(model.named_parameters())
+    shapes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in (parameters, tensors)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
+        raise ValueError(f"the checkpoint's parameters are not the model's: {', '.join(differing)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])

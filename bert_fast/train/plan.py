@@ -1,0 +1,112 @@
+"""Which samples form an update, and who computes them: pure functions of (seed, place in the data).
+
+The stream of a phase is epoch after epoch, each in the order of ``PretrainingDataset.order``; an update takes the
+next ``batch_size`` sequences of it, and one that meets the end of an epoch goes on with the next epoch's first. So
+every sample is seen exactly once an epoch, whatever the number of ranks and the size of micro-batches: those decide
+only how an update's sequences are dealt, not which they are.
+"""
+
+import copy
+import heapq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from bert_fast.data import masked_count
+from bert_fast.data.dataset import PretrainingDataset
+
+
+class Place(NamedTuple):
+    """Where a run stands in its data: ``position`` sequences of ``epoch`` (in its order) are used."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """The sequences of one update; arrays are (sequences,), int64. A sequence's number in them is its slot.
+
+    epochs, indices   which samples: number ``indices`` of ``epochs``
+    lengths, masked   their tokens, and how many of these are predicted (at most so many with whole-word masking)
+    rows              (sequences, 5): a_start, a_end, b_start, b_end, label, what a sample is made from
+    after             the place of the next update
+    """
+
+    step: int
+    seq: int
+    epochs: np.ndarray
+    indices: np.ndarray
+    lengths: np.ndarray
+    masked: np.ndarray
+    rows: np.ndarray
+    after: Place
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class Stream:
+    """The samples of a phase from ``place`` on, of at most ``seq`` tokens each, epoch after epoch without end.
+
+    ``dataset`` gives corpus and settings and stays as it is.
+    """
+
+    def __init__(self, dataset: PretrainingDataset, seq: int, place: Place):
+        self.dataset, self.place = copy.copy(dataset), place
+        self.dataset.max_length = seq
+        self._turn_to(place.epoch)
+
+    def _turn_to(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+        self.order = self.dataset.order()
+
+    def take(self, step: int, size: int) -> Update:
+        """Update ``step``: the next ``size`` sequences."""
+        epoch, position = self.place
+        taken, missing = [], size
+        while missing:
+            if position >= len(self.order):
+                epoch, position = epoch + 1, 0
+                self._turn_to(epoch)
+            indices = self.order[position : position + missing]
+            plan = self.dataset.plan
+            rows = [column[indices] for column in (plan.a_start, plan.a_end, plan.b_start, plan.b_end, plan.label)]
+            taken.append((np.full(len(indices), epoch), indices, plan.length[indices], np.stack(rows, axis=1)))
+            position, missing = position + len(indices), missing - len(indices)
+        self.place = Place(epoch, position)
+        epochs, indices, lengths, rows = (np.concatenate(column) for column in zip(*taken, strict=True))
+        masked = masked_count(lengths - (3 if self.dataset.nsp else 2))
+        return Update(step, self.dataset.max_length, epochs, indices, lengths, masked, rows, self.place)
+
+
+def deal(lengths: np.ndarray, bins: int) -> list[np.ndarray]:
+    """Deals sequences of ``lengths`` into ``bins`` of nearly equal sums: longest first, each to the emptiest bin.
+
+    Returns the numbers of each bin's sequences, ascending. Source: Graham, "Bounds on multiprocessing timing
+    anomalies", 1969 (at most a third above the best possible; far less for many sequences).
+    """
+    heap = [(0, number) for number in range(bins)]
+    members: list[list[int]] = [[] for _ in range(bins)]
+    for sequence in np.argsort(-lengths, kind="stable").tolist():
+        total, number = heap[0]
+        members[number].append(sequence)
+        heapq.heapreplace(heap, (total + int(lengths[sequence]), number))
+    return [np.sort(np.array(part, dtype=np.int64)) for part in members]
+
+
+def micro_batches(lengths: np.ndarray, members: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Splits ``members`` (numbers into ``lengths``) into as few batches of at most ``tokens`` as :func:`deal` finds.
+
+    They have nearly the same number of tokens, so that none is mostly empty. ValueError for a longer sequence.
+    """
+    own = lengths[members]
+    if own.max() > tokens:
+        raise ValueError(f"a sequence of {own.max()} tokens does not fit a micro-batch of {tokens} tokens")
+    bins = -(-int(own.sum()) // tokens)
+    while True:
+        parts = deal(own, bins)
+        if all(own[part].sum() <= tokens for part in parts):
+            return [members[part] for part in parts if len(part)]
+        bins += 1

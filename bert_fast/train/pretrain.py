@@ -1,0 +1,492 @@
+"""Pre-training from prepared data to RUN/model: the loop, top to bottom."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bert_fast.cli.output import Output
+from bert_fast.data import load_tokenizer, open_corpus, read_manifest
+from bert_fast.data.dataset import PretrainingDataset
+from bert_fast.data.shards import write_atomically
+from bert_fast.train import checkpoint, modelling
+from bert_fast.train.config import ConfigError, PretrainConfig, flag
+from bert_fast.train.devices import matmul_peak, multiplies_bfloat16, training_flops
+from bert_fast.train.distributed import Ranks, started
+from bert_fast.train.export import export
+from bert_fast.train.loader import BatchMaker, Work, load_updates, updates
+from bert_fast.train.metrics import MetricsFile
+from bert_fast.train.optimizer import build_optimizer, load_state, owned, state_tensors
+from bert_fast.train.plan import Place
+from bert_fast.train.schedule import learning_rate, phase_of, phases
+from bert_fast.train.step import Outcome, Step, derived_seed
+from bert_fast.train.validation import Validation, hold_out
+
+DONE, NOT_FINITE = 0, 3
+SAMPLES = ("seed", "nsp", "whole_word", "short_seq_prob", "validation", "validation_data")  # decide what is trained on
+
+
+class NotTheSameRun(ValueError):
+    """The folder holds a run of other data, tokenizer or model; the message names what differs."""
+
+
+def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
+    """Trains as ``config`` says, from the last good checkpoint in its ``out`` on, and returns the exit code.
+
+    0: all updates done, RUN/model written; 3: too many updates in a row were not finite; 130 and 143: stopped by
+    SIGINT and SIGTERM after a checkpoint. Raises ConfigError for options that make no sense together, NotTheSameRun,
+    CheckpointError (a full disk) and what reading the data raises. Under torchrun every process calls it.
+    """
+    output = output or Output()
+    with started(config.device) as ranks, _locked(Path(config.out), ranks), _signals() as asked_to_stop:
+        if not ranks.first:
+            output = Output(silent=True)
+        return _Run(config, ranks, output).train(asked_to_stop)
+
+
+class _Run:
+    """What a run consists of, ready to go on from its last checkpoint."""
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks, output: Output):
+        self.config, self.ranks, self.output, self.folder = config, ranks, output, Path(config.out)
+        self.phases = phases(config)
+        self.total = self.phases[-1].last
+        if any(phase.batch_size < ranks.world for phase in self.phases):
+            raise ConfigError(f"--batch-size must give each of {ranks.world} processes a sequence")
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and multiplies_bfloat16(ranks.device))
+        self.tokens = config.micro_tokens or (16384 if ranks.device.type == "cuda" else 4096)
+
+        self.manifest, corpus = read_manifest(config.data), open_corpus(config.data)
+        self.tokenizer = load_tokenizer(Path(config.data) / "tokenizer")
+        corpus, held_out = hold_out(corpus, config.validation, seed=config.seed, nsp=config.nsp)
+        if config.validation_data:
+            held_out = self._other_corpus(config.validation_data)
+        self.dataset = self._dataset(corpus)
+        self.validation = None
+        if held_out is not None:
+            self.validation = Validation(
+                self._dataset(held_out), limit=config.validation_sequences, tokens=self.tokens, ranks=ranks,
+                precision=self.precision,
+            )  # fmt: skip
+
+        longest = max(phase.seq for phase in self.phases)
+        made = modelling.model_config(config, self.tokenizer, longest)
+        self.identity = self._identity(made)
+        before = self._last_checkpoint()
+        model_seed = derived_seed(config.seed, "weights")
+        if before is None:
+            if config.init_from:
+                modelling.check_vocabulary(config.init_from, self.tokenizer)
+            self.model, notes = modelling.new_model(config, made, model_seed)
+            for note in notes:
+                output.note(note)
+        else:
+            self.model, _ = modelling.new_model(dataclasses.replace(config, init_from=None), made, model_seed)
+        self.model.to(ranks.device)
+        self.optimizer = build_optimizer(self.model, config, ranks)
+        self.step, self.phase, self.place, self.skipped, self.seconds, self.validated = 0, 0, Place(), [0, 0], 0.0, None
+        if before is not None:
+            self._go_on_from(before)
+        if ranks.first:
+            write_atomically(self.folder / "config.json", (json.dumps(config.as_dict(), indent=1) + "\n").encode())
+        self.update = Step(self.model, self.optimizer, ranks, bf16=self.bf16)
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.bf16 else "fp32"
+
+    def train(self, asked_to_stop: "Stop") -> int:
+        """Updates, lines of metrics, validations and checkpoints, until the last update or a reason to stop."""
+        config, ranks, output = self.config, self.ranks, self.output
+        self.metrics = MetricsFile(self.folder, self.step) if ranks.first else None
+        self.peak = (config.peak_tflops or 0) * 1e12 or matmul_peak(
+            ranks.device, torch.bfloat16 if self.bf16 else torch.float32
+        )
+        self.meter = Meter()
+        stop: str | int | None = None
+        self._introduce()
+        with output.progress(self.total, "pre-training", "updates", done=self.step) as self.bar:
+            waiting: list[tuple[Work, float, Outcome]] = []
+            for work in self.meter.timed(self._work()):
+                stopping = asked_to_stop.signal is not None
+                outcome, lr = self._one_update(work, stopping)
+                waiting.append((work, lr, outcome))
+                done = work.update.step + 1
+                validating = self._every(config.validate_every or config.checkpoint_every, done)
+                saving = self._every(config.checkpoint_every, done)
+                # a GPU is asked for an update's numbers when it has the next one to do
+                while len(waiting) > (0 if validating or saving or ranks.device.type == "cpu" else 1):
+                    stop = self._account(*waiting.pop(0)) or stop
+                if stop == "signal":
+                    while waiting:
+                        self._account(*waiting.pop(0))
+                if stop == "not finite":
+                    break
+                self.validated = self._validate() if validating and self.validation else None
+                if saving or stop:
+                    self._save()
+                if stop:
+                    break
+        return self._end(stop, asked_to_stop)
+
+    def _work(self) -> Iterator[Work]:
+        config, cuda = self.config, self.ranks.device.type == "cuda"
+        workers = config.workers if config.workers is not None else (2 if cuda else 1)
+        return load_updates(
+            BatchMaker(self.dataset, config.data),
+            updates(self.dataset, self.phases, self.step, self.place),
+            rank=self.ranks.rank, ranks=self.ranks.world, tokens=self.tokens, workers=workers, pin=cuda,
+        )  # fmt: skip
+
+    def _one_update(self, work: Work, stopping: bool) -> tuple[Outcome, float]:
+        config, step = self.config, work.update.step
+        phase = self.phases[phase_of(step, self.phases)]
+        lr = learning_rate(step, phase, schedule=config.schedule, power=config.power)
+        predicted: int | torch.Tensor = int(work.update.masked.sum())
+        if config.whole_word:  # words that do not fit leave a few tokens less: only the batches know
+            own = sum(int((batch["masked_labels"] >= 0).sum()) for batch in work.batches)
+            predicted = self.ranks.sum(torch.tensor(own, device=self.ranks.device))
+        outcome = self.update(
+            work.batches,
+            seed=derived_seed(config.seed, "dropout", step),
+            lr=lr,
+            predicted=predicted,
+            sequences=len(work.update) if config.nsp else 0,
+            stop=stopping,
+        )
+        return outcome, lr
+
+    def _account(self, work: Work, lr: float, outcome: Outcome) -> str | None:
+        """Takes an update's numbers into counts, metrics and display; returns why the run must stop, or None."""
+        update = work.update
+        mlm, nsp, stops, norm = outcome.scalars.tolist()
+        self.step, self.place, self.phase = update.step + 1, update.after, phase_of(update.step, self.phases)
+        flops = training_flops(self.model.config, update.lengths, int(update.masked.sum()))
+        self.meter.count(int(update.lengths.sum()), flops)
+        finite = all(map(_is_finite, (mlm, nsp, norm)))
+        self.skipped = [self.skipped[0], 0] if finite else [self.skipped[0] + 1, self.skipped[1] + 1]
+        nsp = nsp if self.config.nsp else None
+        if not finite:
+            self._report_skipped(work, outcome, mlm, norm)
+        elif self._every(self.config.log_every, self.step):
+            tokens, flops, seconds = self.meter.lap()
+            self.seconds += seconds
+            entry = {
+                "epoch": update.after.epoch, "loss": mlm + (nsp or 0.0), "mlm_loss": mlm, "nsp_loss": nsp,
+                "learning_rate": lr, "grad_norm": norm, "real_tokens_per_s": tokens / seconds,
+                "mfu": flops / seconds / (self.peak * self.ranks.world), "seconds": self.seconds,
+            }  # fmt: skip
+            if self.metrics:
+                self.metrics.write("train", self.step, **entry)
+            self.bar.update(self.step, _shown(entry), **{"step": self.step} | entry)
+        if self.skipped[1] >= self.config.max_skipped:
+            return "not finite"
+        return "signal" if stops else None
+
+    def _report_skipped(self, work: Work, outcome: Outcome, mlm: float, norm: float) -> None:
+        """Names the samples: of the micro-batches whose loss was not finite, on any rank; else of the whole update."""
+        update = work.update
+        bad = torch.zeros(len(update), dtype=torch.int32)
+        for slots, finite in zip(work.slots, outcome.finite.tolist(), strict=True):
+            bad[torch.from_numpy(slots)] = int(not finite)
+        bad = self.ranks.greatest(bad.to(self.ranks.device)).bool().cpu().numpy()
+        reason = "the loss" if bad.any() else "the gradient"
+        chosen = bad if bad.any() else ~bad
+        samples = [[int(e), int(i)] for e, i in zip(update.epochs[chosen], update.indices[chosen], strict=True)]
+        if self.metrics:
+            self.metrics.write("skipped", self.step, reason=f"{reason} was not finite", samples=samples)
+        self.output.warn(
+            f"update {self.step} was skipped: {reason} was not finite (MLM loss {mlm:.4g}, gradient norm {norm:.4g}); "
+            f"the weights are as before. Its samples (epoch, number): {samples[:20]}"
+            + (f" and {len(samples) - 20} more, all in metrics.jsonl" if len(samples) > 20 else "")
+        )
+
+    def _validate(self) -> dict:
+        with self.meter.paused():
+            found = self.validation(self.model, self.phases[self.phase].seq)
+        if self.metrics:
+            self.metrics.write("validation", self.step, **found)
+        text = f"update {self.step}: held-out MLM loss {found['mlm_loss']:.4f}, perplexity {found['perplexity']:.1f}, "
+        text += f"accuracy {found['mlm_accuracy']:.1%}"
+        if found["nsp_loss"] is not None:
+            text += f"; NSP loss {found['nsp_loss']:.4f}, accuracy {found['nsp_accuracy']:.1%}"
+        self.output.note(text)
+        return found
+
+    def _every(self, interval: int, done: int) -> bool:
+        return done % interval == 0 or done == self.total
+
+    def _save(self) -> None:
+        with self.meter.paused():
+            if self.metrics:
+                self.metrics.flush()
+            model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+            optimizer = state_tensors(self.optimizer, self.model)
+            checkpoint.save(self.folder, self._state(), model, optimizer, self.ranks, keep=self.config.keep)
+
+    def _state(self) -> dict:
+        return {
+            "step": self.step,
+            "phase": self.phase,
+            "seq": self.phases[self.phase].seq,
+            "place": self.place._asdict(),
+            "skipped": self.skipped[0],
+            "skipped_in_a_row": self.skipped[1],
+            "seconds": self.seconds,
+            "validation": self.validated,
+            "precision": self.precision,
+            "processes": self.ranks.world,
+            "identity": self.identity,
+            "options": self.config.as_dict(),
+        }
+
+    # going on
+
+    def _identity(self, made) -> dict:
+        manifest = (Path(self.config.data) / "manifest.json").read_bytes()
+        return {
+            "data": hashlib.blake2b(manifest, digest_size=16).hexdigest(),
+            "tokenizer": hashlib.blake2b(self.tokenizer.to_str().encode(), digest_size=16).hexdigest(),
+            "model": modelling.comparable(made),
+            "samples": {name: getattr(self.config, name) for name in SAMPLES},
+            "optimizer": self.config.optimizer,
+        }
+
+    def _last_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from; the first process looks for it, and all take the same."""
+        found = None
+        if self.ranks.first:
+            if self.config.resume == "never" and (self.folder / "config.json").exists():
+                raise NotTheSameRun(f"{self.folder} has a run already (--resume never): choose another --out")
+            found, complaints = checkpoint.newest(self.folder)
+            for complaint in complaints:
+                self.output.warn(complaint)
+            if found is None:
+                self._same_options_if_begun()
+        name = self.ranks.broadcast("" if found is None else str(found.folder))
+        if not name:
+            return None
+        if found is None:
+            state = json.loads((Path(name) / "state.json").read_text(encoding="utf-8"))
+            found = checkpoint.Checkpoint(Path(name), state)
+        self._same_run(found)
+        return found
+
+    def _same_options_if_begun(self) -> None:
+        """A run that was killed before its first checkpoint begins anew, but not with other data or model."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return
+        before, now = json.loads(path.read_text(encoding="utf-8")), self.config.as_dict()
+        differing = [flag(name) for name in ("data", "model", "init_from") if before.get(name) != now.get(name)]
+        if differing:
+            raise NotTheSameRun(f"{self.folder} has a run with another {', '.join(differing)}: choose another --out")
+
+    def _same_run(self, found: checkpoint.Checkpoint) -> None:
+        before, now = found.state["identity"], json.loads(json.dumps(self.identity))
+        differing = []
+        if before["data"] != now["data"]:
+            differing.append(f"the data (the manifest of {self.config.data} is not the one it was trained on)")
+        if before["tokenizer"] != now["tokenizer"]:
+            differing.append("the tokenizer")
+        if before["optimizer"] != now["optimizer"]:
+            differing.append(f"--optimizer (was {before['optimizer']}, now {now['optimizer']})")
+        for part, what in (("model", "the model's "), ("samples", "")):
+            for key in sorted(set(before[part]) | set(now[part])):
+                was, wanted = before[part].get(key), now[part].get(key)
+                if was != wanted:
+                    differing.append(f"{what or ''}{key if what else flag(key)} (was {was!r}, now {wanted!r})")
+        if differing:
+            raise NotTheSameRun(
+                f"{self.folder} holds a run that differs in {'; '.join(differing)}: choose another --out, or the "
+                "options that it was started with"
+            )
+        if found.step > self.total:
+            raise ConfigError(f"{self.folder} is at update {found.step} already, beyond the {self.total} asked for")
+        before, now = found.state["options"], self.config.as_dict()
+        silent = ("out", "data", "steps", "keep", "resume", "workers", "log_every", "peak_tflops", "device")
+        changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k) and k not in silent]
+        if changed:
+            listed = ", ".join(f"{flag(k)} (was {before.get(k)}, now {now.get(k)})" for k in changed)
+            self.output.warn(f"going on with other options than before: {listed}")
+
+    def _go_on_from(self, before: checkpoint.Checkpoint) -> None:
+        state = before.state
+        mine = owned(self.optimizer, self.model)
+        modelling.load_weights(self.model, before.tensors("model"))
+        load_state(self.optimizer, self.model, before.tensors("optimizer", lambda name: name.partition("/")[2] in mine))
+        self.step, self.place = state["step"], Place(**state["place"])
+        self.skipped = [state["skipped"], state["skipped_in_a_row"]]
+        self.seconds, self.validated, self.phase = state["seconds"], state["validation"], state["phase"]
+        if self.step < self.total and phase_of(self.step, self.phases) != self.phase:
+            self.place = Place(self.place.epoch + 1, 0)  # as the stream of updates does between two phases
+        self.output.note(f"going on from {before.folder}, update {self.step} of {self.total}")
+
+    def _introduce(self) -> None:
+        config, made = self.config, self.model.config
+        self.output.note(
+            f"{self.model.num_parameters():,} parameters ({made.num_hidden_layers} layers, hidden size "
+            f"{made.hidden_size}, vocabulary {made.vocab_size}), {config.optimizer}, {self.precision} on "
+            f"{self.ranks.world} x {self.ranks.device.type}; {len(self.dataset):,} samples an epoch at {config.seq} "
+            f"tokens; MFU against {self.peak / 1e12:.3g} TFLOP/s a process "
+            + ("(--peak-tflops)" if config.peak_tflops else "(a matrix product, measured)")
+        )
+        if self.validation is None:
+            self.output.note(
+                "no validation: " + ("--validation is 0" if not config.validation else "too few documents")
+            )
+
+    def _end(self, stop: str | None, asked_to_stop: "Stop") -> int:
+        reason = {None: "done", "not finite": "not finite", "signal": "stopped by a signal"}[stop]
+        if self.metrics:
+            self.metrics.write("end", self.step, reason=reason)
+            self.metrics.close()
+        if stop == "not finite":
+            self.output.warn(
+                f"stopped at update {self.step}: {self.config.max_skipped} updates in a row were not finite. Lower "
+                "--lr or lengthen --warmup, and start again: the run goes on from its last checkpoint"
+            )
+            return NOT_FINITE
+        if stop == "signal":
+            self.output.note(f"stopped after update {self.step}; the same command goes on from there")
+            return 128 + (asked_to_stop.signal or signal.SIGTERM)
+        if self.ranks.first:
+            state = self._state()
+            folder = export(self.folder, self.model, self.tokenizer, self.config, manifest=self.manifest, state=state)
+            facts = {"model": str(folder), "step": self.step, "data_time": self.meter.share_waiting}
+            facts |= {"skipped": self.skipped[0], "validation": state["validation"]}
+            text = f"{folder}: {self.step:,} updates, waiting for data {self.meter.share_waiting:.1%} of the time"
+            self.output.result(facts, text)
+        self.ranks.wait()
+        return DONE
+
+    def _dataset(self, corpus) -> PretrainingDataset:
+        config = self.config
+        return PretrainingDataset(
+            corpus, self.tokenizer, max_length=self.phases[0].seq, seed=config.seed, nsp=config.nsp,
+            whole_word=config.whole_word, short_seq_prob=config.short_seq_prob,
+        )  # fmt: skip
+
+    def _other_corpus(self, folder: str):
+        if load_tokenizer(Path(folder) / "tokenizer").to_str() != self.tokenizer.to_str():
+            raise ConfigError(f"--validation-data {folder} was prepared with another tokenizer than {self.config.data}")
+        return open_corpus(folder)
+
+
+class Meter:
+    """Time of training (without validation and checkpoints), tokens, FLOPs, and the time spent waiting for data."""
+
+    def __init__(self):
+        self.began = self.lap_began = time.perf_counter()
+        self.waited = self.off = self.lap_off = 0.0
+        self.tokens = self.flops = 0
+
+    def timed(self, iterator):
+        """``iterator``, with the time that it takes counted as waiting; the first item, which starts workers, not."""
+        iterator = iter(iterator)
+        first = True
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            waited = time.perf_counter() - start
+            if first:
+                self.off, self.lap_off, first = self.off + waited, self.lap_off + waited, False
+            else:
+                self.waited += waited
+            yield item
+
+    @contextmanager
+    def paused(self):
+        """Time meanwhile does not count."""
+        start = time.perf_counter()
+        yield
+        spent = time.perf_counter() - start
+        self.off, self.lap_off = self.off + spent, self.lap_off + spent
+
+    def count(self, tokens: int, flops: int) -> None:
+        self.tokens, self.flops = self.tokens + tokens, self.flops + flops
+
+    def lap(self) -> tuple[int, int, float]:
+        """Tokens, FLOPs and seconds since the last lap."""
+        now = time.perf_counter()
+        found = self.tokens, self.flops, max(now - self.lap_began - self.lap_off, 1e-9)
+        self.tokens = self.flops = 0
+        self.lap_began, self.lap_off = now, 0.0
+        return found
+
+    @property
+    def share_waiting(self) -> float:
+        """Share of the training time that was spent waiting for data."""
+        return self.waited / max(time.perf_counter() - self.began - self.off, 1e-9)
+
+
+class Stop:
+    """Which signal asked the run to stop, or None."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def _signals() -> Iterator[Stop]:
+    """SIGINT and SIGTERM ask to stop after the update at hand; a second one takes its usual way."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals belong to the main thread
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number, frame):
+        stop.signal = number
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _locked(run: Path, ranks: Ranks) -> Iterator[None]:
+    """One run at a time in a folder. The lock belongs to the process: it goes when the process does."""
+    if not ranks.first:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("wb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise NotTheSameRun(f"another process trains in {run}: wait for it, or choose another --out") from error
+        yield
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")  # NaN compares false
+
+
+def _shown(entry: dict) -> str:
+    text = f"loss {entry['loss']:.4f}"
+    if entry["nsp_loss"] is not None:
+        text += f" (MLM {entry['mlm_loss']:.4f}, NSP {entry['nsp_loss']:.4f})"
+    return (
+        f"{text}  lr {entry['learning_rate']:.2e}  gradient {entry['grad_norm']:.2f}  "
+        f"{entry['real_tokens_per_s']:,.0f} tokens/s  MFU {entry['mfu']:.1%}"
+    )
