@@ -1,8 +1,8 @@
 """Every operator alone, forward and backward apart, beside PyTorch's own composition of the same function.
 
-Operands have BERT's sizes and the dtypes of a training step under autocast: what a matrix product gave is in
-``dtype``; parameters, the embedding's output and the residual stream are float32. All sequences are full, dropout
-is 0.1. Three things to know when reading the times:
+Operands have BERT's sizes and the dtypes of a training step: what a matrix product gave is in ``dtype``; parameters,
+the embedding's output and the residual stream are in ``parameters``, float32 under autocast, ``dtype`` where the
+weights themselves have 16 bits. Dropout is 0.1. Three things to know when reading the times:
 
 - Both sides take the bias apart, as the operators do. In PyTorch's own BERT the linear before adds it.
 - mlm_loss makes its gradients in the forward, PyTorch in the backward: compare the two directions' sum.
@@ -12,7 +12,7 @@ is 0.1. Three things to know when reading the times:
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,8 @@ CACHE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # more than any last-level cach
 
 # --------------------------------------------------------------------------------------------------------------
 # What an operator has to do: FLOPs where matrix products are the limit, else bytes, each input read once and each
-# output written once. Vectors of T or H elements are left out (under 1 %). e: bytes of an element of ``dtype``.
+# output written once. Vectors of T or H elements are left out (under 1 %). lengths: tokens of each sequence; e: bytes
+# of an element of ``dtype``; r: of a parameter's and of the residual stream's.
 
 
 @dataclass(frozen=True)
@@ -50,45 +51,45 @@ class Work:
     bytes: int = 0
 
 
-def embedding_layernorm_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
+def embedding_layernorm_work(config, lengths: Sequence[int], e: int, r: int) -> dict[str, Work]:
     """A word row each token, position and segment rows once; backward the same again and all gradients written."""
-    tokens, h = batch * seq, config.hidden_size
-    small = 4 * h * (seq + config.type_vocab_size)
-    tables = 4 * h * (config.vocab_size + config.max_position_embeddings + config.type_vocab_size)
+    tokens, h = sum(lengths), config.hidden_size
+    small = r * h * (max(lengths) + config.type_vocab_size)
+    tables = r * h * (config.vocab_size + config.max_position_embeddings + config.type_vocab_size)
     return {
-        "forward": Work(bytes=tokens * h * (4 + 4) + small),  # word row; out
-        "backward": Work(bytes=tokens * h * (4 + 4) + small + tables),  # d out, word row; the tables' gradients
+        "forward": Work(bytes=tokens * h * (r + r) + small),  # word row; out
+        "backward": Work(bytes=tokens * h * (r + r) + small + tables),  # d out, word row; the tables' gradients
     }
 
 
-def attention_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
+def attention_work(config, lengths: Sequence[int], e: int, r: int) -> dict[str, Work]:
     """Two products forward and five backward (scores once again), 2 S^2 D FLOPs each, per sequence and head.
 
     Products that a kernel computes twice are not counted twice.
     """
-    product = 2 * seq * seq * config.hidden_size * batch
+    product = 2 * config.hidden_size * sum(s * s for s in lengths)
     return {"forward": Work(flops=2 * product), "backward": Work(flops=5 * product)}
 
 
-def residual_layernorm_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
-    elements = batch * seq * config.hidden_size
+def residual_layernorm_work(config, lengths: Sequence[int], e: int, r: int) -> dict[str, Work]:
+    elements = sum(lengths) * config.hidden_size
     return {
-        "forward": Work(bytes=elements * (e + 4 + 4 + 4)),  # x, residual; out, z
-        "backward": Work(bytes=elements * (4 + 4 + e + 4)),  # d out, z; d x, d residual
+        "forward": Work(bytes=elements * (e + r + r + r)),  # x, residual; out, z
+        "backward": Work(bytes=elements * (r + r + e + r)),  # d out, z; d x, d residual
     }
 
 
-def bias_gelu_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
-    elements = batch * seq * config.intermediate_size
+def bias_gelu_work(config, lengths: Sequence[int], e: int, r: int) -> dict[str, Work]:
+    elements = sum(lengths) * config.intermediate_size
     return {"forward": Work(bytes=elements * 2 * e), "backward": Work(bytes=elements * 3 * e)}  # x; out. d out, x; d x
 
 
-def mlm_loss_work(config, batch: int, seq: int, e: int) -> dict[str, Work]:
+def mlm_loss_work(config, lengths: Sequence[int], e: int, r: int) -> dict[str, Work]:
     """Forward all three products (logits, d hidden, d word); backward the gradients read, scaled and written."""
-    masked, h, vocabulary = masked_positions(batch, seq), config.hidden_size, config.vocab_size
+    masked, h, vocabulary = masked_positions(lengths), config.hidden_size, config.vocab_size
     return {
         "forward": Work(flops=6 * masked * h * vocabulary),
-        "backward": Work(bytes=2 * (masked * h * e + vocabulary * (h + 1) * 4)),
+        "backward": Work(bytes=2 * (masked * h * e + vocabulary * (h + 1) * r)),
     }
 
 
@@ -101,8 +102,8 @@ WORK = {
 }
 
 
-def masked_positions(batch: int, seq: int) -> int:
-    return max(1, round(MASKED_SHARE * batch * seq))
+def masked_positions(lengths: Sequence[int]) -> int:
+    return max(1, round(MASKED_SHARE * sum(lengths)))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -113,7 +114,8 @@ def masked_positions(batch: int, seq: int) -> int:
 class Case:
     """One operator at one size. ``ours`` and ``torch`` run its forward on the same operands and give out.
 
-    ``inputs`` are the operands that get a gradient; ``backend`` is what really runs ours.
+    ``inputs`` are the operands that get a gradient (``torch_inputs`` PyTorch's, where it needs them padded);
+    ``backend`` is what really runs ours.
     """
 
     operator: str
@@ -123,19 +125,23 @@ class Case:
     ours: Callable[[], Tensor]
     torch: Callable[[], Tensor]
     work: dict[str, Work]
+    torch_inputs: tuple[Tensor, ...] | None = None
 
     def calls(self, direction: str) -> dict[str, Callable[[], object]]:
         """{"bert_fast": ..., "pytorch": ...}: functions that run ``direction`` alone, any number of times."""
         forwards = {"bert_fast": self.ours, "pytorch": self.torch}
         if direction == "forward":
             return forwards
-        outs = {name: forward() for name, forward in forwards.items()}
-        first = outs["bert_fast"]
-        grad_out = torch.randn_like(first) if first.dim() else torch.ones_like(first)
-        return {name: self._backward(out, grad_out) for name, out in outs.items()}
+        return {name: self.backward(name, forward()) for name, forward in forwards.items()}
 
-    def _backward(self, out: Tensor, grad_out: Tensor) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(out, self.inputs, grad_out, retain_graph=True)
+    def backward(self, name: str, out: Tensor) -> Callable[[], object]:
+        """A function that runs the backward of ``out``, which the side ``name`` gave, any number of times."""
+        inputs = self.inputs if name == "bert_fast" or self.torch_inputs is None else self.torch_inputs
+        generator = torch.Generator(out.device).manual_seed(1)
+        grad_out = torch.ones_like(out)
+        if out.dim():
+            grad_out = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+        return lambda: torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
 
 
 def running_backend(operator: str, device: str) -> str:
@@ -152,9 +158,12 @@ def build_case(
     model: str = "base",
     seq: int = 512,
     batch: int = 2,
+    lengths: Sequence[int] | None = None,
     dropout: float = DROPOUT,
+    parameters: torch.dtype = torch.float32,
 ) -> Case:
-    """The case of ``operator`` (a name of OPERATORS) for ``batch`` full sequences of ``seq`` tokens.
+    """The case of ``operator`` (a name of OPERATORS) for ``batch`` full sequences of ``seq`` tokens, or for
+    sequences of ``lengths`` tokens, each at most ``seq``; PyTorch's attention has them padded to ``seq``.
 
     Raises ValueError for an unknown operator and for a ``seq`` beyond the model's positions.
     """
@@ -163,19 +172,24 @@ def build_case(
     config = model_config(model, dropout=dropout)
     if not 3 <= seq <= config.max_position_embeddings:
         raise ValueError(f"seq is {seq}; sequences here have 3 to {config.max_position_embeddings} tokens")
-    shape, inputs, ours, composition = _BUILDERS[operator](_Operands(device, dtype, batch, seq, dropout), config)
-    work = WORK[operator](config, batch, seq, dtype.itemsize)
-    return Case(operator, running_backend(operator, device), shape, inputs, ours, composition, work)
+    lengths = [seq] * batch if lengths is None else list(lengths)
+    if not lengths or not 3 <= min(lengths) <= max(lengths) <= seq:
+        raise ValueError(f"lengths are {lengths}; each has to be 3 to seq = {seq}")
+    operands = _Operands(device, dtype, parameters, lengths, seq, dropout)
+    shape, inputs, ours, composition, *padded = _BUILDERS[operator](operands, config)
+    work = WORK[operator](config, lengths, dtype.itemsize, parameters.itemsize)
+    return Case(operator, running_backend(operator, device), shape, inputs, ours, composition, work, *padded)
 
 
 class _Operands:
     """Random operands of one batch: the same in every run."""
 
-    def __init__(self, device: str, dtype: torch.dtype, batch: int, seq: int, dropout: float):
-        self.device, self.dtype, self.batch, self.seq, self.dropout = device, dtype, batch, seq, dropout
-        self.tokens = batch * seq
+    def __init__(self, device: str, dtype, parameters, lengths: list[int], seq: int, dropout: float):
+        self.device, self.dtype, self.parameters, self.dropout = device, dtype, parameters, dropout
+        self.lengths, self.batch, self.seq = lengths, len(lengths), seq
+        self.tokens = sum(lengths)
         self.generator = torch.Generator(device).manual_seed(0)
-        self.cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq
+        self.cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
         self.keys = {
             "p": dropout,
             "row_key": row_keys(self.cu_seqlens, self.tokens),
@@ -189,7 +203,7 @@ class _Operands:
 
     def parameter(self, *shape: int, scale: float = 0.02, mean: float = 0.0) -> Tensor:
         x = torch.randn(shape, generator=self.generator, device=self.device)
-        return x.mul_(scale).add_(mean).requires_grad_()
+        return x.mul_(scale).add_(mean).to(self.parameters).requires_grad_()
 
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
@@ -201,13 +215,14 @@ def _embedding_layernorm(o: _Operands, config):
     position = o.parameter(config.max_position_embeddings, h)
     segment = o.parameter(config.type_vocab_size, h)
     weight, bias = o.parameter(h, mean=1.0), o.parameter(h)
-    ids = o.integers(config.vocab_size, o.batch, o.seq)
+    ids = o.integers(config.vocab_size, o.tokens)
     hidden = torch.rand(ids.shape, generator=o.generator, device=device) < 0.8 * MASKED_SHARE
     ids = torch.where(hidden, MASK, ids)
-    ids[:, 0], ids[:, -1] = CLS, SEP
-    positions = torch.arange(o.seq, device=device).repeat(o.batch)
-    segments = (positions >= o.seq // 2).long()
-    ids = ids.flatten()
+    starts, ends = o.cu_seqlens[:-1].long(), o.cu_seqlens[1:].long()
+    ids[starts], ids[ends - 1] = CLS, SEP
+    length = ends - starts
+    positions = torch.arange(o.tokens, device=device) - starts.repeat_interleave(length)
+    segments = (positions >= (length // 2).repeat_interleave(length)).long()
 
     def ours() -> Tensor:
         return ops.embedding_layernorm(
@@ -229,12 +244,19 @@ def _attention(o: _Operands, config):
     def ours() -> Tensor:
         return ops.attention(qkv, o.cu_seqlens, o.seq, **o.keys)
 
-    def composition() -> Tensor:
-        q, k, v = qkv.view(o.batch, o.seq, 3, heads, size).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=o.dropout)
-        return out.transpose(1, 2).reshape(o.tokens, heads * size)
+    full = o.tokens == o.batch * o.seq
+    padded, mask = qkv, None
+    if not full:  # as a model that pads has it: padding is in its batch from the start
+        padded = o.activation(o.batch * o.seq, 3, heads, size)
+        mask = (torch.arange(o.seq, device=o.device) < torch.tensor(o.lengths, device=o.device)[:, None])[:, None, None]
 
-    return f"{o.batch} x {o.seq}, {heads} heads of {size}", (qkv,), ours, composition
+    def composition() -> Tensor:
+        q, k, v = padded.view(o.batch, o.seq, 3, heads, size).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=o.dropout)
+        return out.transpose(1, 2).reshape(o.batch * o.seq, heads * size)
+
+    shape = f"{o.batch} x {o.seq}" if full else f"{o.tokens} tokens of {o.batch} x {o.seq}"
+    return f"{shape}, {heads} heads of {size}", (qkv,), ours, composition, (padded,)
 
 
 def _residual_layernorm(o: _Operands, config):
@@ -265,7 +287,7 @@ def _bias_gelu(o: _Operands, config):
 
 
 def _mlm_loss(o: _Operands, config):
-    masked, vocabulary = masked_positions(o.batch, o.seq), config.vocab_size
+    masked, vocabulary = masked_positions(o.lengths), config.vocab_size
     hidden = o.activation(masked, config.hidden_size)
     word, bias = o.parameter(vocabulary, config.hidden_size), o.parameter(vocabulary)
     labels = o.integers(vocabulary, masked)

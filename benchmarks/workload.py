@@ -22,6 +22,13 @@ from bert_fast.data import (
 VOCABULARY = 30522  # BERT's, whatever the corpus yields: the cost of the head must be real
 
 MODELS = {
+    "micro": {  # for trials of the benchmark itself
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+    },
     "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512},
     "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
@@ -30,9 +37,8 @@ MODELS = {
 
 def model_config(name: str, *, dropout: float) -> BertConfig:
     """BERT as published: tiny, base or large, with ``dropout`` in hidden states and attention."""
-    return BertConfig(
-        vocab_size=VOCABULARY, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **MODELS[name]
-    )
+    sizes = {"vocab_size": VOCABULARY} | MODELS[name]
+    return BertConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **sizes)
 
 
 @dataclass
@@ -132,14 +138,16 @@ def make_batch(samples: list[Sample], seq: int, device: str, *, pad_id: int, nsp
     )
 
 
-def random_batch(lengths: list[int], predicted: int, seq: int, device: str, *, nsp: bool) -> Batch:
+def random_batch(
+    lengths: list[int], predicted: int, seq: int, device: str, *, nsp: bool, vocabulary: int = VOCABULARY
+) -> Batch:
     """A batch of random tokens in the shape of another: what memory depends on, without its corpus."""
     draw = np.random.default_rng(0)
     shares = [predicted * n // sum(lengths) for n in lengths]
     shares[0] += predicted - sum(shares)
     samples = []
     for index, (n, share) in enumerate(zip(lengths, shares, strict=True)):
-        ids, at = draw.integers(5, VOCABULARY, n), np.linspace(1, n - 2, share).astype(np.int64)
+        ids, at = draw.integers(5, vocabulary, n), np.linspace(1, n - 2, share).astype(np.int64)
         samples.append(Sample(ids, np.zeros(n, dtype=np.int64), at, ids[at], 0, index))
     return make_batch(samples, seq, device, pad_id=0, nsp=nsp)
 
