@@ -38,8 +38,8 @@ def add_parser(subparsers) -> None:
     for field, kind in fields():
         about = field.metadata
         text = about["help"].replace("%", "%%")
-        shown = field.default not in (None, "", True, False)
-        text += f" [default: {field.default}]" if shown else ""
+        if kind is not bool and field.default not in (None, ""):
+            text += f" [default: {field.default}]"
         given = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             given["action"] = argparse.BooleanOptionalAction

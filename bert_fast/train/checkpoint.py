@@ -111,23 +111,24 @@ def save(
     if not ranks.gather(bytes([written and failure is None]))[0][0]:
         if ranks.first:
             shutil.rmtree(aside, ignore_errors=True)
-        raise _explained(failure, folder)
+        if failure is None:
+            raise CheckpointError(f"{folder} was not written: another process failed, see its message")
+        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(run, failure, str(folder)) from failure
+        raise CheckpointError(f"{folder} was not written: {failure}") from failure
     if ranks.first:
         prune(run, keep)
     return folder
 
 
-def _explained(failure: OSError | None, folder: Path) -> CheckpointError:
-    good = [path.name for path in _folders(folder.parent)]
-    last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-    if failure is None:
-        return CheckpointError(f"{folder} was not written: another process failed; {last}")
-    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"{folder} was not written: the disk is full ({failure.strerror}); {last}, and it is whole. Make room and "
-            "start the same command again"
-        )
-    return CheckpointError(f"{folder} was not written: {failure}; {last}")
+def disk_full(run: Path, error: OSError, what: str | None = None) -> CheckpointError:
+    """What to tell where ``what`` (by default something in ``run``) could not be written for lack of space."""
+    good = [path.name for path in _folders(run / "checkpoints")]
+    return CheckpointError(
+        f"{what or error.filename or run} was not written: the disk is full ({error.strerror or error}). "
+        + (f"The last checkpoint, {good[-1]}, is whole" if good else "There is no checkpoint yet")
+        + ": make room and start the same command again"
+    )
 
 
 def prune(run: Path, keep: int) -> None:

@@ -2,9 +2,12 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from transformers.utils import logging
 
 import bert_fast
 from bert_fast.data import save_tokenizer
@@ -31,16 +34,31 @@ def export(
     for leftover in (aside, before):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        model.save_pretrained(aside)
+        aside.mkdir(parents=True)
+        with _no_progress_bar():
+            model.save_pretrained(aside)
         save_tokenizer(tokenizer, aside, max_length=model.config.max_position_embeddings)
         (aside / "README.md").write_text(model_card(model, config, manifest, state), encoding="utf-8")
         if folder.exists():
             os.rename(folder, before)
         os.rename(aside, folder)
+    except SafetensorError as error:  # how safetensors tells of a disk that cannot be written
+        raise OSError(f"{folder} was not written: {error}; the last checkpoint is whole") from error
     finally:
         for leftover in (aside, before):
             shutil.rmtree(leftover, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _no_progress_bar():
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def model_card(model: BertForPreTraining, config: PretrainConfig, manifest: dict, state: dict) -> str:

@@ -1,10 +1,10 @@
 """Pre-training from prepared data to RUN/model: the loop, top to bottom."""
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
-import os
 import signal
 import threading
 import time
@@ -50,7 +50,12 @@ def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
     with started(config.device) as ranks, _locked(Path(config.out), ranks), _signals() as asked_to_stop:
         if not ranks.first:
             output = Output(silent=True)
-        return _Run(config, ranks, output).train(asked_to_stop)
+        try:
+            return _Run(config, ranks, output).train(asked_to_stop)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise checkpoint.disk_full(Path(config.out), error) from error
 
 
 class _Run:
@@ -474,8 +479,6 @@ def _locked(run: Path, ranks: Ranks) -> Iterator[None]:
         except BlockingIOError as error:
             raise NotTheSameRun(f"another process trains in {run}: wait for it, or choose another --out") from error
         yield
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _is_finite(value: float) -> bool:

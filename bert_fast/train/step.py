@@ -48,7 +48,9 @@ class Step:
         self.parallel: nn.Module = model
         if ranks.world > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            self.parallel = DistributedDataParallel(
+                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
 
     def __call__(
         self, batches: Sequence[dict], *, seed: int, lr: float, predicted: int | torch.Tensor, sequences: int,
@@ -62,6 +64,10 @@ class Step:
         """
         device = self.ranks.device
         self.model.train()
+        counts = {
+            "num_items_in_batch": _on_device(predicted, device),
+            "num_sequences_in_batch": _on_device(sequences, device),
+        }
         totals, finite = torch.zeros(3, dtype=torch.float64, device=device), []
         totals[2] = stop
         for number, batch in enumerate(batches):
@@ -70,7 +76,7 @@ class Step:
             quiet = contextlib.nullcontext() if last or self.ranks.world == 1 else self.parallel.no_sync()
             with quiet:
                 torch.manual_seed(seed)
-                loss, parts = self._forward(batch, predicted, sequences)
+                loss, parts = self._forward(batch, counts)
                 # DistributedDataParallel averages gradients over ranks, which are to be summed
                 (loss * self.ranks.world).backward()
             totals[:2] += parts
@@ -84,14 +90,19 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(torch.cat([totals, norm.double().reshape(1)]), torch.stack(finite))
 
-    def _forward(self, batch: dict, predicted, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, batch: dict, counts: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's part of the update's loss, and the same as (MLM, NSP), float32 (2,) without gradient."""
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.parallel(**batch, num_items_in_batch=predicted, num_sequences_in_batch=sequences)
+            output = self.parallel(**batch, **counts)
         loss, labels = output.loss, batch.get("next_sentence_label")
-        if labels is None:
-            nsp = torch.zeros_like(loss.detach())
-        else:
+        nsp = torch.zeros_like(loss.detach())
+        if labels is not None:
             logits = output.seq_relationship_logits.detach().float()
-            nsp = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / sequences
+            nsp = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            nsp = nsp / counts["num_sequences_in_batch"]
         return loss, torch.stack([loss.detach() - nsp, nsp])
+
+
+def _on_device(count: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``count`` as a float32 scalar, filled in on the device: copying a number there would wait for it."""
+    return count if torch.is_tensor(count) else torch.full((), count, dtype=torch.float32, device=device)
