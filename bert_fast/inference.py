@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -30,20 +31,22 @@ def model_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is neither a run of `bert-fast pretrain` nor a Hugging Face folder with a model")
 
 
-def load_model(cls: type, path: str | Path, *, optional: Sequence[str] = (), device: str | torch.device = "cpu"):
-    """(model in evaluation mode, tokenizer, names of ``optional`` parts that were missing) from a run or folder.
+def load_model(
+    cls: type, path: str | Path, *, optional: Sequence[str] = (), device: str | torch.device = "cpu", **arguments
+):
+    """(model in evaluation mode, tokenizer, names of ``optional`` weights that were missing) from a run or folder.
 
-    ``cls`` is one of this package's model classes. Raises ValueError where the checkpoint lacks weights that the
-    class needs (they would be random), except those whose names begin with one of ``optional``, and where it has no
-    BERT's configuration or vocabulary.
+    ``cls`` is one of this package's model classes, ``arguments`` go to its ``from_pretrained``. Raises ValueError
+    where the checkpoint lacks weights that the class needs (they would be random), except those whose names begin
+    with one of ``optional``, and where it has no BERT's configuration or vocabulary.
     """
     folder = model_folder(path)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind != "bert":
         raise ValueError(f"{folder} holds a model of type {kind!r}; this engine runs BERT")
     tokenizer = load_tokenizer(folder)
-    with _silent_transformers():
-        model, loading = cls.from_pretrained(folder, output_loading_info=True)
+    with silent_transformers():
+        model, loading = cls.from_pretrained(folder, output_loading_info=True, **arguments)
     missing = sorted(loading["missing_keys"])
     if needed := [name for name in missing if not name.startswith(tuple(optional))]:
         raise ValueError(
@@ -59,18 +62,17 @@ def load_model(cls: type, path: str | Path, *, optional: Sequence[str] = (), dev
     return model.eval().to(device), tokenizer, missing
 
 
-class _silent_transformers:
-    """No progress bars and no reports on weights meanwhile: what they would tell is checked and raised here."""
-
-    def __enter__(self):
-        self.verbosity = transformers_logging.get_verbosity()
-        self.bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *error):
-        transformers_logging.set_verbosity(self.verbosity)
-        if self.bars:
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """No progress bars and no reports of transformers meanwhile: what they would tell is checked and raised here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
             transformers_logging.enable_progress_bar()
 
 

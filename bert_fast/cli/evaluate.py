@@ -16,21 +16,21 @@ def add_parser(subparsers) -> None:
         run,
         "measure a model on prepared data: MLM loss, perplexity, accuracy, NSP accuracy",
         details="Beside the MLM loss stands that of the unigram baseline, which predicts every token by how frequent "
-        "it is: a model that has learned is well below. Masks and pairs are drawn from --seed alone, so figures of "
-        "several models compare.",
+        "it is: a model that has learned is well below. Where DIR is what a run was trained on, the documents that it "
+        "held out are measured. Masks and pairs are drawn from --seed alone, so figures of several models compare.",
         examples="""
+bert-fast evaluate run --data data
 bert-fast prepare heldout/ --tokenizer tok --out heldout
-bert-fast evaluate run --data heldout
 bert-fast evaluate run --data heldout --baseline data --max-sequences 2000 --json
 bert-fast evaluate path/to/bert-base-uncased --data heldout --seq 512""",
     )
     parser.add_argument("model", metavar="MODEL", help="a run's folder or a Hugging Face folder")
-    parser.add_argument("--data", metavar="DIR", required=True, help="what `bert-fast prepare` wrote, of held-out text")
+    parser.add_argument("--data", metavar="DIR", required=True, help="what `bert-fast prepare` wrote")
     parser.add_argument(
         "--baseline",
         metavar="DIR",
         help="prepared data whose token frequencies the unigram baseline knows, as the training data (default: those "
-        "of --data itself, which no model without context can beat)",
+        "the run was trained on, where --data is its data; else --data itself)",
     )
     parser.add_argument("--seq", metavar="N", type=int, help="longest sequence (default: the run's, else 128)")
     parser.add_argument("--max-sequences", metavar="N", type=int, help="so many sequences at most (default: all)")
@@ -45,33 +45,37 @@ bert-fast evaluate path/to/bert-base-uncased --data heldout --seq 512""",
 def run(options: argparse.Namespace) -> None:
     """Measures and prints."""
     from bert_fast import BertForPreTraining, data
-    from bert_fast.data.dataset import plan_batches
     from bert_fast.inference import load_model
     from bert_fast.train.evaluation import evaluate, unigram_loss
 
     out = Output.of(options)
-    corpus = data.open_corpus(options.data)
+    if options.max_sequences is not None and options.max_sequences < 1:
+        raise ValueError("--max-sequences must be at least 1")
     model, tokenizer, missing = load_model(
         BertForPreTraining, options.model, optional=("cls.seq_relationship.", "bert.pooler."),
         device=chosen_device(options),
     )  # fmt: skip
     _require_same_tokenizer(tokenizer, options.data)
+    trained = _run_configuration(Path(options.model))
+    corpus, baseline = _evaluated(options, trained, out)
+    if options.baseline is not None:
+        _require_same_tokenizer(tokenizer, options.baseline)
+        baseline = data.open_corpus(options.baseline)
     has_nsp = not missing and not options.no_nsp
     if missing and not options.no_nsp:
         out.note(f"{options.model} has no next-sentence head: MLM alone is measured")
-    length = options.seq or min(_run_length(Path(options.model)) or 128, model.config.max_position_embeddings)
-    if length > model.config.max_position_embeddings:
-        raise ValueError(f"--seq {length} is beyond the model's {model.config.max_position_embeddings} positions")
+    positions = model.config.max_position_embeddings
+    length = options.seq or min(_longest(trained) or 128, positions)
+    if length > positions:
+        raise ValueError(f"--seq {length} is beyond the model's {positions} positions")
     dataset = data.PretrainingDataset(
         corpus, tokenizer, max_length=length, seed=options.seed, nsp=has_nsp, whole_word=options.whole_word
     )
     size = data.capacities(max(options.batch_tokens, length), length)
     batches = data.PackedBatches(dataset, size)
     if options.max_sequences is not None:
-        if options.max_sequences < 1:
-            raise ValueError("--max-sequences must be at least 1")
         order = dataset.order()[: options.max_sequences]
-        batches.bins = plan_batches(dataset.plan.length, order, size, nsp=has_nsp)
+        batches.bins = data.plan_batches(dataset.plan.length, order, size, nsp=has_nsp)
     with out.progress(len(batches), "evaluating", "batches") as bar:
 
         def counted():
@@ -80,9 +84,7 @@ def run(options: argparse.Namespace) -> None:
                 bar.advance()
 
         found = evaluate(model, counted(), precision=options.precision)
-    if options.baseline is not None:
-        _require_same_tokenizer(tokenizer, options.baseline)
-    counts = token_counts(data.open_corpus(options.baseline or options.data), dataset.vocab_size)
+    counts = token_counts(baseline, dataset.vocab_size)
     found["unigram_loss"] = unigram_loss(counts, data.packed_loader(batches, workers=0))
     lines = [
         f"MLM loss      {found['mlm_loss']:.4f}   unigram baseline {found['unigram_loss']:.4f}",
@@ -104,14 +106,35 @@ def _require_same_tokenizer(tokenizer, folder: str) -> None:
         )
 
 
-def _run_length(folder: Path) -> int | None:
-    """The longest sequence that a run was trained on; None for what is no run."""
-    if not (folder / "model").is_dir():
-        return None
-    configuration = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if phases := configuration.get("phases"):
+def _run_configuration(folder: Path) -> dict:
+    """The options that the run in ``folder`` was trained with; empty for what is no run."""
+    if not (folder / "model").is_dir() or not (folder / "config.json").is_file():
+        return {}
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _longest(trained: dict) -> int | None:
+    """The longest sequence that a run was trained on."""
+    if phases := trained.get("phases"):
         return max(int(phase.partition(":")[0]) for phase in phases.split(","))
-    return configuration.get("seq")
+    return trained.get("seq")
+
+
+def _evaluated(options: argparse.Namespace, trained: dict, out: Output):
+    """(corpus to evaluate on, corpus whose frequencies the baseline knows)."""
+    from bert_fast.data import open_corpus
+    from bert_fast.train.validation import hold_out
+
+    corpus = open_corpus(options.data)
+    if not trained or Path(trained["data"]).resolve() != Path(options.data).resolve():
+        return corpus, corpus
+    share = 0.0 if trained.get("validation_data") else trained["validation"]
+    learned, held_out = hold_out(corpus, share, seed=trained["seed"], nsp=trained["nsp"])
+    if held_out is None:
+        out.warn(f"the run was trained on all of {options.data}: what it remembers is measured, not what it learned")
+        return corpus, corpus
+    out.note(f"the run was trained on {options.data}: measured on the {len(held_out.documents):,} documents held out")
+    return held_out, learned
 
 
 def token_counts(corpus, vocab_size: int):

@@ -1,0 +1,79 @@
+"""``bert-fast finetune``: a classifier of sentences or sentence pairs."""
+
+import argparse
+
+from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.output import Output, add_command, writable_folder
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command."""
+    parser = add_command(
+        subparsers,
+        "finetune",
+        run,
+        "train a classifier of sentences or sentence pairs from a pre-trained model",
+        details="Runs on transformers.Trainer; writes a Hugging Face folder and prints the accuracy on the validation "
+        "examples. Files are .tsv, .csv or .jsonl. Columns are named (the first line is then a header), or numbered "
+        "from 0 (there is none), -1 being the last; by default the text is the first column, the label the last.",
+        examples="""
+bert-fast finetune run --train sst2/train.tsv --validation sst2/dev.tsv --out sentiment
+bert-fast finetune run --train mnli.csv --validation dev.csv --text premise --pair hypothesis --label gold --out nli
+bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    # what pre-training is worth""",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a run's folder or a Hugging Face folder")
+    parser.add_argument("--train", metavar="FILE", required=True, help="examples to learn from")
+    parser.add_argument("--validation", metavar="FILE", required=True, help="examples to measure the accuracy on")
+    parser.add_argument("--out", metavar="DIR", help="where the classifier goes (default: it is measured, not kept)")
+    parser.add_argument("--text", metavar="COLUMN", help="column or key of the sentence")
+    parser.add_argument("--pair", metavar="COLUMN", help="column or key of the second sentence of a pair")
+    parser.add_argument("--label", metavar="COLUMN", help="column or key of the label")
+    parser.add_argument("--epochs", metavar="N", type=float, default=3.0, help="times through the examples")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="examples an update")
+    parser.add_argument("--lr", metavar="LR", type=float, default=3e-5, help="highest learning rate")
+    parser.add_argument("--warmup", metavar="SHARE", type=float, default=0.1, help="share of updates to warm up")
+    parser.add_argument("--seq", metavar="N", type=int, default=128, help="cut examples to N tokens")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the new weights, the order and dropout")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products")
+    parser.add_argument("--from-scratch", action="store_true", help="random weights in place of the model's")
+    add_device_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, measures, saves."""
+    if options.epochs <= 0 or options.batch_size < 1 or options.lr < 0 or not 0 <= options.warmup < 1:
+        raise ValueError("--epochs and --batch-size must be above 0, --lr at least 0, --warmup from 0 to below 1")
+    from bert_fast.classification import finetune, read_examples
+
+    out = Output.of(options)
+    columns = {"text": options.text, "pair": options.pair, "label": options.label}
+    train, validation = (read_examples(path, **columns) for path in (options.train, options.validation))
+    if options.out is not None:
+        writable_folder(options.out)
+    updates = -(-len(train) // options.batch_size) * options.epochs
+    with out.progress(round(updates), "fine-tuning", "updates") as bar:
+        found = finetune(
+            options.model,
+            train,
+            validation,
+            options.out,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            learning_rate=options.lr,
+            warmup=options.warmup,
+            max_length=options.seq,
+            seed=options.seed,
+            precision=options.precision,
+            device=chosen_device(options),
+            from_scratch=options.from_scratch,
+            on_step=lambda step, steps, loss: bar.update(step, "" if loss is None else f"loss {loss:.4f}", loss=loss),
+            on_epoch=lambda m: out.note(f"epoch {m['epoch']:g}: accuracy {100 * m['accuracy']:.2f} %, "
+                                        f"loss {m['loss']:.4f}"),
+        )  # fmt: skip
+    text = (
+        f"accuracy {100 * found['accuracy']:.2f} % on {found['examples']:,} examples, after {found['epochs']:g} epochs "
+        f"(the most frequent label: {100 * found['majority']:.2f} %)"
+    )
+    if options.out is not None:
+        text += f"\n{options.out}: the classifier, as a Hugging Face folder"
+    out.result({"model": options.model, "out": options.out, "from_scratch": options.from_scratch} | found, text)
