@@ -80,11 +80,14 @@ def compare(backend, lengths, heads, size, dtype, p, tail=0, scale=1.0):
     parts = {"dq": 0, "dk": 1, "dv": 2}
     if longest <= 1:  # a token alone has dq = dk = 0: no scale of their own to measure rounding by
         parts = {"dqkv": slice(0, 3)}
-    # P is exp(score - lse), both rounded in fp32, where PyTorch keeps its P; and for a few keys PyTorch's library adds
-    # the terms of a score in a more exact order than for many: on 360 sequences of 3 keys (D = 64) the largest error was
-    # 5.8 units in the last place where PyTorch's was 1.3; at 512 keys the two are alike.
+    # P is exp(score - lse), both rounded in fp32, where PyTorch keeps its P: floor 4. For matrices of a few rows
+    # PyTorch's library adds the D terms of a score in eight sums, for larger ones, and our kernels always, in one:
+    # sqrt(8) times the rounding, and so it measured (3 keys, D = 64: up to 5.8 units in the last place against 1.3).
+    factor = 3.0 if min(lengths, default=0) < 16 else 1.5
     for name, i in parts.items():
-        assert_near_truth(f"{name} ({backend})", ours[1][:, i], same_dtype[1][:, i], truth[1][:, i], floor=6.0)
+        assert_near_truth(
+            f"{name} ({backend})", ours[1][:, i], same_dtype[1][:, i], truth[1][:, i], factor=factor, floor=4.0
+        )
     assert_near_truth(f"lse ({backend})", lse, true_lse.float(), true_lse, floor=16.0)
     used = sum(lengths)
     for name, rows in (("out", ours[0][used:]), ("dqkv", ours[1][used:]), ("lse", lse[:, used:])):
