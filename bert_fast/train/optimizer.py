@@ -28,16 +28,16 @@ def build_optimizer(model: nn.Module, config: PretrainConfig, ranks: Ranks) -> t
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """This process's part of the optimiser's state: tensors as KEY/PARAMETER."""
+    """This process's part of the optimiser's state: tensors as KEY/PARAMETER, sorted by that name."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     own = _local(optimizer)
-    return {
+    found = {
         f"{key}/{names[parameter]}": value
-        for group in own.param_groups
-        for parameter in group["params"]
-        for key, value in own.state.get(parameter, {}).items()
+        for parameter, state in own.state.items()
+        for key, value in state.items()
         if torch.is_tensor(value)
     }
+    return dict(sorted(found.items()))
 
 
 def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
