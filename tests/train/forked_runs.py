@@ -1,0 +1,154 @@
+"""Runs in forked processes, which can be killed at any moment; the imports are paid once. A script:
+
+python forked_runs.py kills CONFIG.json NUMBER SEED   the run of CONFIG, killed NUMBER times and started again
+python forked_runs.py ranks CONFIG.json WORLD...      the run of CONFIG in WORLD processes (gloo), folders OUT-WORLD
+
+Prints one JSON object. CONFIG holds options of pretrain; of a run that was completed the folder is OUT-0, OUT-1 ...
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from training_runs import train
+
+from bert_fast.train import checkpoint
+from bert_fast.train.config import PretrainConfig
+from bert_fast.train.metrics import MetricsFile
+from bert_fast.train.step import Step
+
+
+class Moments:
+    """Counts what a run does; kills the process when it has done ``last`` things (None: never)."""
+
+    def __init__(self, last: int | None):
+        self.count, self.last = 0, last
+
+    def __call__(self, *_):
+        self.count += 1
+        if self.count == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self, holder, name: str) -> None:
+        inner = getattr(holder, name)
+
+        def counted(*args, **kwargs):
+            self()
+            return inner(*args, **kwargs)
+
+        setattr(holder, name, counted)
+
+    def watch_everything(self) -> None:
+        """Updates, lines of metrics, every 4 KiB of a checkpoint's files, every flush, move and removal."""
+        checkpoint.CHUNK = 1 << 12
+        for holder, name in (
+            (Step, "__call__"), (MetricsFile, "write"), (os, "fsync"), (os, "rename"), (os, "replace"),
+            (shutil, "rmtree"), (Path, "unlink"),
+        ):  # fmt: skip
+            self.watch(holder, name)
+        digest, moments = checkpoint._digest, self
+
+        class Counted:
+            def __init__(self):
+                self.inner = digest()
+                self.digest, self.hexdigest = self.inner.digest, self.inner.hexdigest
+                self.digest_size, self.block_size, self.name = 16, 128, "blake2b"
+
+            def update(self, chunk):
+                moments()
+                self.inner.update(chunk)
+
+        checkpoint._digest = Counted
+
+
+def start(config: PretrainConfig, *, last: int | None = None, count_to: Path | None = None, environment=()) -> int:
+    """Forks a process that trains and returns its id; it exits with the run's code."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ.update(environment)
+        moments = Moments(last)
+        moments.watch_everything()
+        code = train(config)
+        if count_to is not None:
+            count_to.write_text(str(moments.count))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """The exit code; that of a killed process is minus the signal's number."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kills(config: PretrainConfig, number: int, seed: int) -> dict:
+    """Kills the run ``number`` times, in turn at a random thing it does and at a random time."""
+    draw = random.Random(seed)
+    counted = Path(config.out + "-count")
+    began = time.monotonic()
+    assert wait(start(dataclasses.replace(config, out=config.out + "-whole"), count_to=counted)) == 0
+    seconds, things = time.monotonic() - began, int(counted.read_text())
+    killed, completed, moments = 0, 0, []
+    while killed < number:
+        if killed % 2:
+            moment = draw.uniform(0, 0.8 * seconds)
+            child = start(config)
+            time.sleep(moment)
+            os.kill(child, signal.SIGKILL)
+        else:
+            moment = draw.randrange(1, things)
+            child = start(config, last=moment)
+        code = wait(child)
+        moments.append([moment, code])
+        if code == -signal.SIGKILL:
+            killed += 1
+        elif code == 0:  # it had less left to do: the next kill meets a new run
+            os.rename(config.out, f"{config.out}-{completed}")
+            completed += 1
+        else:
+            break
+    code = wait(start(config))
+    os.rename(config.out, f"{config.out}-{completed}")
+    return {"killed": killed, "completed": completed + 1, "last": code, "things": things, "moments": moments}
+
+
+def ranks(config: PretrainConfig, worlds: list[int]) -> dict:
+    """The same run in each number of processes; exit codes by it."""
+    codes = {}
+    for world in worlds:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        together = dataclasses.replace(config, out=f"{config.out}-{world}")
+        environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        children = [
+            start(together, environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world)
+        ]
+        codes[world] = [wait(child) for child in children]
+    return codes
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, path, *numbers = sys.argv[1:]
+    options = PretrainConfig(**json.loads(Path(path).read_text()))
+    out = sys.stdout
+    sys.stdout = sys.stderr  # what runs print
+    found = kills(options, *map(int, numbers)) if what == "kills" else ranks(options, list(map(int, numbers)))
+    print(json.dumps(found), file=out)
