@@ -114,7 +114,7 @@ def finetune(
     learning_rate: float = 3e-5,
     warmup: float = 0.1,
     weight_decay: float = 0.01,
-    max_length: int = 128,
+    max_length: int | None = None,
     seed: int = 0,
     precision: str = "fp32",
     device: str = "cpu",
@@ -124,11 +124,12 @@ def finetune(
 ) -> dict:
     """Trains a BertForSequenceClassification from the run or Hugging Face folder ``model`` and measures it.
 
-    Returns {"accuracy", "loss", "majority", "examples", "labels", "epochs"} on ``validation``; "majority" is the
-    accuracy of always saying ``train``'s most frequent label. ``out`` gets the model and the tokenizer, as a Hugging
-    Face folder. ``from_scratch`` keeps the architecture and the tokenizer, with random weights: what pre-training is
-    worth is the difference. ``precision`` is "fp32" or "bf16" (autocast). ``on_step(step, steps, loss)`` is called
-    after every update, ``on_epoch`` with the measures after every epoch. The same seed gives the same weights.
+    Examples are cut to ``max_length`` tokens (None: 128, or the model's positions if fewer). Returns {"accuracy",
+    "loss", "majority", "examples", "labels", "epochs"} on ``validation``; "majority" is the accuracy of always
+    saying ``train``'s most frequent label. ``out`` gets the model and the tokenizer, as a Hugging Face folder.
+    ``from_scratch`` keeps the architecture and the tokenizer, with random weights: what pre-training is worth is the
+    difference. ``precision`` is "fp32" or "bf16" (autocast). ``on_step(step, steps, loss)`` is called after every
+    update, ``on_epoch`` with the measures after every epoch. The same seed gives the same weights.
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
@@ -139,8 +140,10 @@ def finetune(
         raise ValueError("some examples are pairs and others are not")
     torch.manual_seed(seed)
     network, tokenizer = _network(model, labels, from_scratch)
-    if max_length > network.config.max_position_embeddings:
-        raise ValueError(f"max_length {max_length} is beyond the model's {network.config.max_position_embeddings}")
+    positions = network.config.max_position_embeddings
+    max_length = min(128, positions) if max_length is None else max_length
+    if not 8 <= max_length <= positions:
+        raise ValueError(f"sequences of {max_length} tokens: it must be 8 to the model's {positions} positions")
     report = _Report(on_step, on_epoch)
     with tempfile.TemporaryDirectory() as scratch:  # Trainer wants a folder; nothing is written there
         trainer = Trainer(

@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> None:
         BertForPreTraining, options.model, optional=("cls.seq_relationship.", "bert.pooler."),
         device=chosen_device(options),
     )  # fmt: skip
-    _require_same_tokenizer(tokenizer, options.data)
     trained = _run_configuration(Path(options.model))
     corpus, baseline = _evaluated(options, trained, out)
+    _require_same_tokenizer(tokenizer, options.data)
     if options.baseline is not None:
         _require_same_tokenizer(tokenizer, options.baseline)
         baseline = data.open_corpus(options.baseline)

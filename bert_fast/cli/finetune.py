@@ -32,7 +32,7 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
     parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="examples an update")
     parser.add_argument("--lr", metavar="LR", type=float, default=3e-5, help="highest learning rate")
     parser.add_argument("--warmup", metavar="SHARE", type=float, default=0.1, help="share of updates to warm up")
-    parser.add_argument("--seq", metavar="N", type=int, default=128, help="cut examples to N tokens")
+    parser.add_argument("--seq", metavar="N", type=int, help="cut examples to N tokens (default: 128)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the new weights, the order and dropout")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products")
     parser.add_argument("--from-scratch", action="store_true", help="random weights in place of the model's")

@@ -1,0 +1,185 @@
+"""bert-fast tokenizer and bert-fast prepare, and what they say of a bad corpus."""
+
+import gzip
+import json
+
+import pytest
+import transformers
+
+from bert_fast import data
+
+TEXT = "The quick brown fox jumps over the lazy dog.\nÉcole crème.\n\nPack my box with five dozen jugs. It is full.\n"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_tokenizer_is_what_transformers_loads(run, folder):
+    tokenizer = data.load_tokenizer(folder / "tok")
+    text = "The assert statement: école [MASK]."
+    assert transformers.BertTokenizerFast.from_pretrained(folder / "tok")(text).input_ids == tokenizer.encode(text).ids
+
+
+def test_tokenizer_reports_what_it_made(run, corpus, tmp_path):
+    done = run("tokenizer", corpus, "--vocab-size", 80, "--min-frequency", 1, "--out", tmp_path / "t", "--json")
+    assert done.code == 0
+    assert done.err == ""
+    found = done.result
+    assert found["documents"] == 2
+    assert found["bytes"] == len(TEXT.encode()) - 3  # without the blank line and the last line's end
+    assert found["vocab_size"] == data.load_tokenizer(tmp_path / "t").get_vocab_size() <= 80
+    assert any(line["kind"] == "progress" for line in done.lines)
+
+
+def test_tokenizer_cased_keeps_case_and_accents(run, corpus, tmp_path):
+    for flags, expected in (((), {"e", "t"}), (("--cased",), {"É", "T"})):
+        out = tmp_path / f"t{len(flags)}"
+        assert run("tokenizer", corpus, "--min-frequency", 1, "--out", out, *flags).code == 0
+        alphabet = set(data.load_tokenizer(out).get_vocab())
+        assert expected <= alphabet
+        assert ("É" in alphabet) == bool(flags)
+
+
+def test_tokenizer_does_not_replace_another_unasked(run, corpus, folder, tmp_path):
+    out = tmp_path / "t"
+    assert run("tokenizer", corpus, "--out", out).code == 0
+    before = (out / "tokenizer.json").read_bytes()
+    done = run("tokenizer", folder / "corpus.jsonl", "--out", out)
+    assert done.code == 1
+    assert "--overwrite" in done.err
+    assert (out / "tokenizer.json").read_bytes() == before
+    assert run("tokenizer", folder / "corpus.jsonl", "--out", out, "--overwrite").code == 0
+    assert (out / "tokenizer.json").read_bytes() != before
+
+
+def test_quiet_is_quiet(run, corpus, folder, tmp_path):
+    for argv in (
+        ("tokenizer", corpus, "--out", tmp_path / "t"),
+        ("prepare", corpus, "--tokenizer", folder / "tok", "--out", tmp_path / "d", "--workers", 1),
+    ):
+        done = run(*argv, "--quiet")
+        assert done.code == 0
+        assert done.err == ""
+        assert done.out
+
+
+def test_prepare_counts_resumes_and_refuses_other_input(run, corpus, folder, tmp_path):
+    (tmp_path / "again.txt").write_text(TEXT + "\nAnother document.\n", encoding="utf-8")
+    argv = ("prepare", corpus, tmp_path / "again.txt", "--tokenizer", folder / "tok", "--out", tmp_path / "d",
+            "--workers", 1)  # fmt: skip
+    done = run(*argv)
+    assert done.code == 0
+    assert "3 documents" in done.out
+    assert "2 duplicate documents dropped" in done.out
+    assert "preparing" in done.err
+    manifest = data.read_manifest(tmp_path / "d")
+    again = run(*argv, "--json").result
+    assert (again["shards_made"], again["shards_found"]) == (0, 1)
+    assert again["tokens"] == manifest["tokens"]
+    assert again["duplicate_documents"] == 2
+    other = run(*argv, "--language", "de")
+    assert other.code == 1
+    assert "language was 'en', now 'de'" in other.err
+
+
+def test_prepare_in_shards_is_prepare_at_once(run, folder, tmp_path, monkeypatch):
+    argv = ("prepare", folder / "corpus.jsonl", "--tokenizer", folder / "tok", "--workers", 1, "--json", "--out")
+    original = data.prepare
+    monkeypatch.setattr(data, "prepare", lambda *a, **k: original(*a, **k, unit_bytes=8_000))
+    whole = run(*argv, tmp_path / "whole").result
+    assert whole["shards"] > 2
+    parts = [run(*argv, tmp_path / "parts", "--shard", f"{i}/2").result for i in range(2)]
+    assert [part["complete"] for part in parts] == [False, True]
+    assert parts[1]["tokens"] == whole["tokens"]
+    for path in (tmp_path / "whole" / "shards").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / "shards" / path.name).read_bytes()
+
+
+def test_prepare_takes_a_plain_vocabulary_and_other_formats(run, folder, tmp_path):
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"body": "Assert. That."}) + "\n" + json.dumps({"body": "Break now."}) + "\nbroken\n")
+    argv = ("prepare", tmp_path / "c.jsonl.gz", "--text-field", "body", "--tokenizer", folder / "tok" / "vocab.txt",
+            "--workers", 1, "--json")  # fmt: skip
+    done = run(*argv, "--out", tmp_path / "d")
+    assert done.result["documents"] == 2
+    assert done.result["counts"]["invalid_json"] == 1
+    assert any("JSON lines skipped" in line.get("text", "") for line in done.lines if line["kind"] == "warning")
+    cased = run(*argv, "--cased", "--out", tmp_path / "cased").result
+    assert cased["documents"] == 2
+    tokens = [data.open_corpus(tmp_path / name).tokens for name in ("d", "cased")]
+    assert tokens[0][0 : len(tokens[0])].tolist() != tokens[1][0 : len(tokens[1])].tolist()
+
+
+def test_language_splits_sentences(run, folder, tmp_path):
+    (tmp_path / "zh.txt").write_text("今天天气很好。我们去公园。\n", encoding="utf-8")
+    done = run("prepare", tmp_path / "zh.txt", "--tokenizer", folder / "tok", "--language", "zh", "--workers", 1,
+               "--out", tmp_path / "d", "--json")  # fmt: skip
+    assert done.result["sentences"] == 2
+
+
+BAD = {
+    "missing": (None, "no corpus file"),
+    "empty": (b"", "no "),
+    "blank": (b" \n\n \n", "no "),
+    "program": (b"\x7fELF\0\0\0\1" * 500, "is not text in UTF-8"),
+    "utf16": (TEXT.encode("utf-16"), "is not text in UTF-8"),
+    "latin1": ("élève à l'école".encode("latin-1"), "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "prepare"])
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_corpus_is_one_line_and_exit_code_1(run, folder, tmp_path, command, kind):
+    content, message = BAD[kind]
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    more = ("--tokenizer", folder / "tok", "--workers", 1) if command == "prepare" else ()
+    done = run(command, path, "--out", tmp_path / "out", *more, "--quiet")
+    assert done.code == 1
+    assert done.out == ""
+    assert done.err.count("\n") == 1
+    assert message in done.err or "invalid_utf8" in done.err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_what_is_skipped_of_a_corpus_is_told(run, folder, tmp_path):
+    path = tmp_path / "c.txt"
+    path.write_bytes(TEXT.encode() + b"\n\nbad \xff bytes\n\nwith a \0 NUL byte\n")
+    for argv in (("tokenizer", path), ("prepare", path, "--tokenizer", folder / "tok", "--workers", 1)):
+        done = run(*argv, "--out", tmp_path / f"out-{argv[0]}", "--quiet")
+        assert done.code == 0
+        assert "1 documents skipped: not UTF-8" in done.err
+        assert "1 documents with NUL bytes" in done.err
+
+
+def test_vocabulary_without_mask_is_refused(run, corpus, tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\n")
+    done = run("prepare", corpus, "--tokenizer", tmp_path / "vocab.txt", "--out", tmp_path / "d")
+    assert done.code == 1
+    assert done.err.count("\n") == 1
+    assert "[MASK]" in done.err
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--vocab-size", 5), ("--vocab-size", 0), ("--min-frequency", 0)])
+def test_impossible_sizes_are_refused(run, corpus, tmp_path, flag, value):
+    done = run("tokenizer", corpus, "--out", tmp_path / "t", flag, value, "--quiet")
+    assert done.code == 1
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "prepare"])
+def test_output_folder_that_cannot_be_written(run, corpus, folder, tmp_path, command):
+    (tmp_path / "file").write_text("kept")
+    more = ("--tokenizer", folder / "tok") if command == "prepare" else ()
+    done = run(command, corpus, "--out", tmp_path / "file" / "inside", *more)
+    assert done.code == 1
+    assert done.err.count("\n") == 1
+    assert str(tmp_path / "file") in done.err
+    assert (tmp_path / "file").read_text() == "kept"

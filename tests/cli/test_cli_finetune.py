@@ -1,0 +1,188 @@
+"""bert-fast finetune, and bert-fast plot."""
+
+import json
+import random
+
+import pytest
+import torch
+import transformers
+
+import bert_fast
+from bert_fast.classification import Example, label_names, read_examples
+
+GOOD, BAD = ("assert", "statement", "value", "name"), ("break", "loop", "import", "class")
+
+
+def reviews(count: int, seed: int) -> list[tuple[str, str]]:
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        label = draw.choice(["good", "bad"])
+        words = draw.choices(GOOD if label == "good" else BAD, k=3) + draw.choices(("the", "of", "to"), k=3)
+        draw.shuffle(words)
+        found.append((" ".join(words), label))
+    return found
+
+
+def write(path, rows, separator="\t", header=None):
+    lines = [separator.join(row) for row in ([header] if header else []) + list(rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write(tmp_path / "train.tsv", reviews(160, 0)), write(tmp_path / "dev.tsv", reviews(60, 1))
+
+
+def test_finetune_learns_saves_and_is_repeatable(run, folder, files, tmp_path):
+    train, dev = files
+    argv = ("finetune", folder / "model", "--train", train, "--validation", dev, "--lr", "1e-2", "--batch-size", 16,
+            "--epochs", 4, "--device", "cpu", "--seed", 7)  # fmt: skip
+    done = run(*argv, "--out", tmp_path / "clf", "--json")
+    assert done.code == 0
+    found = done.result
+    assert found["accuracy"] > found["majority"] + 0.2
+    assert found["labels"] == ["bad", "good"]
+    assert found["examples"] == 60
+    assert 0.4 < found["majority"] < 0.7
+    progress = [line for line in done.lines if line["kind"] == "progress"]
+    assert progress[-1]["done"] == progress[-1]["total"] == 40
+
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "clf").eval()
+    tokenizer = transformers.BertTokenizerFast.from_pretrained(tmp_path / "clf")
+    texts, labels = zip(*reviews(60, 1), strict=True)
+    with torch.no_grad():
+        scores = model(**tokenizer(list(texts), padding=True, return_tensors="pt")).logits
+    named = [model.config.id2label[i] for i in scores.argmax(-1).tolist()]
+    assert sum(a == b for a, b in zip(named, labels, strict=True)) / 60 == pytest.approx(found["accuracy"])
+
+    again = run(*argv, "--quiet")
+    assert again.code == 0
+    assert again.err == ""
+    assert f"accuracy {100 * found['accuracy']:.2f} % on 60 examples" in again.out
+    assert run(*argv, "--json").result["loss"] == found["loss"]
+
+
+def test_finetune_from_scratch_ignores_the_weights(run, folder, files, tmp_path, monkeypatch):
+    train, dev = files
+    losses = {}
+    for name in ("model", "shifted"):
+        if name == "shifted":
+            model = bert_fast.BertForPreTraining.from_pretrained(folder / "model")
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.01)
+            model.save_pretrained(tmp_path / "shifted")
+            for path in (folder / "tok").iterdir():
+                (tmp_path / "shifted" / path.name).write_bytes(path.read_bytes())
+        base = folder / "model" if name == "model" else tmp_path / "shifted"
+        for flags in ((), ("--from-scratch",)):
+            done = run("finetune", base, "--train", train, "--validation", dev, "--epochs", 0.2, "--json", *flags)
+            losses[name, bool(flags)] = done.result["loss"]
+    assert losses["model", False] != losses["shifted", False]
+    assert losses["model", True] == losses["shifted", True]
+
+
+def test_finetune_pairs_from_named_columns(run, folder, tmp_path):
+    rows = [(text, "the same" if label == "good" else "other", label) for text, label in reviews(24, 3)]
+    path = write(tmp_path / "pairs.csv", rows, ",", header=("premise", "hypothesis", "gold"))
+    done = run("finetune", folder / "model", "--train", path, "--validation", path, "--text", "premise", "--pair",
+               "hypothesis", "--label", "gold", "--epochs", 1, "--json")  # fmt: skip
+    assert done.code == 0
+    assert done.result["examples"] == 24
+
+
+def test_examples_are_read_as_the_file_has_them(tmp_path):
+    tsv = write(tmp_path / "a.tsv", [('a "quoted" word', "1"), ("second", "0")])
+    assert read_examples(tsv) == [Example('a "quoted" word', None, "1"), Example("second", None, "0")]
+    csv = write(tmp_path / "a.csv", [('"a, b"', "x", "1")], ",")
+    assert read_examples(csv, text="0", pair="1", label="2") == [Example("a, b", "x", "1")]
+    (tmp_path / "a.jsonl").write_text('{"text": "t", "other": "o", "label": 3}\n\n')
+    assert read_examples(tmp_path / "a.jsonl") == [Example("t", None, "3")]
+    assert read_examples(tmp_path / "a.jsonl", pair="other") == [Example("t", "o", "3")]
+    assert label_names([Example("", None, label) for label in ("10", "9", "10")]) == ["9", "10"]
+    assert label_names([Example("", None, label) for label in ("10", "b", "a")]) == ["10", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "message"),
+    [
+        ("t.txt", "a\t1\n", (), ".tsv, .csv or .jsonl"),
+        ("t.tsv", "", (), "no example"),
+        ("t.tsv", "a\t1\nalone\n", (), "line 2: only 1 columns"),
+        ("t.tsv", "a\t1\n", ("--text", "sentence"), "no column 'sentence'"),
+        ("t.tsv", "a\t1\nb\t1\n", (), "two labels"),
+        ("t.jsonl", '{"text": "a"}\n', (), "line 1"),
+        ("t.jsonl", '{"text": 1, "label": 1}\n', (), "line 1: 'text' is no text"),
+        ("t.csv", 'a,1\n"b,2\n', (), "line 2"),
+        ("t.tsv", b"a\xff\t1\n", (), "not UTF-8"),
+    ],
+)
+def test_bad_examples_are_one_line_and_exit_code_1(run, folder, tmp_path, name, content, flags, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = run("finetune", folder / "model", "--train", path, "--validation", path, "--quiet", *flags)
+    assert done.code == 1
+    assert done.err.count("\n") == 1
+    assert message in done.err
+
+
+def test_more_that_finetune_refuses(run, folder, files, tmp_path):
+    train, dev = files
+    stranger = write(tmp_path / "stranger.tsv", [("a", "good"), ("b", "ugly")])
+    for flags, message in (
+        (("--validation", stranger), "label 'ugly'"),
+        (("--validation", tmp_path / "no.tsv"), "no.tsv"),
+        (("--validation", dev, "--epochs", 0), "--epochs"),
+        (("--validation", dev, "--seq", 65), "64 positions"),
+        (("--validation", dev, "--out", train / "inside"), str(train)),
+    ):
+        done = run("finetune", folder / "model", "--train", train, "--quiet", *flags)
+        assert done.code == 1
+        assert done.err.count("\n") == 1
+        assert message in done.err
+
+
+def metrics(path, start: float, *, nsp: bool = True):
+    path.mkdir()
+    lines = []
+    for step in range(10, 410, 10):
+        loss = start * 0.99 ** (step / 10)
+        lines.append({"kind": "train", "step": step, "mlm_loss": loss, "nsp_loss": 0.7 if nsp else None})
+        if step % 100 == 0:
+            lines.append({"kind": "validation", "step": step, "mlm_loss": loss, "nsp_loss": 0.7 if nsp else None})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (path / "metrics.jsonl").write_text(text + '{"kind": "train", "st')  # cut short, as a kill leaves it
+    return path
+
+
+def test_plot_draws_one_run_and_several(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [metrics(tmp_path / "adamw", 9.0), metrics(tmp_path / "lamb", 8.0, nsp=False)]
+    done = run("plot", runs[0])
+    assert done.code == 0
+    assert (runs[0] / "loss.png").read_bytes().startswith(b"\x89PNG")
+    done = run("plot", *runs, "--out", tmp_path / "pictures" / "both.svg", "--json")
+    assert done.result["out"].endswith("both.svg")
+    assert b"<svg" in (tmp_path / "pictures" / "both.svg").read_bytes()
+    assert run("plot", *runs).code == 0
+    assert (tmp_path / "losses.png").exists()
+
+
+def test_plot_refuses_what_it_cannot_draw(run, tmp_path):
+    good, empty, broken = metrics(tmp_path / "good", 9.0), tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    (empty / "metrics.jsonl").write_text('{"kind": "end", "step": 0, "reason": "done"}\n')
+    broken.mkdir()
+    (broken / "metrics.jsonl").write_text('no json\n{"kind": "train", "step": 1, "mlm_loss": 3.0}\n')
+    for argv, message in (
+        ((tmp_path / "none",), "no run"),
+        ((empty,), "nothing to draw"),
+        ((broken,), "line 1"),
+        ((good, "--out", tmp_path / "x.doc"), ".png, .svg or .pdf"),
+    ):
+        done = run("plot", *argv)
+        assert done.code == 1
+        assert done.err.count("\n") == 1
+        assert message in done.err

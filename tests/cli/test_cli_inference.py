@@ -1,0 +1,206 @@
+"""bert-fast fill-mask, encode and evaluate, against transformers."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import bert_fast
+from bert_fast import data
+from bert_fast.inference import encode_sentences, load_model, model_folder
+from bert_fast.train.evaluation import evaluate
+
+TEXTS = ("The [MASK] statement is used to raise an exception.", "A [MASK] b [MASK] c.")
+
+
+@pytest.fixture
+def run_folder(folder, tmp_path):
+    """What a finished run leaves, trained on ``data``."""
+    made = tmp_path / "run"
+    shutil.copytree(folder / "model", made / "model")
+    options = {"data": str(folder / "data"), "out": str(made), "seq": 32, "validation": 0.3, "seed": 5, "nsp": True}
+    (made / "config.json").write_text(json.dumps(options))
+    return made
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_fill_mask_equals_the_pipeline_of_transformers(run, folder, text):
+    done = run("fill-mask", folder / "model", text, "--top-k", 7, "--json")
+    assert done.code == 0
+    pipeline = transformers.pipeline(
+        "fill-mask", transformers.BertForMaskedLM.from_pretrained(folder / "model"),
+        tokenizer=transformers.BertTokenizerFast.from_pretrained(folder / "model"), top_k=7,
+    )  # fmt: skip
+    expected = pipeline(text)
+    expected = expected if isinstance(expected[0], list) else [expected]
+    masks = done.result["masks"]
+    assert len(masks) == text.count("[MASK]")
+    for ours, theirs in zip(masks, expected, strict=True):
+        assert [c["id"] for c in ours] == [c["token"] for c in theirs]
+        assert [c["probability"] for c in ours] == pytest.approx([c["score"] for c in theirs], rel=1e-4)
+
+
+def test_fill_mask_prints_text_and_percentages(run, run_folder):
+    done = run("fill-mask", run_folder, TEXTS[1], "--top-k", 2)
+    assert done.code == 0
+    assert done.err == ""
+    lines = done.out.splitlines()
+    assert lines[0] == TEXTS[1]
+    assert [line for line in lines if line.startswith("[MASK]")] == ["[MASK] 1", "[MASK] 2"]
+    assert sum(" %  " in line for line in lines) == 4
+
+
+def test_fill_mask_reads_stdin_and_refuses_texts_without_mask(run, folder):
+    done = run("fill-mask", folder / "model", "--json", stdin=f"{TEXTS[0]}\n\n{TEXTS[1]}\n")
+    assert [line["text"] for line in done.lines] == list(TEXTS)
+    done = run("fill-mask", folder / "model", "no gap here")
+    assert done.code == 1
+    assert "no [MASK] in 'no gap here'" in done.err
+    done = run("fill-mask", folder / "model", "[MASK] " + "word " * 100)
+    assert done.code == 1
+    assert "64 positions" in done.err
+
+
+def sentences(folder, count: int = 60) -> list[str]:
+    found = [s for document in data.read_documents(folder / "corpus.jsonl") for s in document]
+    return ["", *found[: count - 2], "longer " * 300]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_encode_equals_transformers_on_padded_batches(run, folder, tmp_path, pooling):
+    lines = [sentence.replace("\n", " ") for sentence in sentences(folder)]
+    (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    done = run("encode", folder / "model", tmp_path / "in.txt", "--out", tmp_path / "v.npy", "--pooling", pooling,
+               "--batch-tokens", 200, "--json")  # fmt: skip
+    assert done.code == 0
+    assert done.result["sentences"] == len(lines)
+    found = np.load(tmp_path / "v.npy")
+    assert found.dtype == np.float32
+
+    tokenizer = transformers.BertTokenizerFast.from_pretrained(folder / "model")
+    model = transformers.BertModel.from_pretrained(folder / "model").eval()
+    batch = tokenizer(lines, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][:, :, None]
+    expected = (hidden * mask).sum(1) / mask.sum(1) if pooling == "mean" else hidden[:, 0]
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-5, rtol=1e-4)
+
+
+def test_encode_keeps_the_order_of_stdin_and_prints_json_lines(run, folder):
+    lines = ["one two three four five six", "one", "one two three"]
+    done = run("encode", folder / "model", "--normalize", "--quiet", stdin="\n".join(lines))
+    assert done.code == 0
+    assert done.err == ""
+    assert [line["index"] for line in done.lines] == [0, 1, 2]
+    vectors = np.array([line["vector"] for line in done.lines], dtype=np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    for line, vector in zip(lines, vectors, strict=True):
+        alone = run("encode", folder / "model", "--normalize", stdin=line).lines[0]["vector"]
+        np.testing.assert_allclose(vector, alone, atol=1e-5)
+
+
+def test_encode_goes_window_by_window(folder, monkeypatch):
+    model, tokenizer, _ = load_model(bert_fast.BertModel, folder / "model")
+    lines = sentences(folder, 25)
+    (whole,) = encode_sentences(model, tokenizer, lines)
+    monkeypatch.setattr("bert_fast.inference.WINDOW", 10)
+    parts = list(encode_sentences(model, tokenizer, iter(lines), tokens=64))
+    assert [len(part) for part in parts] == [10, 10, 5]
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stdin", "argv", "message"),
+    [
+        (b"", (), "the input is empty"),
+        (b"fine\n\xff\xfe\n", (), "stdin: line 2 is not UTF-8"),
+        (b"fine\n", ("nowhere.txt",), "nowhere.txt"),
+        (b"fine\n", ("--seq", "65"), "64 positions"),
+        (b"fine\n", ("--batch-tokens", "0"), "--batch-tokens"),
+    ],
+)
+def test_encode_refuses_bad_input_and_leaves_the_output_as_it_was(run, folder, tmp_path, stdin, argv, message):
+    (tmp_path / "v.npy").write_bytes(b"before")
+    done = run("encode", folder / "model", *argv, "--out", tmp_path / "v.npy", "--quiet", stdin=stdin)
+    assert done.code == 1
+    assert done.err.count("\n") == 1
+    assert message in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["v.npy"]
+    assert (tmp_path / "v.npy").read_bytes() == b"before"
+
+
+def test_evaluate_measures_what_the_evaluation_says(run, folder):
+    done = run("evaluate", folder / "model", "--data", folder / "data", "--seq", 40, "--seed", 3, "--json")
+    assert done.code == 0
+    corpus, tokenizer = data.open_corpus(folder / "data"), data.load_tokenizer(folder / "tok")
+    dataset = data.PretrainingDataset(corpus, tokenizer, max_length=40, seed=3)
+    model = bert_fast.BertForPreTraining.from_pretrained(folder / "model")
+    expected = evaluate(model, data.PackedBatches(dataset, data.capacities(500, 40)))
+    found = done.result
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    assert found["sequences"] == len(dataset)
+    assert 0 < found["unigram_loss"] < math.log(600)
+    assert any(line["kind"] == "progress" for line in done.lines)
+
+
+def test_evaluate_of_a_run_takes_the_documents_that_it_held_out(run, folder, run_folder):
+    done = run("evaluate", run_folder, "--data", folder / "data", "--json")
+    assert any("held out" in line.get("text", "") for line in done.lines if line["kind"] == "note")
+    all_of_it = run("evaluate", folder / "model", "--data", folder / "data", "--seq", 32, "--json").result
+    assert done.result["seq"] == 32
+    assert 0 < done.result["sequences"] < all_of_it["sequences"]
+    shown = run("evaluate", run_folder, "--data", folder / "data", "--max-sequences", 5, "--baseline", folder / "data")
+    assert "in 5 sequences of up to 32 tokens" in shown.out
+    for word in ("MLM loss", "unigram baseline", "perplexity", "MLM accuracy", "NSP accuracy"):
+        assert word in shown.out
+
+
+def test_evaluate_without_the_next_sentence_head(run, folder, tmp_path):
+    bert_fast.BertForMaskedLM.from_pretrained(folder / "model").save_pretrained(tmp_path / "mlm")
+    data.save_tokenizer(data.load_tokenizer(folder / "tok"), tmp_path / "mlm")
+    done = run("evaluate", tmp_path / "mlm", "--data", folder / "data", "--max-sequences", 4, "--json")
+    assert done.code == 0
+    assert done.result["nsp_accuracy"] is None
+    assert done.result["mlm_loss"] > 0
+
+
+def test_models_that_cannot_serve_are_refused(run, folder, run_folder, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "other")
+    other = data.train_tokenizer(["some other words", "altogether"], 60, min_frequency=1)
+    data.save_tokenizer(other, tmp_path / "other" / "tokenizer")
+    bert_fast.BertModel.from_pretrained(folder / "model").save_pretrained(tmp_path / "encoder")
+    data.save_tokenizer(data.load_tokenizer(folder / "tok"), tmp_path / "encoder")
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (run_folder / "model" / "tokenizer.json").unlink()
+    (run_folder / "model" / "vocab.txt").unlink()
+    for argv, message in (
+        (("evaluate", folder / "model", "--data", tmp_path / "other"), "another vocabulary"),
+        (("evaluate", folder / "model", "--data", tmp_path / "nothing"), "manifest.json"),
+        (("evaluate", folder / "model", "--data", folder / "data", "--seq", 65), "64 positions"),
+        (("evaluate", folder / "model", "--data", folder / "data", "--max-sequences", 0), "--max-sequences"),
+        (("fill-mask", tmp_path / "encoder", "a [MASK]"), "cls.predictions"),
+        (("fill-mask", tmp_path / "gpt", "a [MASK]"), "'gpt2'"),
+        (("fill-mask", tmp_path / "nothing", "a [MASK]"), "neither a run"),
+        (("fill-mask", tmp_path / "begun", "a [MASK]"), "start it again"),
+        (("fill-mask", run_folder, "a [MASK]"), "neither tokenizer.json nor vocab.txt"),
+        (("fill-mask", folder / "model", "a [MASK]", "--top-k", 0), "--top-k"),
+    ):
+        done = run(*argv, "--quiet")
+        assert done.code == 1, argv
+        assert done.out == ""
+        assert done.err.count("\n") == 1
+        assert message in done.err
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in run("fill-mask", folder / "model", "a [MASK]", "--device", "cuda").err
+
+
+def test_a_run_is_its_model(folder, run_folder):
+    assert model_folder(run_folder) == run_folder / "model"
+    assert model_folder(folder / "model") == folder / "model"
