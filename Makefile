@@ -8,12 +8,13 @@ CPU_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kerne
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test test-all gpu-test lint format clean
+.PHONY: help setup bench test test-all gpu gpu-test lint format clean
 
 help:
 	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512 (more: ARGS=...)"
 	@echo "make test      set up .venv and run the tests (the fast tier)"
 	@echo "make test-all  the slow tier too"
+	@echo "make gpu       what a GPU proves: limits, parity, operators, whole steps, with the Python that has torch with CUDA"
 	@echo "make gpu-test  the same operator and model tests on a GPU, with the Python that has torch with CUDA"
 	@echo "make lint      check style (ruff); make format rewrites it"
 	@echo "make clean     remove .venv and what was built"
@@ -54,6 +55,10 @@ gpu-test:
 	@$(PYTHON) -m pytest -m "not slow" tests/test_attention.py tests/test_embedding_layernorm.py \
 		tests/test_residual_layernorm.py tests/test_bias_gelu.py tests/test_mlm_loss.py tests/test_random.py \
 		tests/test_ops.py tests/test_model.py tests/test_packing.py
+
+# Neither .venv nor a network nor the C++ operators: ARGS='--budget 540 --phase 1 4 --tune --out DIR'.
+gpu:
+	@PYTHONUNBUFFERED=1 $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -71,17 +71,16 @@ def build(name: str, config, device: str, *, train: bool, nsp: bool, padding: st
     if not train:
         kind = "BertModel"
     if name == "bert_fast":
-        model = getattr(bert_fast, kind)(config)
-        form = "packed"
+        cls, form = getattr(bert_fast, kind), "packed"
     else:
         attention = {"hf-eager": "eager", "hf-masked-head": "eager", "hf-flash": "flash_attention_2"}.get(name, "sdpa")
         config._attn_implementation = attention
         reference = MaskedHead if name == "hf-masked-head" and train else getattr(transformers, kind)
         if name == "hf-masked-head" and not nsp:
             raise ValueError("hf-masked-head is built for MLM + NSP; leave it out with --no-nsp")
-        model = reference(config)
-        form = padding
-    model = model.to(device).train(train)
+        cls, form = reference, padding
+    with torch.device(device):  # weights are drawn where they will be
+        model = cls(config).train(train)
     if name == "hf-compile":
         model.compile()
 

@@ -27,7 +27,8 @@ MODELS = {
         "hidden_size": 64,
         "num_attention_heads": 2,
         "intermediate_size": 128,
-        "vocab_size": 512,
+        "vocab_size": 128,
+        "max_position_embeddings": 64,
     },
     "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512},
     "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -65,12 +66,13 @@ class Batch:
 class Workload:
     """A corpus, its tokenizer and its token ids; :meth:`batch` cuts batches from it.
 
-    ``corpus`` is None (the Python language reference that ships with Python) or a path. Raises what
+    ``corpus`` is None (the Python language reference that ships with Python) or a path; ``documents`` are lists of
+    sentences in place of a corpus. Raises what
     ``bert_fast.data`` raises: FileNotFoundError, ValueError for an empty, binary or not UTF-8 file.
     """
 
-    def __init__(self, corpus: str | None = None, *, nsp: bool = True):
-        documents = read_documents(corpus)
+    def __init__(self, corpus: str | None = None, *, nsp: bool = True, documents: list[list[str]] | None = None):
+        documents = read_documents(corpus) if documents is None else documents
         sentences = [sentence for document in documents for sentence in document]
         self.tokenizer = train_tokenizer(sentences, VOCABULARY)
         self.corpus, self.nsp = encode_documents(documents, self.tokenizer), nsp
@@ -144,7 +146,8 @@ def random_batch(
     """A batch of random tokens in the shape of another: what memory depends on, without its corpus."""
     draw = np.random.default_rng(0)
     shares = [predicted * n // sum(lengths) for n in lengths]
-    shares[0] += predicted - sum(shares)
+    for index in range(predicted - sum(shares)):  # fewer than there are sequences
+        shares[-1 - index] += 1
     samples = []
     for index, (n, share) in enumerate(zip(lengths, shares, strict=True)):
         ids, at = draw.integers(5, vocabulary, n), np.linspace(1, n - 2, share).astype(np.int64)

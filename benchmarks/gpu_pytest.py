@@ -1,0 +1,26 @@
+"""A pytest plugin that appends every test's outcome to a file at once, so that a run that is cut off loses nothing.
+
+Loaded with ``-p gpu_pytest``; the file is named by BERT_FAST_TEST_OUTCOMES, one JSON object a line.
+"""
+
+import json
+import os
+
+_worker = False
+
+
+def pytest_configure(config):
+    global _worker
+    _worker = hasattr(config, "workerinput")  # xdist's workers report to the process that started them
+
+
+def pytest_runtest_logreport(report):
+    if _worker or (report.when != "call" and report.outcome == "passed"):
+        return
+    row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
+    if report.outcome == "failed":
+        lines = str(report.longrepr).strip().splitlines()
+        row["message"] = next((line[4:] for line in lines if line.startswith("E   ")), lines[-1] if lines else "")[:300]
+        row["detail"] = "\n".join(lines[-25:])
+    with open(os.environ["BERT_FAST_TEST_OUTCOMES"], "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

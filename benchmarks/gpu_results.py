@@ -1,0 +1,298 @@
+"""The results of a run on a GPU: one JSON file, whole and valid after every row; its tables and pictures."""
+
+import json
+import os
+import time
+import traceback
+from pathlib import Path
+
+from step_model import ceilings_of, markdown_table
+
+
+class Results:
+    """Rows by phase in one file, rewritten at once and in one piece whenever something is added.
+
+    ``data`` holds what the run is about ("kind", "commit", "environment", "limits", ...), a list of rows for each of
+    "operators", "steps", "curves" and "tune", "parity", and the state of each phase. A case that has been begun is
+    known, so that a process that continues after one that died does not begin it again.
+    """
+
+    def __init__(self, path: Path, data: dict | None = None):
+        self.path = Path(path)
+        self.data = json.loads(self.path.read_text(encoding="utf-8")) if data is None else data
+        if data is not None:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file in one piece: who reads it, or is left with it, has the old or the new one."""
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(self.data, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+
+    def reload(self) -> None:
+        self.data = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def put(self, name: str, value) -> None:
+        self.data[name] = value
+        self.save()
+
+    def add(self, table: str, row: dict) -> None:
+        self.data.setdefault(table, []).append(row)
+        self.save()
+
+    def begun(self, phase: int) -> list[str]:
+        """The cases of ``phase`` that were begun, in this process or in one before it."""
+        return self.data.setdefault("begun", {}).setdefault(str(phase), [])
+
+    def case(self, phase: int, key: str, table: str, facts: dict, measure) -> None:
+        """Add the row(s) ``measure()`` gives, or one that says why it failed; nothing where the case was begun before.
+
+        Each row gets ``facts``. Raises DeviceLost where the device answers no more: this process cannot go on.
+        """
+        if key in self.begun(phase):
+            return
+        self.begun(phase).append(key)
+        self.save()
+        start = time.monotonic()
+        try:
+            rows = measure()
+        except Exception as error:
+            # One case may fail for reasons of its own (out of memory, a peer's bug); its row says so, the others run.
+            rows = {"failed": reason(error), "traceback": traceback.format_exc(limit=-6)}
+        for row in rows if isinstance(rows, list) else [rows]:
+            self.data.setdefault(table, []).append(facts | row)
+        self.save()
+        failed = rows.get("failed") if isinstance(rows, dict) else None
+        print(f"   {key}: {failed or 'done'} ({time.monotonic() - start:.1f} s)", flush=True)
+        if failed:
+            raise_if_device_lost()
+
+
+class DeviceLost(RuntimeError):
+    """The device answers with an error to everything: the process has to end, another can go on."""
+
+
+def raise_if_device_lost() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise DeviceLost(str(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """The type and the first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What a person reads
+
+
+def _number(value, digits: int = 3) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+
+
+def limits_table(data: dict) -> str:
+    limits = data.get("limits", {})
+    rows = [
+        [f"matrix product, {name}", _number(value), "TFLOP/s"]
+        for name, value in limits.get("matmul_tflops", {}).items()
+    ]
+    for name, what, unit in (
+        ("copy_gbs", "copy (read + written)", "GB/s"),
+        ("launch_us", "launch from the host", "us"),
+        ("graph_kernel_us", "one kernel after another in a graph", "us"),
+    ):
+        if name in limits:
+            rows.append([what, _number(limits[name]), unit])
+    return markdown_table(["limit", "measured", "unit"], rows)
+
+
+def products_table(data: dict) -> str:
+    rows = [[x["shape"], _number(x.get("tflops")), _number(x.get("ms"))] for x in data.get("products", [])]
+    return markdown_table(["product of a step, bfloat16", "TFLOP/s", "ms"], rows)
+
+
+def best_reference(rows: list[dict], row: dict) -> dict | None:
+    """The fastest reference variant at the same model, length and lengths as ``row``, by sequences/s."""
+    same = [
+        x for x in rows
+        if "failed" not in x and not x["variant"].startswith("bert_fast")
+        and all(x[k] == row[k] for k in ("model", "seq", "lengths"))
+    ]  # fmt: skip
+    return max(same, key=lambda x: x["sequences_per_s"], default=None)
+
+
+def steps_table(data: dict) -> str:
+    rows = data.get("steps", [])
+    lines = []
+    for x in rows:
+        name = f"{x['model']} {x['seq']}, {x['lengths']}"
+        if "failed" in x:
+            lines.append([name, x["variant"], x["failed"].replace("|", "/"), *[""] * 7])
+            continue
+        best = best_reference(rows, x) if x["variant"].startswith("bert_fast") else None
+        ratio = "" if best is None else f"{x['sequences_per_s'] / best['sequences_per_s']:.2f}x {best['variant']}"
+        predicted = f"{x['predicted_ms']:.1f}" if x.get("predicted_ms") else ""
+        lines.append([name, x["variant"], f"{x['sequences']}", f"{x['ms']['p50']:.1f}", predicted,
+                      _number(x["sequences_per_s"]), f"{x['real_tokens_per_s'] / 1e3:.1f}k", f"{100 * x['mfu']:.1f} %",
+                      f"{x['peak_memory_mib']:.0f}", ratio])  # fmt: skip
+    header = ["BERT", "variant", "sequences", "step ms", "predicted", "sequences/s", "real tokens/s", "MFU", "peak MiB",
+              "against the best reference"]  # fmt: skip
+    return markdown_table(header, lines)
+
+
+def operators_table(data: dict) -> str:
+    """A line an operator, direction and size: ours, its share of the limit, what was predicted, and the others."""
+    groups: dict[tuple, dict] = {}
+    for x in data.get("operators", []):
+        key = (x["model"], x["seq"], x["lengths"], x["operator"], x["direction"], x["dropout"])
+        groups.setdefault(key, {})[x["contender"]] = x
+    lines = []
+    for (model, seq, lengths, operator, direction, dropout), found in groups.items():
+        ours = found.get("bert_fast")
+        others = {name: x for name, x in found.items() if name != "bert_fast"}
+        cells = [f"{model} {seq}, {lengths}", f"{operator}, {direction}" + ("" if dropout else ", no dropout")]
+        if ours is None or "failed" in ours:
+            cells += ["failed" if ours else "", "", "", ""]
+        else:
+            rate = f"{ours['tflops']:.0f} TFLOP/s" if "tflops" in ours else f"{ours['gbs']:.0f} GB/s"
+            predicted = _number(1e3 * ours["predicted_ms"]) if ours.get("predicted_ms") else ""
+            cells += [_number(1e3 * ours["ms"]), predicted, rate, f"{100 * ours['share_of_limit']:.0f} %"]
+        compared = (f"{name} {'failed' if 'failed' in x else _number(1e3 * x['ms'])}" for name, x in others.items())
+        lines.append([*cells, ", ".join(compared)])
+    header = ["BERT", "operator", "us", "predicted", "rate", "of the limit", "others, us"]
+    return markdown_table(header, lines)
+
+
+def parity_text(data: dict) -> str:
+    parity = data.get("parity")
+    if not parity:
+        return "Parity on the GPU: not run."
+    failed = "".join(f"\n- {x['test']}: {x['message']}" for x in parity.get("failed", []))
+    state = "" if parity.get("finished") else " when the time was up"
+    counts = f"{parity.get('passed', 0)} tests passed, {len(parity.get('failed', []))} failed"
+    text = f"Parity on the GPU: {counts}{state}.{failed}"
+    for model in parity.get("models", []):
+        text += (
+            f"\n\nWhole model ({model['model']}, {model['dtype']}): {model['passed']} of {model['compared']} within "
+            f"1.5 times the reference's own error against float64; worst: {model['worst']}."
+        )
+    return text
+
+
+def tune_table(data: dict) -> str:
+    rows = [
+        [x["what"], "failed" if "failed" in x else _number(1e3 * x["default_us"] / 1e3), _number(x.get("best_us")),
+         x.get("write", x.get("failed", ""))]
+        for x in data.get("tune", [])
+    ]  # fmt: skip
+    return markdown_table(["kernel", "default us", "best us", "to write into the constants"], rows)
+
+
+def markdown(data: dict) -> str:
+    """Everything that was measured, as text."""
+    versions = data.get("environment", {}).get("versions", {})
+    parts = [
+        f"# {data.get('gpu', 'GPU')}, {data['date']}, commit {data['commit']}",
+        "A trial on a CPU with tiny sizes: no figure here means anything." if data.get("smoke") else "",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "`" + " ".join(data.get("command", [])) + "`",
+        markdown_table(
+            ["phase", "state", "seconds"],
+            [[f"{p['phase']} {p['name']}", p["state"], f"{p['seconds']:.0f}"] for p in data.get("phases", [])],
+        ),
+    ]
+    for title, table, present in (
+        ("Limits", limits_table, "limits"), ("Products", products_table, "products"),
+        ("Whole steps", steps_table, "steps"), ("Operators", operators_table, "operators"),
+        ("Launch configurations", tune_table, "tune"),
+    ):  # fmt: skip
+        if data.get(present):
+            parts += [f"## {title}", table(data)]
+    parts += ["## Parity", parity_text(data)]
+    for curve in data.get("curves", []):
+        if "failed" not in curve:
+            parts.append(
+                f"Loss of {curve['variant']} over {len(curve['losses'])} steps: {curve['losses'][0]:.3f} to "
+                f"{sum(curve['losses'][-20:]) / len(curve['losses'][-20:]):.3f} (mean of the last 20)."
+            )
+    errors = [f"```\n{p['error']}\n```" for p in data.get("phases", []) if p.get("error")]
+    errors += [
+        f"{table} {x.get('variant', x.get('contender', x.get('what', '')))}:\n```\n{x['traceback']}```"
+        for table in ("products", "operators", "steps", "curves", "tune")
+        for x in data.get(table, [])
+        if "traceback" in x
+    ]
+    if errors:
+        parts += ["## What failed", *errors]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def pictures(data: dict, stem: Path) -> list[Path]:
+    """Writes a roofline, bars of throughput and loss curves, as far as there is data for each; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+
+    def save(figure, name: str) -> None:
+        path = stem.with_name(f"{stem.name}-{name}.png")
+        figure.tight_layout()
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+        written.append(path)
+
+    points = [
+        x for x in data.get("operators", []) if x["contender"] == "bert_fast" and x.get("bytes") and x.get("flops")
+    ]
+    if points:
+        ceilings = ceilings_of(data)
+        figure, axis = pyplot.subplots(figsize=(8, 5))
+        intensities = [10**k for k in range(-2, 5)]
+        roof = [min(ceilings.matmul, ceilings.copy * i) / 1e12 for i in intensities]
+        axis.loglog(intensities, roof, color="#7f8c8d")
+        for x in points:
+            at = (x["flops"] / x["bytes"], x["flops"] / x["ms"] / 1e9)
+            axis.loglog(*at, "o", color="#c0392b", markersize=4)
+            axis.annotate(f"{x['operator']} {x['direction'][:3]}", at, fontsize=5)
+        axis.set_xlabel("FLOP per byte")
+        axis.set_ylabel("TFLOP/s")
+        axis.spines[["top", "right"]].set_visible(False)
+        save(figure, "roofline")
+    steps = [x for x in data.get("steps", []) if "failed" not in x]
+    sizes = list(dict.fromkeys((x["model"], x["seq"], x["lengths"]) for x in steps))
+    if sizes:
+        figure, axes = pyplot.subplots(len(sizes), 1, figsize=(8, 0.8 + 1.9 * len(sizes)), squeeze=False)
+        for (model, seq, lengths), axis in zip(sizes, axes[:, 0], strict=True):
+            rows = [x for x in steps if (x["model"], x["seq"], x["lengths"]) == (model, seq, lengths)]
+            colors = ["#c0392b" if x["variant"].startswith("bert_fast") else "#7f8c8d" for x in rows]
+            axis.barh([x["variant"] for x in rows], [x["real_tokens_per_s"] / 1e3 for x in rows], color=colors)
+            axis.invert_yaxis()
+            axis.set_title(f"BERT-{model}, {seq}, {lengths} lengths: thousand real tokens/s", loc="left", fontsize=9)
+            axis.spines[["top", "right"]].set_visible(False)
+        save(figure, "throughput")
+    curves = [x for x in data.get("curves", []) if "failed" not in x]
+    if curves:
+        figure, axis = pyplot.subplots(figsize=(8, 4))
+        for curve in curves:
+            axis.plot(curve["losses"], label=curve["variant"], linewidth=1)
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss")
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+        save(figure, "loss")
+    return written
