@@ -42,10 +42,10 @@ def test_finetune_learns_saves_and_is_repeatable(run, folder, files, tmp_path):
     done = run(*argv, "--out", tmp_path / "clf", "--json")
     assert done.code == 0
     found = done.result
-    assert found["accuracy"] > found["majority"] + 0.2
+    assert found["accuracy"] > max(found["majority"], 1 - found["majority"]) + 0.1
     assert found["labels"] == ["bad", "good"]
     assert found["examples"] == 60
-    assert 0.4 < found["majority"] < 0.7
+    assert 0.3 < found["majority"] < 0.7
     progress = [line for line in done.lines if line["kind"] == "progress"]
     assert progress[-1]["done"] == progress[-1]["total"] == 40
 
