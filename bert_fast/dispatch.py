@@ -1,8 +1,8 @@
 """Which implementation runs: one table, one chooser.
 
-An operator has up to five implementations, all with the signatures of bert_fast/reference.py. The tensor's
-device decides (cuda: triton; cpu: the C++ operators where they are built, else the reference); a backend
-asked for by name is used or its absence raised, never replaced in silence.
+An operator has up to five implementations, all with the signatures of bert_fast/reference.py (the optimisers' in
+bert_fast/optim/reference.py). The tensor's device decides (cuda: triton; cpu: the C++ operators where they are built,
+else the reference); a backend asked for by name is used or its absence raised, never replaced in silence.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch
 _TRITON = "bert_fast.kernels."
 _CPU = "bert_fast.kernels.cpu."
 
-# operator -> backend -> module that defines <operator>_fwd and <operator>_bwd
+# operator -> backend -> module that defines <operator>_fwd and <operator>_bwd (optimizer: _norm, _adamw and _lamb)
 TABLE = {
     "embedding_layernorm": {"triton": _TRITON + "embedding_layernorm", "cpu": _CPU + "embedding_layernorm"},
     "attention": {
@@ -31,9 +31,10 @@ TABLE = {
     },
     "bias_gelu": {"triton": _TRITON + "bias_gelu", "cpu": _CPU + "bias_gelu"},
     "mlm_loss": {"triton": _TRITON + "mlm_loss", "cpu": _CPU + "mlm_loss"},
+    "optimizer": {"cpu": _CPU + "optimizer", "reference": "bert_fast.optim.reference"},
 }
 for _row in TABLE.values():
-    _row["reference"] = "bert_fast.reference"
+    _row.setdefault("reference", "bert_fast.reference")
 
 BACKENDS = ("triton", "cpu", "reference", "flash_attn", "apex")
 
@@ -141,7 +142,7 @@ def choose(operator: str, device_type: str) -> str:
 
 
 def implementation(operator: str, direction: str, device_type: str):
-    """The function ``<operator>_<direction>`` (direction: fwd or bwd) of the chosen backend."""
+    """The function ``<operator>_<direction>`` of the chosen backend; direction is fwd or bwd (optimizer: see TABLE)."""
     key = (operator, direction, device_type)
     if key not in _functions:
         backend = choose(operator, device_type)

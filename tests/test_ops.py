@@ -45,11 +45,12 @@ def available(monkeypatch, *names):
 
 def test_every_backend_has_the_signatures_of_the_reference():
     for operator in dispatch.TABLE:
+        specification = importlib.import_module(dispatch.TABLE[operator]["reference"])
         for backend in available_backends(operator):
             module = importlib.import_module(dispatch.TABLE[operator][backend])
-            for direction in ("fwd", "bwd"):
+            for direction in ("norm", "adamw", "lamb") if operator == "optimizer" else ("fwd", "bwd"):
                 ours = inspect.signature(getattr(module, f"{operator}_{direction}"))
-                specified = inspect.signature(getattr(reference, f"{operator}_{direction}"))
+                specified = inspect.signature(getattr(specification, f"{operator}_{direction}"))
                 assert list(ours.parameters) == list(specified.parameters), (operator, backend, direction)
 
 
@@ -216,7 +217,7 @@ def call(operator, **changes):
         return getattr(ops, operator)(**(good(operator) | changes))
 
 
-@pytest.mark.parametrize("operator", dispatch.TABLE)
+@pytest.mark.parametrize("operator", [name for name in dispatch.TABLE if name != "optimizer"])
 def test_good_arguments_are_good(operator):
     assert call(operator).isfinite().all()
 

@@ -197,6 +197,18 @@ BERT_FAST_INLINE uint32_t sign_bits(vuint x) {
 // ---------------------------------------------------------------------------------------------------------
 // Functions
 
+BERT_FAST_INLINE vfloat sqrt(vfloat x) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vfloat>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<vfloat>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+    vfloat root;
+    for (int i = 0; i < LANES; i++) root[i] = __builtin_sqrtf(x[i]);
+    return root;
+#endif
+}
+
 // e^x for x < 88: relative error below 1e-7, 0 from -87.3 (2^-126) down, NaN for NaN. e^x is 2^n e^r with n the
 // nearest integer to x / ln 2; ln 2 is taken off in two parts, the first exact in a product with n. The polynomial is
 // a minimax fit of e^r on [-ln 2 / 2, ln 2 / 2] (relative error 3e-09).

@@ -1,0 +1,261 @@
+"""AdamW and LAMB, fused: all parameters in the fewest passes over memory, decided on the device.
+
+    optimizer = bert_fast.optim.Lamb(bert_fast.optim.parameter_groups(model), lr=2e-3, max_grad_norm=1.0)
+
+A step is: the norm of all gradients (one read of them), then AdamW's update, or LAMB's moments and norms and then its
+update. Clipping is a factor inside the update. A norm that is not finite changes nothing: weights, moments and steps
+stay, and ``skipped`` counts one more; nothing waits for the device to decide that. Which implementation runs is
+bert_fast/dispatch.py's row ``optimizer``; bert_fast/optim/reference.py has the formulas and their sources.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from bert_fast import dispatch
+
+Tensor = torch.Tensor
+
+__all__ = ["AdamW", "Lamb", "grad_norm", "parameter_groups"]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict]:
+    """``model``'s trainable parameters in two groups: with ``weight_decay``, and without it.
+
+    Vectors (biases, LayerNorm's weights) do not decay, as in BERT's own optimiser. An empty group is left out.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The L2 norm of all gradients of ``parameters``, () float32 on their device; 0 where there is none."""
+    parameters = list(parameters)
+    grads = [p.grad.detach() for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros((), device=parameters[0].device if parameters else None)
+    return _norm(grads)
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    device = grads[0].device
+    for grad in grads:
+        if grad.is_sparse:
+            raise RuntimeError("bert_fast.optim takes no sparse gradients: build the embedding with sparse=False")
+        if grad.device != device:
+            raise ValueError(f"bert_fast.optim: gradients lie on {device} and on {grad.device}; one device is needed")
+    return _run("norm", grads, grads)
+
+
+def _run(function: str, like: list[Tensor], *args):
+    """``optimizer_<function>`` of the backend for the device of ``like``; float64 is the reference's."""
+    device = like[0].device
+    if any(t.dtype == torch.float64 for t in like):
+        from bert_fast.optim import reference
+
+        return getattr(reference, f"optimizer_{function}")(*args)
+    implementation = dispatch.implementation("optimizer", function, device.type)
+    if device.type != "cuda":
+        return implementation(*args)
+    with torch.cuda.device(device):  # kernels are launched on the current device, which may be another
+        return implementation(*args)
+
+
+class _Fused(torch.optim.Optimizer):
+    """What AdamW and LAMB share: state, clipping, the decision to skip, the table of rates."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay, max_grad_norm, bias_correction):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not isinstance(value, Tensor) and not value >= 0:
+                raise ValueError(f"{type(self).__name__}: {name} is {value}, expected 0 or more")
+        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"{type(self).__name__}: betas are {betas}, expected two numbers from 0 to below 1")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"{type(self).__name__}: max_grad_norm is {max_grad_norm}, expected above 0, or None")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        self.max_grad_norm, self.bias_correction = max_grad_norm, bias_correction
+        first = self.param_groups[0]["params"][0]
+        self.grad_norm = torch.zeros((), device=first.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=first.device)
+
+    @torch.no_grad()
+    def step(self, closure=None, *, grad_norm: Tensor | None = None):
+        """One update; returns ``closure()``'s loss, where one is given.
+
+        ``grad_norm`` () is the norm to clip by and to decide by, where these parameters are only a part (an
+        optimiser sharded over processes); by default the norm of their own gradients. Parameters without a gradient
+        are left alone. Raises RuntimeError for sparse gradients, ValueError for parameters on several devices or
+        not contiguous.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        trained = [p for _, params in groups for p in params]
+        if not trained:
+            return loss
+        norm = _norm([p.grad for p in trained]) if grad_norm is None else grad_norm.detach()
+        norm = norm.to(trained[0].device)
+        finite = norm.isfinite()
+        clip = torch.ones_like(norm)
+        if self.max_grad_norm is not None:
+            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        clip = torch.where(finite, clip, torch.nan)
+        self.grad_norm = norm
+        self.skipped = self.skipped.to(norm.device) + (~finite)
+        for group, params in groups:
+            if params:
+                self._update(group, params, finite, clip)
+        return loss
+
+    def _update(self, group: dict, params: list[Tensor], finite: Tensor, clip: Tensor) -> None:
+        states = [self._state_of(p) for p in params]
+        steps = self._steps(states, params)
+        steps += finite
+        function, extra = self._function()
+        exact = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        _run(
+            function, params, params, [state.get("master", p) for state, p in zip(states, params, strict=True)],
+            [p.grad.contiguous() for p in params], [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states], self._rates(group, steps).to(exact), clip.to(exact),
+            *group["betas"], group["eps"], *extra,
+        )  # fmt: skip
+
+    def _state_of(self, p: Tensor) -> dict:
+        state = self.state[p]
+        if not p.is_contiguous():
+            raise ValueError(
+                f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is not contiguous (strides {p.stride()}); "
+                "store it with .contiguous()"
+            )
+        if not state:
+            exact = torch.float64 if p.dtype == torch.float64 else torch.float32
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=exact, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=exact, memory_format=torch.contiguous_format)
+            if p.dtype in (torch.bfloat16, torch.float16):
+                state["master"] = p.detach().float()
+        elif state["exp_avg"].device != p.device:  # the model was moved
+            for key, value in state.items():
+                state[key] = value.to(p.device)
+        return state
+
+    def _steps(self, states: list[dict], params: list[Tensor]) -> Tensor:
+        """The step counts of ``states`` as one vector (n,) float32 that their entries are views of."""
+        base = states[0]["step"]._base
+        linked = (
+            base is not None
+            and base.numel() == len(states)
+            and all(
+                state["step"]._base is base and state["step"].storage_offset() == i for i, state in enumerate(states)
+            )
+        )
+        if not linked:
+            base = torch.stack([state["step"].to(params[0].device) for state in states])
+            for i, state in enumerate(states):
+                state["step"] = base[i]
+        return base
+
+    def _rates(self, group: dict, steps: Tensor) -> Tensor:
+        """(n, 4) float64: see bert_fast/optim/reference.py. Made on the device: a step may be captured in a graph."""
+        t = steps.double().clamp(min=1)  # a first step that is skipped leaves 0, and its rates unused
+        rates = torch.ones((len(t), 4), dtype=torch.float64, device=t.device)
+        for column, value in enumerate((group["lr"], group["weight_decay"])):
+            if isinstance(value, Tensor):
+                rates[:, column] = value.to(device=t.device, dtype=torch.float64)
+            else:
+                rates[:, column].fill_(value)
+        if self.bias_correction:
+            for column, beta, power in ((2, group["betas"][0], -1.0), (3, group["betas"][1], -0.5)):
+                if beta > 0:
+                    rates[:, column] = (-torch.expm1(t * torch.log(torch.tensor(beta, dtype=torch.float64)))) ** power
+        return rates
+
+    def _function(self) -> tuple[str, tuple]:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        """As torch.optim.Optimizer's; step counts are tensors of their own."""
+        found = super().state_dict()
+        found["state"] = {
+            number: state | {"step": state["step"].clone()} if "step" in state else state
+            for number, state in found["state"].items()
+        }
+        return found
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch.optim.Optimizer's; moments, masters and steps keep their float32 for 16-bit parameters too."""
+        super().load_state_dict(state_dict)
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.detach().to(p.device, copy=True)
+
+
+class AdamW(_Fused):
+    """AdamW: decoupled weight decay, bias correction (``bias_correction=False``: as in BERT's own optimiser, without).
+
+    ``params`` are parameters or groups (see :func:`parameter_groups`), float32, or bfloat16 and float16 with float32
+    master weights in the state; ``lr`` a float or a device's tensor (), ``max_grad_norm`` the global L2 norm that
+    gradients are clipped to. ``grad_norm`` () is the norm before clipping of the last step, ``skipped`` () int64 the
+    number of steps that were left out because it was not finite.
+
+    Source: I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_grad_norm: float | None = None,
+        bias_correction: bool = True,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm, bias_correction)
+
+    def _function(self) -> tuple[str, tuple]:
+        return "adamw", ()
+
+
+class Lamb(_Fused):
+    """LAMB; arguments as AdamW's.
+
+    ``variant="published"``: as in the paper, and as its authors' code has it, parameters without weight decay (bias
+    and LayerNorm) take the plain step: no trust ratio. ``variant="nvidia"``: gradients are clipped to a global norm
+    first (1.0 unless ``max_grad_norm`` says otherwise) and every parameter has a trust ratio.
+
+    Source: Y. You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020;
+    S. Sreenivas et al., "Pretraining BERT with Layer-wise Adaptive Learning Rates", NVIDIA, 2019.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_grad_norm: float | None = None,
+        bias_correction: bool = True,
+        variant: str = "published",
+    ):
+        if variant not in ("published", "nvidia"):
+            raise ValueError(f"Lamb: variant is {variant!r}, expected 'published' or 'nvidia'")
+        if variant == "nvidia" and max_grad_norm is None:
+            max_grad_norm = 1.0
+        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm, bias_correction)
+        self.variant = variant
+
+    def _function(self) -> tuple[str, tuple]:
+        return "lamb", (self.variant == "nvidia",)
