@@ -8,10 +8,11 @@ CPU_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kerne
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test test-all gpu gpu-test lint format clean
+.PHONY: help setup demo bench test test-all gpu gpu-test lint format clean
 
 help:
 	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512 (more: ARGS=...)"
+	@echo "make demo      set up .venv; from the Python language reference to a small BERT that fills masks (build/demo)"
 	@echo "make test      set up .venv and run the tests (the fast tier)"
 	@echo "make test-all  the slow tier too"
 	@echo "make gpu       what a GPU proves: limits, parity, operators, whole steps, with the Python that has torch with CUDA"
@@ -36,6 +37,9 @@ $(VENV)/.installed: $(VENV)/.requirements setup.py pyproject.toml $(CPU_SOURCES)
 	@echo "== Building the C++ operators and installing bert_fast into $(VENV)"
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
+
+demo: setup
+	@sh scripts/demo.sh $(CURDIR)/$(BIN) build/demo
 
 bench: setup
 	@echo "== python benchmarks/run.py --seq 512 $(ARGS)"

@@ -1,0 +1,27 @@
+#!/bin/sh
+# From the Python language reference, which every Python ships, to a pre-trained BERT that fills masks; no network.
+# usage: demo.sh BIN FOLDER    BIN has bert-fast and python; FOLDER is made anew
+
+set -eu
+PATH=$1:$PATH
+demo=$2
+examples=$(dirname "$0")/../examples
+
+run() {
+    echo
+    echo "\$ $*"
+    "$@"
+}
+
+rm -rf "$demo"
+mkdir -p "$demo"
+run python "$examples/python_reference.py" "$demo/corpus.jsonl"
+run bert-fast tokenizer "$demo/corpus.jsonl" --vocab-size 4000 --out "$demo/tok"
+run bert-fast prepare "$demo/corpus.jsonl" --tokenizer "$demo/tok" --out "$demo/data"
+run bert-fast pretrain --data "$demo/data" --out "$demo/run" --model tiny --seq 64 --batch-size 8 --steps 4000 \
+    --lr 2e-3 --warmup 0.1 --beta2 0.98 --dropout 0 --validation 0.1 --validate-every 500 --log-every 20
+run bert-fast plot "$demo/run"
+run bert-fast evaluate "$demo/run" --data "$demo/data"
+run bert-fast fill-mask "$demo/run" \
+    "The for [MASK] is used to iterate over the elements of a sequence." \
+    "If no exception occurs, the else clause is [MASK]."
