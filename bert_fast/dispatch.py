@@ -31,7 +31,7 @@ TABLE = {
     },
     "bias_gelu": {"triton": _TRITON + "bias_gelu", "cpu": _CPU + "bias_gelu"},
     "mlm_loss": {"triton": _TRITON + "mlm_loss", "cpu": _CPU + "mlm_loss"},
-    "optimizer": {"cpu": _CPU + "optimizer", "reference": "bert_fast.optim.reference"},
+    "optimizer": {"triton": _TRITON + "optimizer", "cpu": _CPU + "optimizer", "reference": "bert_fast.optim.reference"},
 }
 for _row in TABLE.values():
     _row.setdefault("reference", "bert_fast.reference")

@@ -132,7 +132,7 @@ class _Fused(torch.optim.Optimizer):
         state = self.state[p]
         if not p.is_contiguous():
             raise ValueError(
-                f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is not contiguous (strides {p.stride()}); "
+                f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is not contiguous: "
                 "store it with .contiguous()"
             )
         if not state:

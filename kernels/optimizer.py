@@ -1,0 +1,297 @@
+"""optimizer: AdamW and LAMB over all parameters in one launch a pass. Formulas: bert_fast/optim/reference.py.
+
+Parameters are many tensors of very different sizes; a launch for each would cost more than the update. So a program
+looks up where its work lies: ``chunks`` says which tensor and which piece of it, ``table`` at which addresses the
+tensor's weights, gradients and moments are. Passes over memory, bytes an element with float32 parameters (16-bit ones
+with masters: 2 less for every gradient, 2 more for the copy that is written last):
+
+    norm      4    sum of squares of the gradients
+    AdamW    28    reads w, g, m, v; writes w, m, v
+    LAMB  24+16    moments, and sums of w^2 and u^2; a ratio a tensor; then w, with u computed again from m and v
+
+Clipping factor, rates and the decision to skip (a clip of NaN) are read on the device: nothing waits, and a step may
+be captured in a graph. No float atomics: a program writes its sums to its own place, and they are added in one order.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from . import rows
+
+Tensor = torch.Tensor
+
+# 8 elements a thread and array: two 128-bit loads of float32 an array under way, and registers for two programs or more
+# a multiprocessor (compile_report), so that one loads while another stores. Reasoned; no GPU measured it.
+_CONFIG = {"BLOCK": 2048, "num_warps": 8, "num_stages": 1}
+_PARAM, _MASTER, _GRAD, _EXP_AVG, _EXP_AVG_SQ = (tl.constexpr(i) for i in range(5))  # rows of a table
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_captured: list[Tensor] = []  # tables that a graph copies from or reads; it may be replayed at any time
+
+
+@triton.jit
+def _at(table_ptr, row, tensors, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in ``row`` of a table (rows, tensors)."""
+    pointer = tl.load(table_ptr + row * tensors + tensor).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _chunk(chunk_ptr, size_ptr, BLOCK: tl.constexpr):
+    """This program's tensor, the offsets of its elements, and which of them exist."""
+    tensor = tl.load(chunk_ptr + 2 * tl.program_id(0))
+    first = tl.load(chunk_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
+    offset = first + tl.arange(0, BLOCK)
+    return tensor, offset, offset < tl.load(size_ptr + tensor)
+
+
+@triton.jit
+def _moments(
+    table_ptr, tensors, tensor, offset, mask, clip, beta1, rest1, beta2, rest2, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Both moments after this step's gradient; stored, and returned."""
+    grad_ptr = _at(table_ptr, _GRAD, tensors, tensor, DTYPE, ALIGNED)
+    m_ptr = _at(table_ptr, _EXP_AVG, tensors, tensor, tl.float32, ALIGNED)
+    v_ptr = _at(table_ptr, _EXP_AVG_SQ, tensors, tensor, tl.float32, ALIGNED)
+    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32) * clip
+    m = beta1 * tl.load(m_ptr + offset, mask=mask, other=0.0) + rest1 * grad
+    v = beta2 * tl.load(v_ptr + offset, mask=mask, other=0.0) + rest2 * grad * grad
+    tl.store(m_ptr + offset, m, mask=mask)
+    tl.store(v_ptr + offset, v, mask=mask)
+    return m, v
+
+
+@triton.jit
+def _direction(rate_ptr, tensor, m, v, eps):
+    return tl.load(rate_ptr + 4 * tensor + 2) * m / (tl.load(rate_ptr + 4 * tensor + 3) * tl.sqrt_rn(v) + eps)
+
+
+@triton.jit
+def _store_weight(
+    table_ptr, tensors, tensor, offset, mask, w_ptr, w, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    tl.store(w_ptr + offset, w, mask=mask)
+    if DTYPE.primitive_bitwidth < 32:  # float32 parameters are their own masters
+        tl.store(_at(table_ptr, _PARAM, tensors, tensor, DTYPE, ALIGNED) + offset, w.to(DTYPE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def _optimizer_norm_kernel(
+    table_ptr, size_ptr, chunk_ptr, partial_ptr, tensors, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    tensor, offset, mask = _chunk(chunk_ptr, size_ptr, BLOCK)
+    x = tl.load(_at(table_ptr, 0, tensors, tensor, DTYPE, ALIGNED) + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(x * x, 0))
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def _optimizer_adamw_kernel(
+    table_ptr, size_ptr, chunk_ptr, rate_ptr, clip_ptr, tensors, beta1, rest1, beta2, rest2, eps, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    clip = tl.load(clip_ptr)
+    if clip == clip:
+        tensor, offset, mask = _chunk(chunk_ptr, size_ptr, BLOCK)
+        m, v = _moments(
+            table_ptr, tensors, tensor, offset, mask, clip, beta1, rest1, beta2, rest2, DTYPE, ALIGNED
+        )  # fmt: skip
+        lr = tl.load(rate_ptr + 4 * tensor)
+        kept = 1.0 - lr * tl.load(rate_ptr + 4 * tensor + 1)
+        w_ptr = _at(table_ptr, _MASTER, tensors, tensor, tl.float32, ALIGNED)
+        w = kept * tl.load(w_ptr + offset, mask=mask, other=0.0) - lr * _direction(rate_ptr, tensor, m, v, eps)
+        _store_weight(table_ptr, tensors, tensor, offset, mask, w_ptr, w, DTYPE, ALIGNED)
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def _optimizer_lamb_moments_kernel(
+    table_ptr, size_ptr, chunk_ptr, rate_ptr, clip_ptr, partial_ptr, tensors, beta1, rest1, beta2, rest2, eps,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    clip = tl.load(clip_ptr)
+    if clip == clip:
+        tensor, offset, mask = _chunk(chunk_ptr, size_ptr, BLOCK)
+        m, v = _moments(
+            table_ptr, tensors, tensor, offset, mask, clip, beta1, rest1, beta2, rest2, DTYPE, ALIGNED
+        )  # fmt: skip
+        w_ptr = _at(table_ptr, _MASTER, tensors, tensor, tl.float32, ALIGNED)
+        w = tl.load(w_ptr + offset, mask=mask, other=0.0)
+        u = _direction(rate_ptr, tensor, m, v, eps) + tl.load(rate_ptr + 4 * tensor + 1) * w  # 0 past the end
+        tl.store(partial_ptr + 2 * tl.program_id(0), tl.sum(w * w, 0))
+        tl.store(partial_ptr + 2 * tl.program_id(0) + 1, tl.sum(u * u, 0))
+
+
+@triton.jit
+def _optimizer_lamb_ratio_kernel(
+    partial_ptr, start_ptr, rate_ptr, ratio_ptr, ADAPT_ALL: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """ratio (tensors,): |w| / |u| of one tensor from the sums of its chunks."""
+    tensor = tl.program_id(0)
+    last = tl.load(start_ptr + tensor + 1)
+    weights = tl.zeros((BLOCK,), tl.float32)
+    updates = tl.zeros((BLOCK,), tl.float32)
+    for first in range(tl.load(start_ptr + tensor), last, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        weights += tl.load(partial_ptr + 2 * chunk, mask=chunk < last, other=0.0)
+        updates += tl.load(partial_ptr + 2 * chunk + 1, mask=chunk < last, other=0.0)
+    w_square, u_square = tl.sum(weights, 0), tl.sum(updates, 0)
+    adapts = (w_square > 0.0) & (u_square > 0.0)
+    if not ADAPT_ALL:
+        adapts = adapts & (tl.load(rate_ptr + 4 * tensor + 1) > 0.0)
+    ratio = tl.sqrt_rn(w_square) / tl.sqrt_rn(tl.where(adapts, u_square, 1.0))
+    tl.store(ratio_ptr + tensor, tl.where(adapts, ratio, 1.0))
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def _optimizer_lamb_apply_kernel(
+    table_ptr, size_ptr, chunk_ptr, rate_ptr, clip_ptr, ratio_ptr, tensors, eps, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    clip = tl.load(clip_ptr)
+    if clip == clip:
+        tensor, offset, mask = _chunk(chunk_ptr, size_ptr, BLOCK)
+        m_ptr = _at(table_ptr, _EXP_AVG, tensors, tensor, tl.float32, ALIGNED)
+        v_ptr = _at(table_ptr, _EXP_AVG_SQ, tensors, tensor, tl.float32, ALIGNED)
+        w_ptr = _at(table_ptr, _MASTER, tensors, tensor, tl.float32, ALIGNED)
+        m = tl.load(m_ptr + offset, mask=mask, other=0.0)
+        v = tl.load(v_ptr + offset, mask=mask, other=0.0)
+        w = tl.load(w_ptr + offset, mask=mask, other=0.0)
+        u = _direction(rate_ptr, tensor, m, v, eps) + tl.load(rate_ptr + 4 * tensor + 1) * w
+        size = tl.load(rate_ptr + 4 * tensor) * tl.load(ratio_ptr + tensor)
+        _store_weight(table_ptr, tensors, tensor, offset, mask, w_ptr, w - size * u, DTYPE, ALIGNED)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(values: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small table on ``device``, made without waiting for it; the same values are the same tensor."""
+    table = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return table.to(device)
+    pinned = table.pin_memory()
+    copy = pinned.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.extend((pinned, copy))
+    return copy
+
+
+class _Work:
+    """Lists of tensors that go together (element i of each has the size of ``lists[0][i]``), cut into chunks."""
+
+    def __init__(self, lists: list[list[Tensor]]):
+        first = lists[0]
+        device, block = first[0].device, _CONFIG["BLOCK"]
+        sizes = [t.numel() for t in first]
+        counts = [triton.cdiv(size, block) for size in sizes]
+        starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        chunks = tuple((tensor, i) for tensor, count in enumerate(counts) for i in range(count))
+        addresses = tuple(tuple(t.data_ptr() for t in tensors) for tensors in lists)
+        self.programs, self.tensors, self.device = len(chunks), len(first), device
+        self.starts = _on_device((tuple(starts),), torch.int64, device)
+        self.arguments = {
+            "table_ptr": _on_device(addresses, torch.int64, device),
+            "size_ptr": _on_device((tuple(sizes),), torch.int64, device),
+            "chunk_ptr": _on_device(chunks or ((0, 0),), torch.int32, device),
+            "tensors": len(first),
+            "DTYPE": _DTYPES[first[0].dtype],
+            "ALIGNED": all(address % 16 == 0 for row in addresses for address in row),
+            **_CONFIG,
+        }
+
+
+def _by_dtype(tensors) -> dict[torch.dtype, list[int]]:
+    found: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        found.setdefault(tensor.dtype, []).append(i)
+    return found
+
+
+def optimizer_norm(tensors) -> Tensor:
+    """See bert_fast/optim/reference.py."""
+    rows.check_tensors("optim", **{f"gradient {i}": t for i, t in enumerate(tensors)})
+    parts = []
+    for numbers in _by_dtype(tensors).values():
+        kept = [tensors[i].contiguous() for i in numbers]
+        work = _Work([kept])
+        partial = torch.empty(work.programs, dtype=torch.float32, device=work.device)
+        if work.programs:
+            _optimizer_norm_kernel[(work.programs,)](partial_ptr=partial, **work.arguments)
+        parts.append(partial)
+    return torch.cat(parts).double().sum().sqrt().float()
+
+
+def _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
+    """The work of each dtype of parameters, and its rates."""
+    rows.check_tensors("optim", **{f"parameter {i}": t for i, t in enumerate(params)})
+    by_dtype = _by_dtype(params)
+    for numbers in by_dtype.values():
+        lists = [[tensors[i] for i in numbers] for tensors in (params, masters, grads, exp_avgs, exp_avg_sqs)]
+        chosen = rates
+        if len(by_dtype) > 1:
+            chosen = rates[_on_device((tuple(numbers),), torch.int64, rates.device)[0]]
+        work = _Work(lists)
+        if work.programs:
+            yield work, chosen.contiguous()
+
+
+def optimizer_adamw(params, masters, grads, exp_avgs, exp_avg_sqs, rates, clip, beta1, beta2, eps) -> None:
+    """See bert_fast/optim/reference.py."""
+    for work, chosen in _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
+        _optimizer_adamw_kernel[(work.programs,)](
+            rate_ptr=chosen, clip_ptr=clip, beta1=beta1, rest1=1 - beta1, beta2=beta2, rest2=1 - beta2, eps=eps,
+            **work.arguments,
+        )  # fmt: skip
+
+
+def optimizer_lamb(params, masters, grads, exp_avgs, exp_avg_sqs, rates, clip, beta1, beta2, eps, adapt_all) -> None:
+    """See bert_fast/optim/reference.py."""
+    for work, chosen in _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
+        partial = torch.empty((work.programs, 2), dtype=torch.float32, device=work.device)
+        ratio = torch.empty(work.tensors, dtype=torch.float32, device=work.device)
+        _optimizer_lamb_moments_kernel[(work.programs,)](
+            rate_ptr=chosen, clip_ptr=clip, partial_ptr=partial, beta1=beta1, rest1=1 - beta1, beta2=beta2,
+            rest2=1 - beta2, eps=eps, **work.arguments,
+        )  # fmt: skip
+        _optimizer_lamb_ratio_kernel[(work.tensors,)](
+            partial_ptr=partial, start_ptr=work.starts, rate_ptr=chosen, ratio_ptr=ratio, ADAPT_ALL=adapt_all,
+            **_RATIO_CONFIG,
+        )  # fmt: skip
+        _optimizer_lamb_apply_kernel[(work.programs,)](
+            rate_ptr=chosen, clip_ptr=clip, ratio_ptr=ratio, eps=eps, **work.arguments
+        )  # fmt: skip
+
+
+_RATIO_CONFIG = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}  # BERT-large's word table has 15262 chunks
+
+
+def aot_cases(capability: int) -> list[dict]:
+    """The kernels' default configurations, for ahead-of-time compilation; every size is an input."""
+    tables = {"table_ptr": "*i64", "size_ptr": "*i64", "chunk_ptr": "*i32"}
+    rates = {"rate_ptr": "*fp32", "clip_ptr": "*fp32"}
+    betas = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32")
+    cases = []
+    for dtype in (tl.float32, tl.bfloat16):
+        for kernel, name, pointers, scalars in (
+            (_optimizer_norm_kernel, "norm", {"partial_ptr": "*fp32"}, {}),
+            (_optimizer_adamw_kernel, "adamw", rates, betas),
+            (_optimizer_lamb_moments_kernel, "lamb moments", {**rates, "partial_ptr": "*fp32"}, betas),
+            (_optimizer_lamb_apply_kernel, "lamb apply", {**rates, "ratio_ptr": "*fp32"}, {"eps": "fp32"}),
+        ):
+            constants = {"DTYPE": dtype, "ALIGNED": True}
+            cases.append(
+                rows.aot_case(
+                    kernel, f"optimizer {name} {dtype.name}", {**tables, **pointers}, {"tensors": "i32", **scalars},
+                    constants, _CONFIG,
+                )
+            )  # fmt: skip
+    pointers = {"partial_ptr": "*fp32", "start_ptr": "*i64", "rate_ptr": "*fp32", "ratio_ptr": "*fp32"}
+    cases.append(
+        rows.aot_case(
+            _optimizer_lamb_ratio_kernel, "optimizer lamb ratio", pointers, {}, {"ADAPT_ALL": False}, _RATIO_CONFIG
+        )
+    )
+    return cases
