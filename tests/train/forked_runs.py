@@ -1,9 +1,10 @@
 """Runs in forked processes, which can be killed at any moment; the imports are paid once. A script:
 
 python forked_runs.py kills CONFIG.json NUMBER SEED   the run of CONFIG, killed NUMBER times and started again
-python forked_runs.py ranks CONFIG.json WORLD...      the run of CONFIG in WORLD processes (gloo), folders OUT-WORLD
+python forked_runs.py jobs JOBS.json                  runs one after another, each in several processes (gloo)
 
-Prints one JSON object. CONFIG holds options of pretrain; of a run that was completed the folder is OUT-0, OUT-1 ...
+Prints JSON. CONFIG holds options of pretrain; the folders of its runs that were completed are OUT-0, OUT-1 ... and
+OUT-whole, which was never killed. JOBS is a list of [options, number of processes]; the exit codes are printed.
 """
 
 import dataclasses
@@ -71,7 +72,10 @@ class Moments:
 
 
 def start(config: PretrainConfig, *, last: int | None = None, count_to: Path | None = None, environment=()) -> int:
-    """Forks a process that trains and returns its id; it exits with the run's code."""
+    """Forks a process that trains and returns its id; it exits with the run's code.
+
+    ``last`` is what :class:`Moments` takes, and ``count_to`` where the count is written.
+    """
     child = os.fork()
     if child:
         return child
@@ -79,7 +83,8 @@ def start(config: PretrainConfig, *, last: int | None = None, count_to: Path | N
     try:
         os.environ.update(environment)
         moments = Moments(last)
-        moments.watch_everything()
+        if last is not None or count_to is not None:
+            moments.watch_everything()
         code = train(config)
         if count_to is not None:
             count_to.write_text(str(moments.count))
@@ -127,28 +132,26 @@ def kills(config: PretrainConfig, number: int, seed: int) -> dict:
     return {"killed": killed, "completed": completed + 1, "last": code, "things": things, "moments": moments}
 
 
-def ranks(config: PretrainConfig, worlds: list[int]) -> dict:
-    """The same run in each number of processes; exit codes by it."""
-    codes = {}
-    for world in worlds:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        together = dataclasses.replace(config, out=f"{config.out}-{world}")
-        environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        children = [
-            start(together, environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(world)
-        ]
-        codes[world] = [wait(child) for child in children]
-    return codes
+def job(config: PretrainConfig, world: int) -> list[int]:
+    """The run in ``world`` processes; their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [
+        start(config, environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
+    ]
+    return [wait(child) for child in children]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, path, *numbers = sys.argv[1:]
-    options = PretrainConfig(**json.loads(Path(path).read_text()))
+    given = json.loads(Path(path).read_text())
     out = sys.stdout
     sys.stdout = sys.stderr  # what runs print
-    found = kills(options, *map(int, numbers)) if what == "kills" else ranks(options, list(map(int, numbers)))
+    if what == "kills":
+        found = kills(PretrainConfig(**given), *map(int, numbers))
+    else:
+        found = [job(PretrainConfig(**options), world) for options, world in given]
     print(json.dumps(found), file=out)

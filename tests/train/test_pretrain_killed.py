@@ -15,11 +15,10 @@ from training_runs import losses, weights
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
-def run_script(config, tmp_path, *arguments) -> dict:
-    path = tmp_path / "options.json"
-    path.write_text(json.dumps(config.as_dict()))
+def run_script(what: str, given, path: Path, *arguments):
+    path.write_text(json.dumps(given))
     script = Path(__file__).with_name("forked_runs.py")
-    command = [sys.executable, str(script), arguments[0], str(path), *map(str, arguments[1:])]
+    command = [sys.executable, str(script), what, str(path), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -40,13 +39,13 @@ def check(config, found: dict, kills: int) -> None:
 
 def test_killed_three_times(configure, tmp_path):
     config = configure(keep=1, validate_every=6)
-    check(config, run_script(config, tmp_path, "kills", 3, 5), 3)
+    check(config, run_script("kills", config.as_dict(), tmp_path / "options.json", 3, 5), 3)
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments(configure, tmp_path):
     config = configure(keep=1, checkpoint_every=2, validate_every=6, nsp=True)
-    found = run_script(config, tmp_path, "kills", 20, 11)
+    found = run_script("kills", config.as_dict(), tmp_path / "options.json", 20, 11)
     check(config, found, 20)
     assert found["things"] > 500  # most of them inside a checkpoint
 
