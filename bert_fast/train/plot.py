@@ -1,37 +1,30 @@
 """The picture of a run's losses, or of several runs, from their metrics.jsonl."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from bert_fast.train.metrics import read_metrics
+
 # The smoothed line's window: its standard deviation as a share of the run's lines, and at least so many lines.
 WINDOW_SHARE, WINDOW_LINES = 0.01, 2.0
 
 
-def read_metrics(run: str | Path) -> dict[str, list[dict]]:
+def read_losses(run: str | Path) -> dict[str, list[dict]]:
     """The lines of RUN/metrics.jsonl (or of a .jsonl file) by kind: {"train": [...], "validation": [...], ...}.
 
-    A last line cut short by a kill is left out. Raises FileNotFoundError where there is no such file, ValueError
-    for any other line that is no JSON object with a kind.
+    Raises FileNotFoundError where there is no such file, ValueError for a line that is not one of metrics.
     """
     path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: {run} is no run of `bert-fast pretrain`")
     found: dict[str, list[dict]] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            found.setdefault(values["kind"], []).append(values)
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}: line {number} is no line of metrics") from error
+    for number, line in enumerate(read_metrics(path), 1):
+        if not isinstance(line, dict) or not {"kind", "step"} <= set(line):
+            raise ValueError(f"{path}: line {number} is no line of metrics")
+        found.setdefault(line["kind"], []).append(line)
     return found
 
 
@@ -56,7 +49,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
     out = Path(out)
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{out}: the picture's name must end with .png, .svg or .pdf")
-    metrics = {Path(run): read_metrics(run) for run in runs}
+    metrics = {Path(run): read_losses(run) for run in runs}
     drawn = [run for run, kinds in metrics.items() if kinds.get("train") or kinds.get("validation")]
     if not drawn:
         raise ValueError(f"nothing to draw: {', '.join(map(str, metrics))} have no losses yet")

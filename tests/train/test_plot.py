@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bert_fast.train.plot import _points, read_metrics, smooth
+from bert_fast.train.plot import _points, read_losses, smooth
 
 
 def test_smoothing_keeps_lines_straight_and_narrows_noise():
@@ -21,6 +21,6 @@ def test_a_step_repeated_by_a_resume_counts_once_and_what_is_not_finite_is_left_
     values = [(1, 5.0), (2, 4.0), (3, 9.0), (3, 3.0), (4, None), (5, float("nan"))]
     lines = [json.dumps({"kind": "train", "step": step, "mlm_loss": loss}) for step, loss in values]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    steps, losses = _points(read_metrics(tmp_path), "train", "mlm_loss")
+    steps, losses = _points(read_losses(tmp_path), "train", "mlm_loss")
     assert steps.tolist() == [1, 2, 3]
     assert losses.tolist() == [5.0, 4.0, 3.0]
