@@ -1,6 +1,7 @@
 """The results of a run on a GPU: one JSON file, whole and valid after every row; its tables and pictures."""
 
 import json
+import math
 import os
 import time
 import traceback
@@ -27,7 +28,7 @@ class Results:
         """Write the file in one piece: who reads it, or is left with it, has the old or the new one."""
         part = self.path.with_name(self.path.name + ".part")
         with part.open("w", encoding="utf-8") as file:
-            json.dump(self.data, file, indent=1)
+            json.dump(plain(self.data), file, indent=1, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -72,6 +73,15 @@ class Results:
             raise_if_device_lost()
 
 
+def plain(value):
+    """``value`` with None for numbers that JSON does not have (NaN, infinities)."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class DeviceLost(RuntimeError):
     """The device answers with an error to everything: the process has to end, another can go on."""
 
@@ -101,6 +111,10 @@ def _number(value, digits: int = 3) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+
+
+def _percent(value) -> str:
+    return "" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def limits_table(data: dict) -> str:
@@ -146,7 +160,7 @@ def steps_table(data: dict) -> str:
         ratio = "" if best is None else f"{x['sequences_per_s'] / best['sequences_per_s']:.2f}x {best['variant']}"
         predicted = f"{x['predicted_ms']:.1f}" if x.get("predicted_ms") else ""
         lines.append([name, x["variant"], f"{x['sequences']}", f"{x['ms']['p50']:.1f}", predicted,
-                      _number(x["sequences_per_s"]), f"{x['real_tokens_per_s'] / 1e3:.1f}k", f"{100 * x['mfu']:.1f} %",
+                      _number(x["sequences_per_s"]), f"{x['real_tokens_per_s'] / 1e3:.1f}k", _percent(x["mfu"]),
                       f"{x['peak_memory_mib']:.0f}", ratio])  # fmt: skip
     header = ["BERT", "variant", "sequences", "step ms", "predicted", "sequences/s", "real tokens/s", "MFU", "peak MiB",
               "against the best reference"]  # fmt: skip
@@ -169,7 +183,7 @@ def operators_table(data: dict) -> str:
         else:
             rate = f"{ours['tflops']:.0f} TFLOP/s" if "tflops" in ours else f"{ours['gbs']:.0f} GB/s"
             predicted = _number(1e3 * ours["predicted_ms"]) if ours.get("predicted_ms") else ""
-            cells += [_number(1e3 * ours["ms"]), predicted, rate, f"{100 * ours['share_of_limit']:.0f} %"]
+            cells += [_number(1e3 * ours["ms"]), predicted, rate, _percent(ours["share_of_limit"])]
         compared = (f"{name} {'failed' if 'failed' in x else _number(1e3 * x['ms'])}" for name, x in others.items())
         lines.append([*cells, ", ".join(compared)])
     header = ["BERT", "operator", "us", "predicted", "rate", "of the limit", "others, us"]
