@@ -167,16 +167,20 @@ def _optimizer_lamb_apply_kernel(
 
 
 @functools.lru_cache(maxsize=64)
-def _on_device(values: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small table on ``device``, made without waiting for it; the same values are the same tensor."""
+def _table(values: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     table = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
-        return table.to(device)
+        return table, table.to(device)
     pinned = table.pin_memory()
-    copy = pinned.to(device, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.extend((pinned, copy))
-    return copy
+    return pinned, pinned.to(device, non_blocking=True)
+
+
+def _on_device(values: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small table on ``device``, made without waiting for it; the same values are the same tensor."""
+    tables = _table(values, dtype, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.extend(tables)  # also where it was made before: a graph outlives what the cache keeps
+    return tables[1]
 
 
 class _Work:

@@ -109,7 +109,8 @@ class _Fused(torch.optim.Optimizer):
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         clip = torch.where(finite, clip, torch.nan)
         self.grad_norm = norm
-        self.skipped = self.skipped.to(norm.device) + (~finite)
+        self.skipped = self.skipped.to(norm.device)
+        self.skipped += ~finite  # in place: a replayed graph counts on in the same memory
         for group, params in groups:
             if params:
                 self._update(group, params, finite, clip)

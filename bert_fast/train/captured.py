@@ -158,8 +158,13 @@ class CapturedStep:
         """Record a step without running it; its gradients and activations get the graph's own memory."""
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
+        # relaxed: pinned memory may be allocated meanwhile (the optimiser's table of addresses, a loader's thread);
+        # what would wait for the recorded stream is an error all the same
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self._stream):
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="relaxed"),
+            ):
                 loss = self._step()
         except RuntimeError as error:
             error.add_note(
