@@ -1,0 +1,349 @@
+"""The optimisers: every backend against float64, PyTorch's AdamW, LAMB as its paper has it; what is never changed."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from bert_fast import dispatch, optim
+from tests.parity import DEVICE, assert_near_truth, available_backends
+
+BACKENDS = available_backends("optimizer")
+SHAPES = [(1,), (7,), (1023,), (2048,), (2049, 3), (64, 5), (0,)]
+KINDS = {
+    "adamw": lambda params, **options: optim.AdamW(params, lr=1e-2, **options),
+    "adamw-uncorrected": lambda params, **options: optim.AdamW(params, lr=1e-2, bias_correction=False, **options),
+    "lamb": lambda params, **options: optim.Lamb(params, lr=1e-2, **options),
+    "lamb-nvidia": lambda params, **options: optim.Lamb(params, lr=1e-2, variant="nvidia", **options),
+}
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES, seed=1):
+    torch.manual_seed(seed)
+    made = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in shapes])
+    with torch.no_grad():
+        for p in made:
+            p.data = p.data.to(dtype)
+    return made
+
+
+def gradients(params, step, scale=1.0):
+    torch.manual_seed(100 + step)
+    for p in params:
+        p.grad = (scale * torch.randn(p.shape, device=DEVICE)).to(p.dtype)
+
+
+def build(kind, params, weight_decay=0.01, **options):
+    return KINDS[kind](optim.parameter_groups(params, weight_decay), **options)
+
+
+def train(backend, kind, params, steps=3, scale=1.0, **options):
+    optimizer = build(kind, params, **options)
+    with dispatch.use_backend(optimizer=backend):
+        for step in range(steps):
+            gradients(params, step, scale)
+            optimizer.step()
+    return optimizer
+
+
+def bits(params, optimizer):
+    found = [p.detach().clone() for p in params]
+    for p in params:
+        found += [value.clone() for value in optimizer.state[p].values()]
+    return [*found, optimizer.skipped.clone()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 2.0, "weight_decay": 0.1}], ids=["plain", "clipped"])
+def test_against_float64(backend, kind, options):
+    ours, plain, truth = parameters(), parameters(), parameters(torch.float64)
+    with torch.no_grad():  # the same weights and gradients, in float64
+        for p, q in zip(ours, truth, strict=True):
+            q.copy_(p)
+    states = [train(backend, kind, ours, **options), train("reference", kind, plain, **options)]
+    states.append(build(kind, truth, **options))
+    for step in range(3):
+        gradients(plain, step)
+        for p, q in zip(plain, truth, strict=True):
+            q.grad = p.grad.double()
+        states[2].step()
+
+    def together(state, params, key):  # a parameter of one element may cancel to nothing: its error is seen beside all
+        return torch.cat([(p.detach() if key is None else state.state[p][key]).flatten() for p in params])
+
+    for key in (None, "exp_avg", "exp_avg_sq"):
+        found = [together(*pair, key) for pair in zip(states, (ours, plain, truth), strict=True)]
+        assert_near_truth(key or "weights", *found)
+    assert all(int(states[0].state[p]["step"]) == 3 for p in ours)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_adamw_is_pytorchs(backend, clip):
+    ours, theirs = parameters(), parameters()
+    train(backend, "adamw", ours, steps=5, max_grad_norm=clip)
+    groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optim.parameter_groups(theirs)]
+    reference = torch.optim.AdamW(groups, lr=1e-2, eps=1e-6)
+    for step in range(5):
+        gradients(theirs, step)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lamb_is_algorithm_2(backend):
+    """The paper's algorithm, written out for one matrix that decays and one vector that does not."""
+    shapes = [(300, 7), (300,)]
+    params = parameters(shapes=shapes)
+    weights = [p.detach().double() for p in params]
+    train(backend, "lamb", params, steps=4, weight_decay=0.05)
+    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+    replay = parameters(shapes=shapes)
+    for t in range(1, 5):
+        gradients(replay, t - 1)
+        for i, (w, (m, v), decay) in enumerate(zip(weights, moments, (0.05, 0.0), strict=True)):
+            g = replay[i].grad.double()
+            m = 0.9 * m + 0.1 * g
+            v = 0.999 * v + 0.001 * g**2
+            moments[i] = (m, v)
+            r = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-6)
+            ratio = float(w.norm() / (r + decay * w).norm()) if decay else 1.0
+            weights[i] = w - 1e-2 * ratio * (r + decay * w)
+    for p, w in zip(params, weights, strict=True):
+        torch.testing.assert_close(p.detach().double(), w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lamb_ratio_is_one_where_a_norm_is_zero(backend):
+    for w, g in ((0.0, 1.0), (1.0, 0.0)):
+        p = torch.nn.Parameter(torch.full((3, 5), w, device=DEVICE))
+        p.grad = torch.full_like(p, g)
+        optimizer = optim.Lamb([p], lr=0.1, weight_decay=0.0, variant="nvidia")
+        with dispatch.use_backend(optimizer=backend):
+            optimizer.step()
+        expected = w - (0.1 if g else 0.0)
+        torch.testing.assert_close(p.detach(), torch.full_like(p, expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_sixteen_bits_have_masters(backend, dtype, kind):
+    """20 small steps: their sum arrives in the weights though each is below the weights' resolution."""
+    params = parameters(dtype, shapes=[(40, 30), (33,)])
+    start = [p.detach().float() for p in params]
+    optimizer = KINDS[kind](optim.parameter_groups(params))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
+    exact = parameters(dtype, shapes=[(40, 30), (33,)])
+    for p in exact:
+        p.data = p.data.float()
+    reference = KINDS[kind](optim.parameter_groups(exact))
+    for group in reference.param_groups:
+        group["lr"] = 1e-4
+    with dispatch.use_backend(optimizer=backend):
+        for _ in range(20):
+            for p, q in zip(params, exact, strict=True):
+                p.grad, q.grad = torch.full_like(p, 0.5), torch.full_like(q, 0.5)
+            optimizer.step()
+            reference.step()
+    for p, q, before in zip(params, exact, start, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["master"], q.detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(p.detach(), optimizer.state[p]["master"].to(dtype))
+        assert float((before - optimizer.state[p]["master"]).abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["adamw", "lamb", "lamb-nvidia"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_what_is_not_finite_changes_nothing(backend, kind, bad):
+    params = parameters()
+    optimizer = train(backend, kind, params)
+    before = bits(params, optimizer)
+    gradients(params, 9)
+    params[4].grad[-1, -1] = bad  # 1e30: its square is not a float32
+    with dispatch.use_backend(optimizer=backend):
+        optimizer.step()
+    if bad == 1e30 and optimizer.grad_norm.isfinite():
+        pytest.skip("this backend's norm of 1e30 is finite: summed in float64")
+    after = bits(params, optimizer)
+    assert int(after[-1]) == int(before[-1]) + 1
+    for a, b in zip(before[:-1], after[:-1], strict=True):
+        assert torch.equal(a, b)
+    gradients(params, 10)
+    with dispatch.use_backend(optimizer=backend):
+        optimizer.step()
+    assert int(optimizer.skipped) == 1
+    assert int(optimizer.state[params[0]]["step"]) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_step_may_be_skipped(backend):
+    params = parameters()
+    optimizer = KINDS["lamb"](optim.parameter_groups(params))
+    gradients(params, 0)
+    params[0].grad.fill_(math.nan)
+    with dispatch.use_backend(optimizer=backend):
+        optimizer.step()
+    fresh = parameters()
+    assert all(torch.equal(p, q) for p, q in zip(params, fresh, strict=True))
+    assert int(optimizer.state[params[0]]["step"]) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm(backend):
+    params = parameters()
+    gradients(params, 0)
+    params[1].grad = None
+    params[3].grad = params[3].grad.bfloat16().float()
+    with dispatch.use_backend(optimizer=backend):
+        ours = optim.grad_norm(params)
+    true = sum(float(p.grad.double().square().sum()) for p in params if p.grad is not None) ** 0.5
+    assert float(ours) == pytest.approx(true, rel=1e-6)
+    assert ours.dtype == torch.float32
+    assert float(optim.grad_norm([params[1]])) == 0.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_norm_decides(backend):
+    a, b = parameters(), parameters()
+    first, second = (KINDS["adamw"](optim.parameter_groups(p), max_grad_norm=1.0) for p in (a, b))
+    with dispatch.use_backend(optimizer=backend):
+        gradients(a, 0)
+        first.step(grad_norm=torch.tensor(100.0, device=DEVICE))
+        gradients(b, 0, scale=1.0)
+        for p in b:
+            p.grad *= 1.0 / (100.0 + 1e-6)
+        second.step(grad_norm=torch.tensor(0.5, device=DEVICE))
+        for p, q in zip(a, b, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        before = [p.detach().clone() for p in a]
+        first.step(grad_norm=torch.tensor(math.inf, device=DEVICE))
+    assert all(torch.equal(p, q) for p, q in zip(before, a, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_comes_back_bit_for_bit(backend, kind):
+    whole = parameters(torch.bfloat16)
+    optimizer = train(backend, kind, whole, steps=2)
+    resumed = parameters(torch.bfloat16, seed=7)
+    with torch.no_grad():
+        for p, q in zip(resumed, whole, strict=True):
+            p.copy_(q)
+    other = KINDS[kind](optim.parameter_groups(resumed))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with dispatch.use_backend(optimizer=backend):
+        for step in (2, 3):
+            gradients(whole, step)
+            gradients(resumed, step)
+            optimizer.step()
+            other.step()
+    for a, b in zip(bits(whole, optimizer), bits(resumed, other), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="threads of a CPU")
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_same_bits_at_any_number_of_threads(kind):
+    if "cpu" not in BACKENDS:
+        pytest.skip("the C++ operators are not built")
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            params = parameters(shapes=[(300, 500), (70000,)])
+            found.append(bits(params, train("cpu", kind, params)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_without_gradient_wait(backend):
+    params = parameters(shapes=[(5, 5), (6, 6)])
+    optimizer = KINDS["adamw"](list(params))
+    with dispatch.use_backend(optimizer=backend):
+        gradients(params, 0)
+        params[1].grad = None
+        optimizer.step()
+        kept = params[1].detach().clone()
+        assert torch.equal(kept, parameters(shapes=[(5, 5), (6, 6)])[1])
+        gradients(params, 1)
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [2, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_learning_rate_as_a_tensor_and_a_closure(backend):
+    a, b = parameters(), parameters()
+    first, second = KINDS["lamb"](list(a)), KINDS["lamb"](list(b))
+    first.param_groups[0]["lr"] = torch.tensor(3e-3, device=DEVICE)
+    second.param_groups[0]["lr"] = 3e-3
+    with dispatch.use_backend(optimizer=backend):
+        assert first.step(lambda: gradients(a, 0) or 5.0) == 5.0
+        gradients(b, 0)
+        assert second.step() is None
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_groups_of_a_model():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Embedding(5, 4))
+    model[0].bias.requires_grad_(False)
+    decayed, plain = optim.parameter_groups(model, weight_decay=0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
+    assert {id(p) for p in plain["params"]} == {id(model[1].weight), id(model[1].bias)}
+    assert len(optim.parameter_groups(torch.nn.LayerNorm(3))) == 1
+
+
+def test_a_group_may_come_later():
+    params = parameters(shapes=[(4, 4), (3, 3)])
+    optimizer = KINDS["adamw"]([params[0]])
+    gradients(params, 0)
+    optimizer.step()
+    optimizer.add_param_group({"params": [params[1]], "lr": 0.5})
+    gradients(params, 1)
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [2, 1]
+
+
+BAD = [
+    ({"lr": -1.0}, "lr is -1.0"),
+    ({"betas": (0.9, 1.0)}, "betas are"),
+    ({"eps": -1e-8}, "eps is"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+@pytest.mark.parametrize("kind", [optim.AdamW, optim.Lamb])
+def test_bad_options(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="variant is 'nv'"):
+        optim.Lamb([torch.nn.Parameter(torch.ones(2))], variant="nv")
+
+
+def test_what_cannot_be_updated_is_refused():
+    embedding = torch.nn.Embedding(5, 3, sparse=True).to(DEVICE)
+    embedding(torch.tensor([1], device=DEVICE)).sum().backward()
+    with pytest.raises(RuntimeError, match="no sparse gradients"):
+        KINDS["adamw"](embedding.parameters()).step()
+    turned = torch.nn.Parameter(torch.randn(3, 4, device=DEVICE).T)
+    turned.grad = torch.ones_like(turned)
+    before = turned.detach().clone()
+    with pytest.raises(ValueError, match="not contiguous"):
+        KINDS["adamw"]([turned]).step()
+    assert torch.equal(turned, before)
