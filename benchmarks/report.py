@@ -135,12 +135,13 @@ def measured_gpu(results: Path) -> str:
 def step_model_text(results: Path) -> str:
     """The prediction: every case, one case line by line, and the bytes that are kept."""
     stated = Ceilings()
+    forward, backward = stated.attention_forward / 1e12, stated.attention_backward / 1e12
     return "\n\n".join(
         [
             f"At {stated.matmul / 1e12:.0f} TFLOP/s for products, {stated.copy / 1e12:.1f} TB/s read and written, "
-            f"attention at {stated.attention_forward / 1e12:.0f} TFLOP/s forward and "
-            f"{stated.attention_backward / 1e12:.0f} backward, {1e6 * stated.between_kernels:.0f} us from one kernel to "
-            f"the next; 16-bit weights, LAMB, dropout 0.1, {step_model.TOKENS} real tokens a step. MFU counts the full formula of every real token.",
+            f"attention at {forward:.0f} TFLOP/s forward and {backward:.0f} backward, "
+            f"{1e6 * stated.between_kernels:.0f} us from one kernel to the next; 16-bit weights, LAMB, dropout 0.1, "
+            f"{step_model.TOKENS} real tokens a step. MFU counts the full formula of every real token.",
             step_model.summary(stated),
             'BERT-large at 512, full lengths, line by line. "avoidable" is the share of the bytes that the operator\'s '
             "inputs and outputs alone do not need:",

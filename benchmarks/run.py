@@ -45,7 +45,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", choices=("full", "wikipedia", "corpus"), default="full",
                         help="lengths of the sequences; full adds a table at Wikipedia's lengths")  # fmt: skip
     parser.add_argument("--mode", choices=("train", "encode"), default="train")
-    parser.add_argument("--optimizer", choices=("none", "adamw", "lamb"), default="none")
+    parser.add_argument(
+        "--optimizer",
+        choices=("none", "adamw", "lamb"),
+        default="none",
+        help="clipping and an update in the step: bert_fast.optim's for ours, PyTorch's own AdamW and "
+        "a LAMB of PyTorch's operations for the peers",
+    )
     parser.add_argument("--peers", default=",".join(variants.PEERS), help="comma-separated: "
                         + "; ".join(f"{name} ({variants.DESCRIPTIONS[name]})" for name in variants.PEERS))  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7)
@@ -62,8 +68,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     limit = transformers.BertConfig().max_position_embeddings
     if options.seq > limit:
         parser.error(f"--seq {options.seq} is longer than the model's {limit} positions")
-    if options.optimizer == "lamb":
-        parser.error("--optimizer lamb: this package has no LAMB yet; adamw and none are there")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import ModelOutput
 from workload import Batch
 
 import bert_fast
+from bert_fast import optim
 
 DESCRIPTIONS = {
     "bert_fast": "this engine, packed",
@@ -109,16 +110,67 @@ def make_step(variant: Variant, batch: Batch, device: str, dtype: torch.dtype, *
                 variant.model(**inputs)
 
         return encode
-    update = None
-    if optimizer == "adamw":
-        update = torch.optim.AdamW(variant.model.parameters(), lr=1e-6, fused=True)
+    update = make_update(variant, optimizer)
 
     def step() -> None:
         variant.model.zero_grad(set_to_none=True)
         with precision(device, dtype):
             loss = variant.loss(inputs)
         loss.backward()
-        if update is not None:
-            update.step()
+        update()
 
     return step
+
+
+def make_update(variant: Variant, optimizer: str) -> Callable[[], None]:
+    """Clipping to norm 1 and an update of none, adamw or lamb: bert_fast.optim's for ours, PyTorch's for the others."""
+    parameters = list(variant.model.parameters())
+    if optimizer == "none":
+        return lambda: None
+    groups = optim.parameter_groups(variant.model)
+    if variant.name == "bert_fast":
+        kind = {"adamw": optim.AdamW, "lamb": optim.Lamb}[optimizer]
+        return kind(groups, lr=1e-6, max_grad_norm=1.0).step
+    theirs = {"adamw": lambda: torch.optim.AdamW(groups, lr=1e-6, fused=True), "lamb": lambda: ForeachLamb(groups)}
+    step = theirs[optimizer]().step
+
+    def clip_and_step() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        step()
+
+    return clip_and_step
+
+
+class ForeachLamb(torch.optim.Optimizer):
+    """LAMB as published, over lists of tensors with PyTorch's own operations: transformers and PyTorch have none."""
+
+    def __init__(self, groups: list[dict], lr: float = 1e-6, betas=(0.9, 0.999), eps: float = 1e-6):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.01})
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in weights]
+            for p in weights:
+                if not self.state[p]:
+                    self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+            m, v = ([self.state[p][key] for p in weights] for key in "mv")
+            beta1, beta2 = group["betas"]
+            torch._foreach_lerp_(m, grads, 1 - beta1)
+            torch._foreach_mul_(v, beta2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+            update = torch._foreach_sqrt(v)
+            torch._foreach_div_(update, (1 - beta2**self.steps) ** 0.5)
+            torch._foreach_add_(update, group["eps"])
+            torch._foreach_reciprocal_(update)
+            torch._foreach_mul_(update, m)
+            torch._foreach_div_(update, 1 - beta1**self.steps)
+            if group["weight_decay"]:
+                torch._foreach_add_(update, weights, alpha=group["weight_decay"])
+                ratios = torch._foreach_norm(weights)
+                torch._foreach_div_(ratios, torch._foreach_norm(update))
+                torch._foreach_mul_(update, [r.where(r.isfinite() & (r > 0), 1.0) for r in ratios])
+            torch._foreach_add_(weights, update, alpha=-group["lr"])
