@@ -1,0 +1,436 @@
+"""`make gpu` without a GPU: every phase on the CPU, cut off in the middle, with phases and cases that fail; the step
+model against counts made otherwise; and the tables of docs/performance.md."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from bert_fast import BertForPreTraining, dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts_as_modules(monkeypatch):
+    """benchmarks/ is a folder of scripts and no package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    dispatch.set_backend()
+
+
+def script(name: str):
+    return importlib.import_module(name)
+
+
+def new_results(path: Path, **data):
+    return script("gpu_results").Results(path, {"date": "2026-01-01", "commit": "abc", "phases": [], **data})
+
+
+def smoke_phase(phase: int, results, seconds: float = 120.0):
+    options = SimpleNamespace(device="cpu", smoke=True, until=time.time() + seconds)
+    script("gpu").run_phase(phase, results, options)
+    return results.data
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Phases
+
+
+def test_limits_then_whole_steps(tmp_path, monkeypatch):
+    results = new_results(tmp_path / "r.json", smoke=True)
+    limits = smoke_phase(1, results)["limits"]
+    assert limits["matmul_tflops"]["bfloat16"] > 0 < limits["copy_gbs"]
+    assert "failed" not in limits
+    assert len(results.data["products"]) == 12
+    monkeypatch.setattr(script("gpu_steps"), "curves", lambda *_: None)
+    smoke_phase(4, results)
+    found = json.loads((tmp_path / "r.json").read_text())["steps"]
+    assert [row for row in found if "failed" in row] == []
+    assert [row["variant"] for row in found][:4] == [
+        "bert_fast captured", "bert_fast eager", "bert_fast captured, autocast", "hf-sdpa",
+    ]  # fmt: skip
+    for row in found:
+        assert row["sequences_per_s"] > 0 < row["real_tokens_per_s"]
+        assert row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
+        assert row["mfu"] > 0
+        assert ("predicted_ms" in row) == row["variant"].startswith("bert_fast")
+    losses = {row["loss"] for row in found if row["variant"].startswith("bert_fast") and row["lengths"] == "full"}
+    assert max(losses) - min(losses) < 0.05  # the same weights and batch; LAMB's and AdamW's first steps differ
+    # a phase that is begun again does not measure its cases again
+    count = len(found)
+    smoke_phase(4, results)
+    assert len(results.data["steps"]) == count
+
+
+@needs_triton
+def test_a_sweep_of_launch_configurations(tmp_path):
+    from bert_fast.kernels import bias_gelu
+
+    before = bias_gelu._launch_config
+    rows = smoke_phase(5, new_results(tmp_path / "r.json", smoke=True))["tune"]
+    assert [row["what"] for row in rows] == ["bias_gelu fwd, micro 24", "bias_gelu bwd, micro 24"]
+    for row in rows:
+        assert len(row["tried"]) == 2
+        assert all("us" in tried for tried in row["tried"])
+        assert row["write"] == "leave it" or row["write"].startswith("kernels/bias_gelu.py, ")
+    assert bias_gelu._launch_config is before
+
+
+@needs_triton
+def test_a_configuration_that_computes_something_else_is_not_taken(monkeypatch):
+    tune, operators = script("gpu_tune"), script("operators")
+    x = torch.randn(100)
+    assert tune.same((x, x + 1e-9), (x, x))
+    assert not tune.same(x + 1e-3, x)
+    assert not tune.same(x * float("nan"), x)
+    monkeypatch.setattr(tune, "same", lambda found, expected: False)
+    monkeypatch.setitem(operators.CACHE_BYTES, "cpu", 1 << 16)
+    dispatch.set_backend("triton")
+    options = SimpleNamespace(device="cpu", smoke=True, until=time.time() + 60)
+    row = tune.sweep("bias_gelu", "fwd", "forward", "micro", 24, options)
+    assert [tried.get("wrong") for tried in row["tried"]] == [True, True]
+    assert row["write"] == "leave it"
+
+
+@pytest.mark.slow
+def test_every_phase_as_a_user_runs_it(tmp_path):
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "gpu.py"),
+        "--smoke",
+        "--tune",
+        "--budget",
+        "400",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.json")
+    data = json.loads(path.read_text())
+    assert [(p["phase"], p["state"]) for p in data["phases"]] == [(n, "done") for n in (1, 2, 4, 3, 5)]
+    assert data["parity"]["finished"] is True
+    assert data["parity"]["passed"] > 0
+    assert data["parity"]["failed"] == []
+    assert all(model["passed"] == model["compared"] for model in data["parity"]["models"])
+    for table in ("products", "steps", "operators", "curves", "tune"):
+        assert data[table], table
+        assert [row for row in data[table] if "failed" in row] == [], table
+    found = {(row["operator"], row["direction"]) for row in data["operators"] if row["contender"] == "bert_fast"}
+    for operator in script("operators").OPERATORS:
+        assert {(operator, "forward"), (operator, "backward")} <= found
+    assert {("lamb", "update"), ("adamw", "update")} <= found
+    assert {row["backend"] for row in data["operators"] if row["operator"] == "attention"} >= {"triton", "pytorch"}
+    assert [len(curve["losses"]) for curve in data["curves"]] == [4, 4]
+    text = path.with_suffix(".md").read_text()
+    assert "no figure here means anything" in text
+    assert "What failed" not in text
+    names = {picture.name.removeprefix(path.stem) for picture in tmp_path.glob("*.png")}
+    assert names == {"-roofline.png", "-throughput.png", "-loss.png"}
+
+
+def test_killed_in_the_middle_it_leaves_the_finished_rows_and_no_process(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--smoke", "--phase", "4", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    rows, deadline = [], time.time() + 120
+    try:
+        while len(rows) < 2 and time.time() < deadline and process.poll() is None:
+            time.sleep(0.05)
+            for path in tmp_path.glob("*.json"):
+                rows = json.loads(path.read_text()).get("steps", [])  # valid whenever it is read
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len(rows) >= 2
+    (path,) = tmp_path.glob("*.json")
+    data = json.loads(path.read_text())
+    assert len(data["steps"]) >= 2
+    assert all("sequences_per_s" in row for row in data["steps"])
+    assert [(p["phase"], p["state"]) for p in data["phases"]] == [(1, "done")]
+    while (left := children_with(str(path))) and time.time() < deadline:
+        time.sleep(0.1)
+    assert left == []
+    assert path.with_suffix(".md").exists()  # of the phase that had ended
+
+
+def children_with(argument: str) -> list[int]:
+    """Processes that have ``argument`` on their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if argument in (folder / "cmdline").read_text().split("\0"):
+                found.append(int(folder.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(SystemExit, match="2"):
+        script("gpu").main([])
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What fails
+
+
+def test_a_case_that_raises_is_told_and_the_next_runs(tmp_path):
+    results = new_results(tmp_path / "r.json")
+
+    def broken():
+        raise RuntimeError("no such kernel\nsecond line")
+
+    results.case(3, "a", "operators", {"operator": "a"}, broken)
+    results.case(3, "b", "operators", {"operator": "b"}, lambda: {"ms": float("nan"), "us": 2.0})
+    results.case(3, "a", "operators", {"operator": "a"}, lambda: {"ms": 1.0})
+    first, second = json.loads((tmp_path / "r.json").read_text())["operators"]
+    assert first["failed"] == "RuntimeError: no such kernel"
+    assert "in broken" in first["traceback"]
+    assert second == {"operator": "b", "ms": None, "us": 2.0}
+
+
+FAKE_CHILD = """
+import json, os, sys
+path = sys.argv[sys.argv.index("--file") + 1]
+data = json.load(open(path))
+begun = data.setdefault("begun", {}).setdefault("3", [])
+case = ["first", "second", "third"][len(begun)]
+begun.append(case)
+json.dump(data, open(path, "w"))
+"""
+
+
+def supervised(tmp_path, monkeypatch, code: str, seconds: float = 30.0) -> tuple[dict, dict]:
+    """Phase 3 in processes that run ``code``, and the results then."""
+    gpu = script("gpu")
+    fake = tmp_path / "fake.py"
+    fake.write_text(FAKE_CHILD + code)
+    monkeypatch.setattr(gpu, "__file__", str(fake))
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
+    results = new_results(tmp_path / "r.json")
+    outcome = gpu.supervise(3, results, SimpleNamespace(until=time.time() + seconds, smoke=True))
+    return outcome, results.data
+
+
+def test_a_case_that_kills_its_process_is_left_behind(tmp_path, monkeypatch):
+    code = "if case != 'third': os.kill(os.getpid(), 9 if case == 'first' else 11)"
+    outcome, data = supervised(tmp_path, monkeypatch, code)
+    assert outcome["state"] == "with losses"
+    assert outcome["error"].splitlines() == [
+        "a process ended with status -9 at: first",
+        "a process ended with status -11 at: second",
+    ]
+    assert data["begun"]["3"] == ["first", "second", "third"]
+
+
+def test_a_phase_that_dies_before_its_first_case_is_not_tried_for_ever(tmp_path, monkeypatch):
+    code = "data['begun']['3'] = []; json.dump(data, open(path, 'w')); sys.exit(3)"
+    outcome, _ = supervised(tmp_path, monkeypatch, code)
+    assert outcome["state"] == "failed"
+    assert "before its first case" in outcome["error"]
+
+
+def test_a_phase_that_hangs_is_cut_off(tmp_path, monkeypatch):
+    outcome, data = supervised(tmp_path, monkeypatch, "import time; time.sleep(60)", seconds=0.5)
+    assert outcome["state"] == "cut off"
+    assert outcome["seconds"] < 30
+    assert data["begun"]["3"] == ["first"]
+
+
+def test_a_phase_that_raises_is_recorded_with_its_traceback(tmp_path, monkeypatch):
+    gpu = script("gpu")
+    new_results(tmp_path / "r.json")
+
+    def run_phase(*_):
+        raise ValueError("a silly reason")
+
+    monkeypatch.setattr(gpu, "run_phase", run_phase)
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: None))
+    options = SimpleNamespace(child=3, file=tmp_path / "r.json", until=0.0, smoke=True)
+    assert gpu.child(options) == 1
+    assert "ValueError: a silly reason" in json.loads((tmp_path / "r.json").read_text())["error_of_phase"]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The step model
+
+
+@pytest.mark.parametrize(("model", "seq"), [("base", 128), ("base", 512), ("large", 128), ("large", 512)])
+def test_the_step_models_flops_are_those_of_the_formula(model, seq):
+    step_model, flops, operators = script("step_model"), script("flops"), script("operators")
+    config = script("workload").model_config(model, dropout=0.1)
+    lengths = [seq] * 8
+    lines = step_model.step(config, lengths)
+    twice = 6 * sum(s * s for s in lengths) * config.hidden_size * config.num_hidden_layers  # products made twice
+    counted = sum(line.times * line.flops for line in lines) - twice
+    assert counted == flops.step_flops(config, lengths, operators.masked_positions(lengths), train=True)
+    # and the published formula of a sequence, three times the forward
+    layers, h, s, p = config.num_hidden_layers, config.hidden_size, seq, operators.masked_positions(lengths) / 8
+    forward = 24 * layers * h * h * s + 4 * layers * h * s * s + p * (2 * h * h + 2 * h * 30522) + 2 * h * h + 4 * h
+    assert counted == pytest.approx(8 * 3 * forward, rel=1e-12)
+
+
+def test_the_step_model_counts_the_models_parameters():
+    config = script("workload").model_config("tiny", dropout=0.1)
+    assert script("step_model").parameters(config) == sum(p.numel() for p in BertForPreTraining(config).parameters())
+
+
+def kept_bytes(layers: int, tokens: int) -> int:
+    """Bytes that autograd keeps of a training forward, each storage once, parameters left out."""
+    config = BertConfig(hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=256,
+                        vocab_size=120)  # fmt: skip
+    model = BertForPreTraining(config).to(torch.bfloat16).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes again
+        return tensor
+
+    batch = script("workload").random_batch([tokens // 2] * 2, 4, tokens // 2, "cpu", nsp=True, vocabulary=120).packed
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(size for size, _ in storages.values())
+
+
+def test_the_activations_kept_are_those_that_the_step_model_lists():
+    config = BertConfig(hidden_size=64, num_attention_heads=2, intermediate_size=256)
+    listed = sum(size for _, size, _ in script("step_model").activations(config))
+    one_layer = {tokens: kept_bytes(3, tokens) - kept_bytes(2, tokens) for tokens in (64, 128)}
+    assert (one_layer[128] - one_layer[64]) / 64 == listed
+
+
+def test_predictions_follow_their_ceilings():
+    step_model = script("step_model")
+    config, lengths = script("workload").model_config("base", dropout=0.1), [512] * 4
+    lines = step_model.step(config, lengths)
+    stated = step_model.predict(config, lengths, lines, step_model.Ceilings())
+    assert 0 < stated.mfu < 1
+    assert sum(stated.shares.values()) == pytest.approx(1)
+    measured = step_model.ceilings_of({"limits": {"matmul_tflops": {"bfloat16": 700.0}, "copy_gbs": 2800.0}})
+    assert (measured.matmul, measured.copy) == (700e12, 2.8e12)
+    assert measured.attention_forward == step_model.Ceilings().attention_forward
+    assert step_model.predict(config, lengths, lines, measured).seconds > stated.seconds
+    with pytest.raises(ValueError, match="no line 'softmax'"):
+        step_model.operator_seconds(config, lengths, "softmax", "forward", measured)
+
+
+def test_wasted_tiles():
+    tiled = script("step_model").tiled
+    assert tiled([128, 64]) == (128**2 + 64**2, 128**2 + 64**2)
+    assert tiled([65], 64, 64) == (65**2, 128**2)
+    assert tiled([65], 128, 64) == (65**2, 128 * 128)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The document
+
+
+def test_the_documents_tables_are_those_of_the_results():
+    assert script("report").main(["--check"]) == 0
+
+
+def gpu_file(folder: Path, **more) -> dict:
+    """A results file of two steps and an operator."""
+    common = {"model": "large", "seq": 512, "lengths": "full"}
+    step = {**common, "sequences": 64, "real_tokens_per_s": 2e5, "mfu": 0.5, "peak_memory_mib": 30000.0}
+    operator = {**common, "operator": "bias_gelu", "direction": "forward", "dropout": 0.1}
+    data = {
+        "kind": "gpu", "gpu": "Example GPU", "date": "2026-01-02", "commit": "abc1234", "command": [], "phases": [],
+        "limits": {"matmul_tflops": {"bfloat16": 700.0}, "copy_gbs": 2900.0},
+        "steps": [
+            {**step, "variant": "bert_fast captured", "ms": {"p50": 150.0}, "sequences_per_s": 400.0,
+             "predicted_ms": 130.0},
+            {**step, "variant": "hf-sdpa", "ms": {"p50": 300.0}, "sequences_per_s": 200.0},
+            {**common, "variant": "hf-compile", "failed": "RuntimeError: no compiler"},
+        ],
+        "operators": [
+            {**operator, "contender": "bert_fast", "ms": 0.2, "gbs": 2600.0, "share_of_limit": 0.9, "predicted_ms": 0.18},
+            {**operator, "contender": "pytorch", "ms": 0.5},
+        ],
+        **more,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "2026-01-02-abc1234.json").write_text(json.dumps(data))
+    return data
+
+
+def test_report_sets_measurements_beside_predictions_and_changes_nothing_twice(tmp_path):
+    report = script("report")
+    results, document = tmp_path / "results", tmp_path / "performance.md"
+    gpu_file(results / "example-gpu")
+    gpu_file(results / "trial", smoke=True, gpu="Trial")
+    document.write_text((ROOT / "docs" / "performance.md").read_text())
+    arguments = ["--document", str(document), "--results", str(results)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    once = document.read_text()
+    assert report.main(arguments) == 0
+    assert document.read_text() == once
+    assert report.main([*arguments, "--check"]) == 0
+    assert "Example GPU" in once
+    assert "Trial" not in once
+    assert "| 150.0 | 130.0 |" in once
+    assert "2.00x hf-sdpa" in once
+    assert "no compiler" in once
+    line = next(x for x in once.splitlines() if x.startswith("| large 512, full | bias_gelu, forward |") and "x |" in x)
+    assert line.split("|")[5].strip() == "200"
+    assert "Nothing has been measured on a GPU yet" not in once
+
+
+def test_report_needs_its_comments(tmp_path, capsys):
+    document = tmp_path / "performance.md"
+    document.write_text("# Performance\n")
+    assert script("report").main(["--document", str(document)]) == 2
+    assert "exactly one pair of comments" in capsys.readouterr().err
+    assert document.read_text() == "# Performance\n"
+
+
+def test_the_readable_results_tell_what_failed(tmp_path):
+    data = gpu_file(tmp_path, environment={"versions": {"torch": "2.11"}})
+    data["phases"] = [{"phase": 3, "name": "operators", "state": "failed", "seconds": 3.0, "error": "Traceback: gone"}]
+    data["parity"] = {"passed": 3, "failed": [{"test": "t::x", "message": "off by one"}], "finished": False}
+    text = script("gpu_results").markdown(data)
+    assert "| 3 operators | failed | 3 |" in text
+    assert "Traceback: gone" in text
+    assert "3 tests passed, 1 failed when the time was up." in text
+    assert "t::x: off by one" in text
+
+
+def test_the_order_of_work_and_who_is_left_out():
+    gpu_steps = script("gpu_steps")
+    order = gpu_steps.cases(SimpleNamespace(smoke=False, device="cuda"))
+    assert len(set(order)) == len(order) == 8 * 7
+    assert (order[0][0].name, *order[0][1:]) == ("bert_fast captured", "large", 512, "wikipedia")
+    assert {case[1:3] for case in order[: gpu_steps.CURVES_AFTER]} == {("large", 512), ("base", 512)}
+
+
+def test_pytest_outcomes_are_on_disk_at_once(tmp_path):
+    (tmp_path / "test_two.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
+    outcomes = tmp_path / "outcomes.jsonl"
+    environment = os.environ | {"BERT_FAST_TEST_OUTCOMES": str(outcomes), "PYTHONPATH": str(BENCHMARKS)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_pytest", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    assert [row["outcome"] for row in rows] == ["passed", "failed"]
+    assert "assert 1 == 2" in rows[1]["message"]
