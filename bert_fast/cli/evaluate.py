@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     """Measures and prints."""
     from bert_fast import BertForPreTraining, data
     from bert_fast.inference import load_model
-    from bert_fast.train.evaluation import evaluate, unigram_loss
+    from bert_fast.train.evaluation import evaluate, token_counts, unigram_loss
 
     out = Output.of(options)
     if options.max_sequences is not None and options.max_sequences < 1:
@@ -135,15 +135,3 @@ def _evaluated(options: argparse.Namespace, trained: dict, out: Output):
         return corpus, corpus
     out.note(f"the run was trained on {options.data}: measured on the {len(held_out.documents):,} documents held out")
     return held_out, learned
-
-
-def token_counts(corpus, vocab_size: int):
-    """int64 (vocab_size,): how often each token occurs in the documents of ``corpus``."""
-    import numpy as np
-
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for first, last in corpus.documents:
-        begin, end = int(corpus.sentence_ends[first]), int(corpus.sentence_ends[last])
-        values, numbers = np.unique(np.asarray(corpus.tokens[begin:end]), return_counts=True)
-        counts[values] += numbers
-    return counts

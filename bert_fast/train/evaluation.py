@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert_fast.data import Corpus
 from bert_fast.model.base import Rows
 
 # Rows of logits held at a time: 256 of a vocabulary of 30522 are 31 MB in float32.
@@ -106,6 +107,16 @@ def summarize(total: Tensor) -> dict:
         "masked": int(masked),
         "sequences": int(sequences),
     }
+
+
+def token_counts(corpus: Corpus, vocab_size: int) -> np.ndarray:
+    """int64 (vocab_size,): how often each token occurs in the documents of ``corpus``."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for first, last in corpus.documents:
+        begin, end = int(corpus.sentence_ends[first]), int(corpus.sentence_ends[last])
+        values, numbers = np.unique(np.asarray(corpus.tokens[begin:end]), return_counts=True)
+        counts[values] += numbers
+    return counts
 
 
 def unigram_loss(train_counts: np.ndarray, batches: Iterable[dict]) -> float:
