@@ -10,11 +10,14 @@ for each target by Triton, and read with the cuobjdump of Triton's package. The 
     products    a 16-bit kernel with matrix products uses its target's own tensor-core instruction
     coverage    every kernel that the host launches is in some file's aot_cases
 
-Occupancy is computed from registers, shared memory and warps, not measured. Nothing here says how fast a kernel is.
+Occupancy is computed from registers, shared memory and warps, not measured. "wasted" is the share of the scores that an
+attention kernel's tiles compute past the ends of sequences of Wikipedia's lengths at 512 and at 128 (a quarter of each
+length). Nothing here says how fast a kernel is.
 """
 
 import argparse
 import ast
+import functools
 import importlib
 import importlib.util
 import json
@@ -68,6 +71,7 @@ class Row:
     occupancy: float  # share of the part's warps that can be resident
     tensor_core: dict[str, int]  # opcode -> instructions
     bulk_copies: int  # instructions
+    wasted: dict[int, float] = field(default_factory=dict)  # full length -> share of the computed scores
     broken: list[str] = field(default_factory=list)
 
 
@@ -81,6 +85,20 @@ def occupancy(part: Part, registers: int, shared: int, warps: int) -> float:
         part.shared_per_sm // (shared + part.reserved_shared),
     )
     return programs * warps / part.warps_per_sm
+
+
+@functools.cache
+def wasted_scores(block_m: int, block_n: int, seq: int) -> float:
+    """The share of computed scores that belong to no sequence, over Wikipedia's histogram scaled to ``seq`` tokens."""
+    from step_model import tiled
+
+    from bert_fast.data import wikipedia_lengths
+
+    useful = computed = 0
+    for length, count in enumerate(wikipedia_lengths().tolist(), 1):
+        own, tiles = tiled([max(1, round(length * seq / 512))], block_m, block_n)
+        useful, computed = useful + count * own, computed + count * tiles
+    return 1 - useful / computed
 
 
 def broken_rules(row: Row, part: Part, needs_tensor_core: bool, tensor_memory: int) -> list[str]:
@@ -145,6 +163,7 @@ def compile_case(case: dict, capability: int) -> Row:
         occupancy=occupancy(part, registers, metadata.shared, warps),
         tensor_core={name: opcodes[name] for name in TENSOR_CORE if opcodes[name]},
         bulk_copies=sum(opcodes[name] for name in BULK_COPY),
+        wasted={seq: wasted_scores(*case["score_tile"], seq) for seq in (512, 128) if "score_tile" in case},
     )
     sixteen_bits = any(kind in ("*bf16", "*fp16") for kind in signature.values())
     tensor_memory = getattr(metadata, "tmem_size", 0) or 0
@@ -189,7 +208,19 @@ def collect(folder: Path, targets: list[int]) -> tuple[list[tuple[int, dict]], l
     return cases, [f"{where} is launched but in no aot_cases" for where in missing]
 
 
-HEADER = ("kernel", "target", "warps", "regs", "spills", "local B", "shared B", "occup.", "tensor cores", "bulk")
+HEADER = (
+    "kernel",
+    "target",
+    "warps",
+    "regs",
+    "spills",
+    "local B",
+    "shared B",
+    "occup.",
+    "tensor cores",
+    "bulk",
+    "wasted",
+)
 
 
 def table(rows: list[Row]) -> str:
@@ -198,7 +229,8 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         tensor_core = " ".join(f"{name} {count}" for name, count in row.tensor_core.items()) or "-"
         numbers = (row.warps, row.registers, row.spills, row.local_bytes, row.shared_bytes)
-        last = (f"{row.occupancy:.0%}", tensor_core, str(row.bulk_copies or "-"))
+        wasted = " ".join(f"{seq}: {share:.0%}" for seq, share in row.wasted.items()) or "-"
+        last = (f"{row.occupancy:.0%}", tensor_core, str(row.bulk_copies or "-"), wasted)
         cells.append((row.kernel, f"sm_{row.target}", *map(str, numbers), *last))
     widths = [max(len(line[i]) for line in cells) for i in range(len(HEADER))]
     left = (0, 1, 8)
@@ -226,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     os.environ.pop("TRITON_INTERPRET", None)  # acts when a kernel is decorated; an interpreted one cannot be compiled
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
     cases, uncovered = collect(options.folder.resolve(), options.targets)
     wanted = [part for part in options.kernels.split(",") if part]
     cases = [(t, case) for t, case in cases if not wanted or any(part in case["name"] for part in wanted)]

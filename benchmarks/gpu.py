@@ -47,6 +47,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="phase 5 too")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny: does every phase run?")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default benchmarks/results/<gpu>")
+    parser.add_argument("--commit", help="what the results are called after where the checkout has no history")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -81,7 +82,7 @@ def new_results(options) -> Results:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     folder = options.out or ROOT / "benchmarks" / "results" / slug
     folder.mkdir(parents=True, exist_ok=True)
-    today, version = datetime.date.today().isoformat(), commit()
+    today, version = datetime.date.today().isoformat(), options.commit or commit()
     data = {
         "kind": "gpu", "gpu": name, "smoke": options.smoke, "date": today, "commit": version,
         "command": ["benchmarks/gpu.py", *sys.argv[1:]], "budget": options.budget, "phases": [],

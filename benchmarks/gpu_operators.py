@@ -77,7 +77,7 @@ def times(call: Callable[[], object], stopwatch: Stopwatch, repeat: int) -> dict
 
 def measure(operator, direction, contender, model, seq, kind, dropout, options, stopwatch, results) -> dict:
     config = model_config(model, dropout=dropout)
-    lengths = lengths_of(kind, seq, 64 if options.smoke else TOKENS)
+    lengths = lengths_of(kind, seq, 32 if options.smoke else TOKENS)
     dtype = torch.float32 if options.smoke else torch.bfloat16  # Triton's interpreter is slow in 16 bits
     case = build_case(
         operator, options.device, dtype, model=model, seq=seq, lengths=lengths, dropout=dropout, parameters=dtype

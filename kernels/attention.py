@@ -427,6 +427,7 @@ def aot_cases(capability: int) -> list[dict]:
                     **options,
                     "divisible_by_16": [argument for argument in runtime if argument.endswith("_ptr")],
                     "dot": True,
+                    "score_tile": (constexprs["BLOCK_M"], constexprs["BLOCK_N"]),
                 }
             )
     return cases

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from bert_fast import BertForPreTraining, dispatch
+from bert_fast import BertForPreTraining, dispatch, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -97,6 +97,9 @@ def test_a_configuration_that_computes_something_else_is_not_taken(monkeypatch):
     assert tune.same((x, x + 1e-9), (x, x))
     assert not tune.same(x + 1e-3, x)
     assert not tune.same(x * float("nan"), x)
+    with tune.applied("mlm_loss", "chunk", {"chunk": 7}):
+        assert ops.mlm_loss.__kwdefaults__["chunk"] == 7
+    assert ops.mlm_loss.__kwdefaults__["chunk"] == script("step_model").MLM_CHUNK
     monkeypatch.setattr(tune, "same", lambda found, expected: False)
     monkeypatch.setitem(operators.CACHE_BYTES, "cpu", 1 << 16)
     dispatch.set_backend("triton")
@@ -364,7 +367,8 @@ def gpu_file(folder: Path, **more) -> dict:
             {**common, "variant": "hf-compile", "failed": "RuntimeError: no compiler"},
         ],
         "operators": [
-            {**operator, "contender": "bert_fast", "ms": 0.2, "gbs": 2600.0, "share_of_limit": 0.9, "predicted_ms": 0.18},
+            {**operator, "contender": "bert_fast", "ms": 0.2, "gbs": 2600.0, "share_of_limit": 0.9,
+             "predicted_ms": 0.18},
             {**operator, "contender": "pytorch", "ms": 0.5},
         ],
         **more,
