@@ -144,7 +144,10 @@ def executed_flops(options, config, batch, name: str, padding: str) -> int:
         lengths = [batch.seq if padding == "padded" else max(batch.lengths)] * len(batch.lengths)
     everywhere = name not in ("bert_fast", "hf-masked-head")
     predicted = sum(lengths) if everywhere else batch.predicted
-    return step_flops(config, lengths, predicted if options.train else 0, train=options.train)
+    read = None
+    if name == "bert_fast" and options.train:  # the last layer at masked positions and, for NSP, at [CLS]
+        read = batch.predicted + (len(lengths) if options.nsp else 0)
+    return step_flops(config, lengths, predicted if options.train else 0, train=options.train, read=read)
 
 
 def timed_table(

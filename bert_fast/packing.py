@@ -127,6 +127,11 @@ def unpack(layout: Layout, rows: Tensor) -> Tensor:
     return rows.unflatten(0, (layout.batch, layout.length))
 
 
+def select(layout: Layout, rows: Tensor) -> Layout:
+    """``layout`` for the rows (R,) alone: their keys name their dropout masks. It holds for row operators only."""
+    return dataclasses.replace(layout, row_key=layout.row_key.index_select(0, rows))
+
+
 def rows_of(layout: Layout, places: Tensor) -> Tensor:
     """The rows (M,) of places (M,) in the flattened dense batch, each of them attended."""
     if layout.indices is None:

@@ -44,6 +44,14 @@ def test_flops_of_published_sizes(layers, hidden, seq, predicted, gflop):
     assert counted == pytest.approx(gflop, rel=1e-3)
 
 
+def test_flops_of_a_last_layer_that_is_read_in_part():
+    """Three products of every layer follow its attention: their weights, twice, for every token that is not read."""
+    flops, config = load("flops"), BertConfig(num_hidden_layers=3, hidden_size=8, intermediate_size=32, vocab_size=100)
+    whole = flops.forward_flops(config, [10, 6], 4)
+    assert flops.forward_flops(config, [10, 6], 4, read=16) == whole
+    assert whole - flops.forward_flops(config, [10, 6], 4, read=6) == 10 * 2 * (8 * 8 + 8 * 32 + 32 * 8)
+
+
 def test_wikipedia_quantiles_have_the_histograms_mean():
     from bert_fast.data import wikipedia_lengths
 

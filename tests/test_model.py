@@ -341,6 +341,73 @@ def test_samples_named_by_the_caller_keep_their_masks():
     assert torch.allclose(ours(ids[2:], sample_ids=names[2:]).last_hidden_state, first[2:], atol=1e-6)
 
 
+def feed_forward_rows(model, batch) -> list[int]:
+    """How many rows each layer's feed-forward gets; seen at the activation, which the layers call as a plain module."""
+    seen = []
+    real = ops.bias_gelu
+
+    def watch(x, bias=None):
+        seen.append(x.shape[0])
+        return real(x, bias)
+
+    ops.bias_gelu = watch
+    try:
+        output = model(**batch)
+    finally:
+        ops.bias_gelu = real
+    return seen[: model.config.num_hidden_layers], output
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("BertForPreTraining", "padded"),
+        ("BertForPreTraining", "packed"),
+        ("BertForMaskedLM", "padded"),
+        ("BertForMaskedLM", "packed"),
+        ("BertForSequenceClassification", "padded"),
+    ],
+)
+def test_last_layer_only_where_it_is_read(name, layout):
+    """The rows that a head reads are those of the full layer: same losses, gradients and dropout masks."""
+    torch.manual_seed(5)
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    model = getattr(bert_fast, name)(config(**dropout)).to(DEVICE).double().train()
+    batch = inputs_of(name if layout == "padded" else "BertForPreTraining", mask_of("right"))
+    if layout == "packed":
+        batch = capacity_batch(batch, MASKS["right"], 30, 5, 14)
+        if name == "BertForMaskedLM":
+            batch.pop("next_sentence_label")
+    runs, counts = [], []
+    for full in (False, True):
+        hook = model.base_model.encoder.layer[-1].register_forward_hook(lambda *_: None) if full else None
+        model.zero_grad()
+        torch.manual_seed(9)
+        rows, output = feed_forward_rows(model, batch)
+        output.loss.backward()
+        runs.append([output.loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        counts.append(rows)
+        if hook is not None:
+            hook.remove()
+    for ours, whole in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-11)
+    assert counts[1][0] == counts[1][1]  # the hooked layer made every row
+    assert counts[0][1] < counts[0][0] == counts[1][0]
+    if layout == "packed":
+        assert counts[0][1] == 14 + (5 if name == "BertForPreTraining" else 0)
+
+
+def test_the_whole_last_layer_is_made_where_more_is_read():
+    model = bert_fast.BertForPreTraining(config()).to(DEVICE).train()
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    tokens = sum(MASKS["right"])
+    for extra in ({"output_hidden_states": True}, {"return_logits": True}, {"return_dict": False}):
+        assert feed_forward_rows(model, batch | extra)[0] == [tokens, tokens], extra
+    unlabelled = {k: v for k, v in batch.items() if k not in ("labels", "next_sentence_label")}
+    assert feed_forward_rows(model, unlabelled)[0] == [tokens, tokens]
+    assert feed_forward_rows(model.eval(), batch)[0] == [tokens, tokens]
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_with_dropout(use_reentrant):
     _, ours = pair("BertForPreTraining", **DROPOUT)

@@ -23,10 +23,14 @@ class Rows:
     """A head's request to ``BertModel.forward`` for packed rows, and the answer.
 
     ``read`` (B, S) bool: positions whose outputs the head reads though no mask may attend them (labels).
-    Filled by the forward: ``layout`` and ``hidden`` (T, H); the dense last_hidden_state is then not made.
+    ``places`` (M,) int64: the only places in the flattened dense batch (rows, of packed input) whose outputs it reads;
+    the last layer is then computed for them and the pooler's tokens alone. None: every output is read.
+    Filled by the forward: ``layout`` and ``hidden``, (M, H) for ``places``, else (T, H); the dense last_hidden_state
+    is then not made.
     """
 
     read: Tensor | None = None
+    places: Tensor | None = None
     layout: Layout | None = None
     hidden: Tensor | None = None
 
@@ -130,11 +134,21 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if hidden_states is not None:
             hidden_states.append(packing.unpack(layout, x))
             x = packing.pack(layout, hidden_states[-1])
-        x = self.encoder(x, layout, hidden_states, attentions)
+        asked = None if rows is None or rows.places is None else packing.rows_of(layout, rows.places)
+        only = None
+        if asked is not None and hidden_states is None and attentions is None:
+            only = self._rows_read(asked, layout)
+        x = self.encoder(x, layout, hidden_states, attentions, only)
 
-        pooled = None if self.pooler is None else self.pooler(self._first(x, layout)[:, None])
+        if only is not None:
+            hidden, first = x[: asked.shape[0]], x[asked.shape[0] :]
+        else:
+            hidden, first = x if asked is None else x.index_select(0, asked), None
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pooler((self._first(x, layout) if first is None else first)[:, None])
         if rows is not None:
-            rows.layout, rows.hidden = layout, x
+            rows.layout, rows.hidden = layout, hidden
         dense = hidden_states[-1] if hidden_states else (packing.unpack(layout, x) if rows is None else None)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=dense,
@@ -243,6 +257,20 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             or layers.dropout_p(layer.output.dropout) > 0
             for layer in self.encoder.layer
         )
+
+    def _rows_read(self, asked: Tensor, layout: Layout) -> Tensor | None:
+        """The rows that a head and the pooler read, in this order; None where the last layer has to make all: it is
+        hooked, so somebody may look at it, or nothing would be saved."""
+        encoder = self.encoder
+        if not (len(encoder.layer) and layers.plain(encoder, type(encoder)) and layers.unhooked(encoder.layer[-1])):
+            return None
+        rows = layout.row_key.shape[0]
+        if self.pooler is not None:
+            first = layout.first
+            if first is None:
+                first = torch.arange(layout.batch, device=asked.device) * layout.length
+            asked = torch.cat([asked, first])
+        return asked if asked.shape[0] < rows else None
 
     def _first(self, x: Tensor, layout: Layout) -> Tensor:
         if layout.first is not None:

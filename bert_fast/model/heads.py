@@ -40,32 +40,43 @@ def _labelled(labels: Tensor | None, source: Tensor) -> Tensor | None:
     return labels.reshape(source.shape[:2]) != -100
 
 
-def _masked_language_modelling(
-    model: nn.Module, rows: Rows, labels: Tensor | None, want_logits: bool, kwargs: dict
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(loss, dense logits, number of masked positions) of the MLM head ``model.cls.predictions``.
+def _nowhere(source: Tensor) -> Tensor:
+    """The places whose outputs a head reads that only looks at the pooled ones: none."""
+    return torch.empty(0, dtype=torch.int64, device=None if source is None else source.device)
 
-    The head runs on the masked positions alone unless ``want_logits``. They are ``masked_positions`` and
-    ``masked_labels`` (M,), rows of packed input filled up with label -100, or found in ``labels``.
+
+def _masked_positions(labels: Tensor | None, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
+    """Where the MLM head has something to predict, and what: places (M,) in the flattened batch, and targets (M,).
+
+    They are ``masked_positions`` and ``masked_labels``, rows of packed input filled up with label -100, or found in
+    ``labels``.
     """
-    head, layout, hidden = model.cls.predictions, rows.layout, rows.hidden
-    positions, targets = kwargs.get("masked_positions"), kwargs.get("masked_labels")
-    if (positions is None) != (targets is None):
+    places, targets = kwargs.get("masked_positions"), kwargs.get("masked_labels")
+    if (places is None) != (targets is None):
         raise ValueError("masked_positions and masked_labels go together: one of them is missing")
-    if positions is None and labels is not None:
+    if places is None and labels is not None:
         # The one synchronisation that labels cost: how many positions are masked decides the shapes below.
         places = (labels.reshape(-1) != -100).nonzero()[:, 0]
-        positions, targets = packing.rows_of(layout, places), labels.reshape(-1).index_select(0, places).long()
+        targets = labels.reshape(-1).index_select(0, places).long()
+    return places, targets
+
+
+def _masked_language_modelling(
+    model: nn.Module, rows: Rows, places: Tensor | None, targets: Tensor | None, want_logits: bool, kwargs: dict
+) -> tuple[Tensor | None, Tensor | None]:
+    """(loss, dense logits) of the MLM head ``model.cls.predictions``, run on masked positions alone unless
+    ``want_logits``: then ``rows`` holds every output, and else those at ``places``."""
+    head, layout, hidden = model.cls.predictions, rows.layout, rows.hidden
     count = kwargs.get("num_items_in_batch")
 
     loss = logits = None
     if want_logits:
         scores = head.decoder(head.transform(hidden))
         logits = packing.unpack(layout, scores)
-        if positions is not None:
-            loss = cross_entropy(scores.index_select(0, positions), targets, count)
-    elif positions is not None:
-        transformed = head.transform(hidden.index_select(0, positions))
+        if places is not None:
+            loss = cross_entropy(scores.index_select(0, packing.rows_of(layout, places)), targets, count)
+    elif places is not None:
+        transformed = head.transform(hidden)
         if plain(head.decoder, nn.Linear) and head.decoder.bias is not None:
             normalizer = as_tensor(count, transformed)
             loss = ops.mlm_loss(transformed, head.decoder.weight, head.decoder.bias, targets, normalizer=normalizer)
@@ -75,7 +86,7 @@ def _masked_language_modelling(
             loss = cross_entropy(head.decoder(transformed), targets, count)
     if loss is not None and torch.is_autocast_enabled(hidden.device.type) and loss.dtype != torch.float64:
         loss = loss.float()
-    return loss, logits, None if targets is None else (targets != -100).sum()
+    return loss, logits
 
 
 def _wants_logits(model: nn.Module, has_labels: bool, return_logits, kwargs: dict) -> bool:
@@ -111,21 +122,24 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
         (masked positions of an accumulated batch) and ``num_sequences_in_batch`` (its NSP labels) replace the
         batch's own numbers; without the latter the NSP loss is weighted by the batch's share of masked positions.
         """
-        rows = Rows(read=_labelled(labels, input_ids if input_ids is not None else inputs_embeds))
+        source = input_ids if input_ids is not None else inputs_embeds
+        read = _labelled(labels, source)
+        places, targets = _masked_positions(labels, kwargs)
+        has_labels = places is not None or next_sentence_label is not None
+        want_logits = _wants_logits(self, has_labels, return_logits, kwargs)
+        rows = Rows(read=read, places=None if want_logits else _nowhere(source) if places is None else places)
         outputs = self.bert(
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
             inputs_embeds=inputs_embeds, rows=rows, **{**kwargs, "return_dict": True},
         )  # fmt: skip
-        mlm = labels is not None or kwargs.get("masked_labels") is not None
-        want_logits = _wants_logits(self, mlm or next_sentence_label is not None, return_logits, kwargs)
-        loss, logits, masked = _masked_language_modelling(self, rows, labels, want_logits, kwargs)
+        loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs)
         nsp_logits = self.cls.seq_relationship(outputs.pooler_output)
         if next_sentence_label is not None:
             count = kwargs.get("num_sequences_in_batch")
             nsp = cross_entropy(nsp_logits.view(-1, 2), next_sentence_label.view(-1), count)
             items = kwargs.get("num_items_in_batch")
-            if count is None and items is not None and masked is not None:
-                nsp = (nsp * (masked / as_tensor(items, nsp))).to(nsp.dtype)
+            if count is None and items is not None and targets is not None:
+                nsp = (nsp * ((targets != -100).sum() / as_tensor(items, nsp))).to(nsp.dtype)
             loss = nsp if loss is None else loss + nsp
         elif loss is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             unused = [*self.cls.seq_relationship.parameters(), *self.bert.pooler.parameters()]
@@ -157,15 +171,16 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | MaskedLMOutput:
         """As transformers'; masked_positions, masked_labels and num_items_in_batch as in BertForPreTraining."""
-        rows = Rows(read=_labelled(labels, input_ids if input_ids is not None else inputs_embeds))
+        read = _labelled(labels, input_ids if input_ids is not None else inputs_embeds)
+        places, targets = _masked_positions(labels, kwargs)
+        want_logits = _wants_logits(self, places is not None, return_logits, kwargs)
+        rows = Rows(read=read, places=None if want_logits else places)
         outputs = self.bert(
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
             inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask, rows=rows, **{**kwargs, "return_dict": True},
         )  # fmt: skip
-        mlm = labels is not None or kwargs.get("masked_labels") is not None
-        want_logits = _wants_logits(self, mlm, return_logits, kwargs)
-        loss, logits, _ = _masked_language_modelling(self, rows, labels, want_logits, kwargs)
+        loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs)
         output = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -187,9 +202,10 @@ class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentenceP
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | NextSentencePredictorOutput:
         """As transformers'."""
+        source = input_ids if input_ids is not None else inputs_embeds
         outputs = self.bert(
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, rows=Rows(), **{**kwargs, "return_dict": True},
+            inputs_embeds=inputs_embeds, rows=Rows(places=_nowhere(source)), **{**kwargs, "return_dict": True},
         )  # fmt: skip
         logits = self.cls(outputs.pooler_output)
         loss = None
@@ -215,9 +231,10 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | SequenceClassifierOutput:
         """As transformers'."""
+        source = input_ids if input_ids is not None else inputs_embeds
         outputs = self.bert(
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, rows=Rows(), **{**kwargs, "return_dict": True},
+            inputs_embeds=inputs_embeds, rows=Rows(places=_nowhere(source)), **{**kwargs, "return_dict": True},
         )  # fmt: skip
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None if labels is None else self._loss(logits, labels, kwargs.get("num_items_in_batch"))
@@ -259,14 +276,15 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
         """As transformers': inputs (B, choices, S), or embeds (B, choices, S, H); labels (B,)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        source = input_ids if input_ids is not None else inputs_embeds
+        choices = source.shape[1]
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
             None if t is None else t.flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         outputs = self.bert(
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, rows=Rows(), **{**kwargs, "return_dict": True},
+            inputs_embeds=inputs_embeds, rows=Rows(places=_nowhere(source)), **{**kwargs, "return_dict": True},
         )  # fmt: skip
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))

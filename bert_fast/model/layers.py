@@ -31,6 +31,15 @@ def plain(module: nn.Module, kind: type) -> bool:
     )
 
 
+def unhooked(module: nn.Module) -> bool:
+    """Nobody looks on where ``module`` or anything in it is called."""
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or "forward" in m.__dict__
+        for m in module.modules()
+    )  # fmt: skip
+
+
 def dropout_p(dropout: nn.Module) -> float:
     """The probability with which ``dropout`` drops now; 0 for a module that has to be called itself."""
     return float(dropout.p) if plain(dropout, nn.Dropout) and dropout.training else 0.0
@@ -190,8 +199,14 @@ class BertOutput(hf.BertOutput):
 class BertAttention(hf.BertAttention):
     """Self-attention and its output."""
 
-    def forward(self, x: Tensor, layout: Layout, attentions: list | None = None) -> Tensor:
-        return self.output(self.self(x, layout, attentions), x, layout, self.self.layer_idx)
+    def forward(
+        self, x: Tensor, layout: Layout, attentions: list | None = None, only: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """x (T, H) -> (T, H), or the rows ``only`` (R,) of it."""
+        context = self.self(x, layout, attentions)
+        if only is not None:
+            context, x, layout = context.index_select(0, only), x.index_select(0, only), packing.select(layout, only)
+        return self.output(context, x, layout, self.self.layer_idx)
 
 
 class BertIntermediate(hf.BertIntermediate):
@@ -204,8 +219,12 @@ class BertIntermediate(hf.BertIntermediate):
 class BertLayer(hf.BertLayer):
     """One encoder layer on packed rows; transformers' gradient checkpointing wraps this forward."""
 
-    def forward(self, x: Tensor, layout: Layout, attentions: list | None = None) -> Tensor:
-        x = self.attention(x, layout, attentions)
+    def forward(
+        self, x: Tensor, layout: Layout, attentions: list | None = None, only: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """x (T, H) -> (T, H), or the rows ``only`` (R,) of it: what follows attention is computed for them alone."""
+        x = self.attention(x, layout, attentions, only)
+        layout = layout if only is None else packing.select(layout, only)
         return self.output(self.intermediate(x), x, layout, self.attention.self.layer_idx)
 
 
@@ -213,12 +232,19 @@ class BertEncoder(hf.BertEncoder):
     """The stack of layers."""
 
     def forward(
-        self, x: Tensor, layout: Layout, hidden_states: list | None = None, attentions: list | None = None
+        self,
+        x: Tensor,
+        layout: Layout,
+        hidden_states: list | None = None,
+        attentions: list | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
-        """x (T, H) -> (T, H). Appends each layer's dense output (B, S, H) to ``hidden_states`` where it is a
-        list; the next layer reads that very tensor, so that gradients flow through what the caller gets."""
-        for layer in self.layer:
-            x = layer(x, layout, attentions)
+        """x (T, H) -> (T, H), or the rows ``only`` (R,) of it, which the last layer then computes alone (the idea is
+        FlashAttention's last_layer_subset). Appends each layer's dense output (B, S, H) to ``hidden_states`` where
+        it is a list; the next layer reads that very tensor, so that gradients flow through what the caller gets."""
+        last = len(self.layer) - 1
+        for number, layer in enumerate(self.layer):
+            x = layer(x, layout, attentions, only if number == last else None)
             if hidden_states is not None:
                 hidden_states.append(packing.unpack(layout, x))
                 x = packing.pack(layout, hidden_states[-1])
