@@ -166,20 +166,36 @@ def _optimizer_lamb_apply_kernel(
         _store_weight(table_ptr, tensors, tensor, offset, mask, w_ptr, w - size * u, DTYPE, ALIGNED)
 
 
-@functools.lru_cache(maxsize=64)
-def _table(values: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    table = torch.tensor(values, dtype=dtype)
+def _copied(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``table`` in host memory and on ``device``, copied without waiting for it."""
     if device.type != "cuda":
         return table, table.to(device)
     pinned = table.pin_memory()
     return pinned, pinned.to(device, non_blocking=True)
 
 
-def _on_device(values: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small table on ``device``, made without waiting for it; the same values are the same tensor."""
-    tables = _table(values, dtype, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.extend(tables)  # also where it was made before: a graph outlives what the cache keeps
+@functools.lru_cache(maxsize=64)
+def _table(values: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    return _copied(torch.tensor(values, dtype=torch.int64), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Tables of tensors of ``sizes`` elements: the sizes; each chunk's tensor and piece; each tensor's first chunk.
+
+    Kept by the sizes, which are a few hundred: BERT-large has 160 000 chunks, too many to list in every step.
+    """
+    counts = torch.tensor([triton.cdiv(size, block) for size in sizes])
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    tensor = torch.repeat_interleave(counts)
+    chunks = torch.stack([tensor, torch.arange(len(tensor)) - starts[tensor]], dim=1).int()
+    return tuple(_copied(table, device) for table in (torch.tensor(sizes), chunks, starts))
+
+
+def _held(tables: tuple[Tensor, Tensor]) -> Tensor:
+    """The table on the device. Where a graph is being recorded both are kept: it outlives what the caches keep."""
+    if tables[1].is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.extend(tables)
     return tables[1]
 
 
@@ -189,17 +205,13 @@ class _Work:
     def __init__(self, lists: list[list[Tensor]]):
         first = lists[0]
         device, block = first[0].device, _CONFIG["BLOCK"]
-        sizes = [t.numel() for t in first]
-        counts = [triton.cdiv(size, block) for size in sizes]
-        starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        chunks = tuple((tensor, i) for tensor, count in enumerate(counts) for i in range(count))
         addresses = tuple(tuple(t.data_ptr() for t in tensors) for tensors in lists)
+        sizes, chunks, self.starts = map(_held, _plan(tuple(t.numel() for t in first), block, device))
         self.programs, self.tensors, self.device = len(chunks), len(first), device
-        self.starts = _on_device((tuple(starts),), torch.int64, device)
         self.arguments = {
-            "table_ptr": _on_device(addresses, torch.int64, device),
-            "size_ptr": _on_device((tuple(sizes),), torch.int64, device),
-            "chunk_ptr": _on_device(chunks or ((0, 0),), torch.int32, device),
+            "table_ptr": _held(_table(addresses, device)),
+            "size_ptr": sizes,
+            "chunk_ptr": chunks,
             "tensors": len(first),
             "DTYPE": _DTYPES[first[0].dtype],
             "ALIGNED": all(address % 16 == 0 for row in addresses for address in row),
@@ -236,7 +248,7 @@ def _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
         lists = [[tensors[i] for i in numbers] for tensors in (params, masters, grads, exp_avgs, exp_avg_sqs)]
         chosen = rates
         if len(by_dtype) > 1:
-            chosen = rates[_on_device((tuple(numbers),), torch.int64, rates.device)[0]]
+            chosen = rates[_held(_table((tuple(numbers),), rates.device))[0]]
         work = _Work(lists)
         if work.programs:
             yield work, chosen.contiguous()
