@@ -6,7 +6,7 @@ from. A command's module imports torch and the rest inside ``run``, so ``--help`
 """
 
 import argparse
-import importlib.util
+import importlib
 import os
 import signal
 import sys
@@ -66,9 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bert_fast {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for name in COMMANDS:
-        module = f"{__name__}.{name.replace('-', '_')}"
-        if importlib.util.find_spec(module) is not None:
-            importlib.import_module(module).add_parser(subparsers)
+        importlib.import_module(f"{__name__}.{name.replace('-', '_')}").add_parser(subparsers)
     return parser
 
 
