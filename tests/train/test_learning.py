@@ -1,0 +1,46 @@
+"""It learns: the proof of benchmarks/learning.py in a form that a test has time for.
+
+The whole of it, in about fifteen minutes on two cores:
+
+    python benchmarks/learning.py --train wikitext-2/valid.txt --heldout wikitext-2/test.txt --sst2 sst2
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("BERT_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
+WIKITEXT = DATA / "wikitext-2"
+
+
+def learn(tmp_path, *arguments) -> dict:
+    """What the script measures; one thread, without Triton's interpreter, as a user runs it."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "benchmarks" / "learning.py", *arguments, "--json", "--out", tmp_path / "proof"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    print({key: found[key] for key in ("mlm_loss", "unigram_loss", "mlm_accuracy", "nsp_accuracy")})
+    return found
+
+
+@pytest.mark.slow
+def test_held_out_loss_falls_well_below_word_frequency(tmp_path):
+    found = learn(tmp_path, "--model", "tiny", "--lr", "3e-3", "--steps", "600")
+    assert found["mlm_loss"] < found["unigram_loss"] - 0.4
+    assert found["mlm_accuracy"] > 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WIKITEXT.is_dir(), reason="no WikiText-2; BERT_FAST_TEST_DATA names the folder that has it")
+def test_held_out_wikipedia_loss_falls_below_word_frequency(tmp_path):
+    found = learn(
+        tmp_path, "--train", WIKITEXT / "valid.txt", "--heldout", WIKITEXT / "test.txt", "--model", "tiny", "--lr",
+        "3e-3", "--steps", "900",
+    )  # fmt: skip
+    assert found["mlm_loss"] < found["unigram_loss"] - 0.15
