@@ -80,6 +80,7 @@ class PretrainConfig:
     beta1: float = option(0.9, "optimizer", "decay of the first moment", "B")
     beta2: float = option(0.999, "optimizer", "decay of the second moment", "B")
     eps: float = option(1e-6, "optimizer", "added to the root of the second moment", "E")
+    bias_correction: bool = option(True, "optimizer", "correct the moments' bias; BERT's own AdamW did not")
     weight_decay: float = option(0.01, "optimizer", "of all but biases and LayerNorm", "W")
     clip: float = option(1.0, "optimizer", "highest norm of the gradient; 0: no clipping", "NORM")
     max_skipped: int = option(

@@ -19,6 +19,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig, ranks: Ranks) -> t
         "eps": config.eps,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.clip or None,
+        "bias_correction": config.bias_correction,
     }
     if kind is optim.Lamb:
         options["variant"] = "nvidia" if config.optimizer == "lamb-nvidia" else "published"

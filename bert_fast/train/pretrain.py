@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import json
 import signal
 import threading
@@ -27,6 +28,7 @@ from bert_fast.train.loader import BatchMaker, Work, load_updates, updates
 from bert_fast.train.metrics import MetricsFile
 from bert_fast.train.optimizer import build_optimizer, load_state, owned, state_tensors
 from bert_fast.train.plan import Place
+from bert_fast.train.plot import plot_runs
 from bert_fast.train.schedule import learning_rate, phase_of, phases
 from bert_fast.train.step import Outcome, Step, derived_seed
 from bert_fast.train.validation import Validation, hold_out
@@ -370,9 +372,20 @@ class _Run:
             facts = {"model": str(folder), "step": self.step, "data_time": self.meter.share_waiting}
             facts |= {"skipped": self.skipped[0], "validation": state["validation"]}
             text = f"{folder}: {self.step:,} updates, waiting for data {self.meter.share_waiting:.1%} of the time"
+            self._plot()
             self.output.result(facts, text)
         self.ranks.wait()
         return DONE
+
+    def _plot(self) -> None:
+        """RUN/loss.png. The run is done with or without it."""
+        if importlib.util.find_spec("matplotlib") is None:
+            self.output.note("no loss.png: the package matplotlib is not installed")
+            return
+        try:
+            plot_runs([self.folder], self.folder / "loss.png")
+        except ValueError as error:  # nothing to draw
+            self.output.note(f"no loss.png: {error}")
 
     def _dataset(self, corpus) -> PretrainingDataset:
         config = self.config

@@ -364,7 +364,7 @@ def test_validation_on_other_data_and_none_at_all(configure, prepared):
     assert "Not validated" in (Path(without.out) / "model" / "README.md").read_text()
 
 
-def test_json_lines(configure, capsys):
+def test_json_lines_and_the_picture(configure, tmp_path, capsys):
     from bert_fast.cli.output import Output
 
     assert pretrain.pretrain(configure(steps=4), Output(json=True, command="pretrain")) == 0
@@ -372,3 +372,4 @@ def test_json_lines(configure, capsys):
     assert lines[-1]["kind"] == "result"
     assert lines[-1]["step"] == 4
     assert any(line["kind"] == "progress" and line["mlm_loss"] > 0 for line in lines)
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
