@@ -465,7 +465,23 @@ def _mlm_loss_setup(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
+def _factor_is_one(grad_loss: Tensor) -> bool:
+    """The saved gradients may be handed over as they are: reading the factor costs nothing (a CPU's plain tensor,
+    nobody traces), it is one, and nobody needs them again (the graph is freed, no second derivative is recorded)."""
+    return (
+        type(grad_loss) is Tensor
+        and grad_loss.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and float(grad_loss) == 1.0
+    )
+
+
 def _mlm_loss_backward(ctx, grad_loss, *_):
+    if _factor_is_one(grad_loss):  # a pass over the table's gradient (V, H) and its copy less
+        return *(g.detach() for g in ctx.saved_tensors), None, None, None, None, None
     grads = torch.ops.bert_fast.mlm_loss_bwd(grad_loss, *ctx.saved_tensors)
     return *grads, None, None, None, None, None
 

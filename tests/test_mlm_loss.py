@@ -242,3 +242,23 @@ def test_opcheck(backend):
             torch.library.opcheck(
                 torch.ops.bert_fast.mlm_loss_fwd.default, (*arguments, labels, None, -100, 4, with_grads)
             )
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.25])
+def test_gradients_are_the_callers_own(factor):
+    """A factor of one hands the saved gradients over: never where the graph is kept, so no caller can change them."""
+    hidden, word, bias, labels = _inputs(9, 50, 32, torch.float32)
+    leaves = [t.requires_grad_() for t in (hidden, word, bias)]
+    truth = [g * factor for g in _truth(hidden, word, bias, labels)[1:]]
+    loss = ops.mlm_loss(*leaves, labels) * factor
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=times < 3)
+        for leaf, g in zip(leaves, truth, strict=True):
+            assert not leaf.grad.requires_grad
+            torch.testing.assert_close(leaf.grad.double(), times * g, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    once = torch.autograd.grad(ops.mlm_loss(*leaves, labels) * factor, leaves)
+    for ours, g in zip(once, truth, strict=True):
+        assert not ours.requires_grad
+        torch.testing.assert_close(ours.double(), g, rtol=1e-5, atol=1e-6)
