@@ -44,7 +44,19 @@ bert-fast COMMAND --help explains a command, with examples. Exit codes: 0 done, 
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, and that takes options between a command's files and texts."""
+
+    _intermixing = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Plain argparse takes `MODEL --top-k 3 TEXT` for a command without TEXT, and TEXT for a mistake."""
+        if self._subparsers is not None or self._intermixing:  # the second: called by the method below
+            return super().parse_known_args(args, namespace)
+        self._intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixing = False
 
     def error(self, message: str) -> None:
         self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from bert_fast.cli import COMMANDS
+from bert_fast.cli import COMMANDS, build_parser
 from bert_fast.cli import env as env_command
 from bert_fast.cli.output import Output, writable_folder
 
@@ -59,6 +59,22 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run, argv, word):
     assert done.err.count("\n") == 1
     assert word in done.err
     assert "--help" in done.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["fill-mask", "m", "--top-k", "3", "a [MASK]", "b [MASK]"], {"model": "m", "text": ["a [MASK]", "b [MASK]"]}),
+        (["fill-mask", "--json", "m"], {"model": "m", "text": [], "json": True}),
+        (["encode", "m", "--out", "v.npy", "in.txt"], {"model": "m", "file": "in.txt", "out": "v.npy"}),
+        (["encode", "m"], {"model": "m", "file": None}),
+        (["plot", "a", "--out", "p.png", "b"], {"runs": ["a", "b"], "out": "p.png"}),
+        (["tokenizer", "a", "--out", "t", "b", "-q"], {"corpus": ["a", "b"], "quiet": True, "vocab_size": 30522}),
+    ],
+)
+def test_options_may_stand_between_files_and_texts(argv, expected):
+    options = vars(build_parser().parse_args(argv))
+    assert {key: options[key] for key in expected} == expected
 
 
 def failing(error):
