@@ -15,6 +15,22 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS = 32;
 
+// body(c, count, k) for the vectors of a row, c its first column and count the columns left, LANES or more but for the
+// last. Four at a time: k is 0 .. 3, so that sums kept in four vectors do not wait for each other's additions.
+template <typename Body>
+BERT_FAST_INLINE void for_vectors(int64_t columns, const Body& body) {
+    int64_t c = 0;
+    for (; c + 4 * LANES <= columns; c += 4 * LANES) {
+        body(c, LANES, 0);
+        body(c + LANES, LANES, 1);
+        body(c + 2 * LANES, LANES, 2);
+        body(c + 3 * LANES, LANES, 3);
+    }
+    for (; c < columns; c += LANES) body(c, columns - c, 0);
+}
+
+BERT_FAST_INLINE float sum_four(const vfloat* sums) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+
 // The dropout of one forward pass at one site; nothing is dropped where row_key is null.
 struct Dropout {
     const int64_t* row_key;
@@ -50,35 +66,33 @@ int forward(const X* x, const float* bias, const Z* residual, const float* weigh
         for (int64_t row = block * BLOCK_ROWS; row < last; row++) {
             const int64_t start = row * columns;
             dropout.draw(words, row, columns);
-            vfloat sum = broadcast(0.0f);
-            for (int64_t c = 0; c < columns; c += LANES) {
-                const int64_t count = columns - c;
+            vfloat sums[4] = {};
+            for_vectors(columns, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
                 vfloat value = load_first(x + start + c, count);
                 if (bias != nullptr) value += load_first(bias + c, count);
                 value = dropout.apply(value, words, c);
                 if (residual != nullptr) value += load_first(residual + start + c, count);
                 store_first(z + start + c, value, count);
-                value = load_first(z + start + c, count);  // as rounded by the store, and 0 past the row
+                if (sizeof(Z) < sizeof(float) || count < LANES)
+                    value = load_first(z + start + c, count);  // as rounded by the store, and 0 past the row
                 store(kept_row + c, value);
-                sum += value;
-            }
-            const float mean = sum_lanes(sum) / columns;
-            vfloat squares = broadcast(0.0f);
-            for (int64_t c = 0; c < columns; c += LANES) {
-                const int64_t count = columns - c;
+                sums[k] += value;
+            });
+            const float mean = sum_four(sums) / columns;
+            vfloat squares[4] = {};
+            for_vectors(columns, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
                 vfloat centered = load(kept_row + c) - mean;
                 if (count < LANES) centered = keep_lanes(centered, (1u << count) - 1);
-                squares += centered * centered;
-            }
-            const float rstd = 1.0f / __builtin_sqrtf(sum_lanes(squares) / columns + eps);
+                squares[k] += centered * centered;
+            });
+            const float rstd = 1.0f / __builtin_sqrtf(sum_four(squares) / columns + eps);
             means[row] = mean;
             rstds[row] = rstd;
-            for (int64_t c = 0; c < columns; c += LANES) {
-                const int64_t count = columns - c;
+            for_vectors(columns, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
                 const vfloat normalized = (load(kept_row + c) - mean) * rstd;
-                store_first(out + start + c, normalized * load_first(weight + c, count) + load_first(ln_bias + c, count),
-                            count);
-            }
+                const vfloat scaled = normalized * load_first(weight + c, count) + load_first(ln_bias + c, count);
+                store_first(out + start + c, scaled, count);
+            });
         }
     });
     return DONE;
@@ -102,28 +116,26 @@ int backward(const Z* grad_out, const Z* z, const float* means, const float* rst
             const int64_t start = row * columns;
             const float mean = means[row], rstd = rstds[row];
             dropout.draw(words, row, columns);
-            vfloat sum_g = broadcast(0.0f), sum_gx = broadcast(0.0f);
-            for (int64_t c = 0; c < columns; c += LANES) {
-                const int64_t count = columns - c;
+            vfloat sums_g[4] = {}, sums_gx[4] = {};
+            for_vectors(columns, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
                 const vfloat grad = load_first(grad_out + start + c, count);
                 const vfloat normalized = (load_first(z + start + c, count) - mean) * rstd;
                 const vfloat g = grad * load_first(weight + c, count);  // 0 past the row
                 store(grads + c, g);
                 store(sum_weight + c, load(sum_weight + c) + grad * normalized);
                 store(sum_ln_bias + c, load(sum_ln_bias + c) + grad);
-                sum_g += g;
-                sum_gx += g * normalized;
-            }
-            const float mean_g = sum_lanes(sum_g) / columns, mean_gx = sum_lanes(sum_gx) / columns;
-            for (int64_t c = 0; c < columns; c += LANES) {
-                const int64_t count = columns - c;
+                sums_g[k] += g;
+                sums_gx[k] += g * normalized;
+            });
+            const float mean_g = sum_four(sums_g) / columns, mean_gx = sum_four(sums_gx) / columns;
+            for_vectors(columns, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
                 const vfloat normalized = (load_first(z + start + c, count) - mean) * rstd;
                 vfloat grad_z = (load(grads + c) - mean_g - normalized * mean_gx) * rstd;
                 store_first(grad_residual + start + c, grad_z, count);
                 grad_z = dropout.apply(grad_z, words, c);
                 if (grad_x != nullptr) store_first(grad_x + start + c, grad_z, count);
                 store(sum_bias + c, load(sum_bias + c) + grad_z);
-            }
+            });
         }
     });
     parallel(threads, 3 * ((columns + 8 * LANES - 1) / (8 * LANES)), [&](int64_t strip, int) {
