@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--train", help="labelled sentences to fine-tune on (.tsv, .csv, .jsonl)")
     parser.add_argument("--validation", help="labelled sentences to measure on")
     parser.add_argument("--model", default="tiny", help="tiny, mini, small, base or large")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -69,15 +69,15 @@ def main() -> None:
 
     # 3. Pre-training. Stopped at any point, the same call goes on where it was.
     config = PretrainConfig(
-        data=str(out / "data"), out=str(out / "run"), model=options.model, seq=64, batch_size=8, steps=options.steps,
-        lr=2e-3, warmup=0.1, beta2=0.98, dropout=0.0, validation=0.1, validate_every=500, log_every=50,
+        data=str(out / "data"), out=str(out / "run"), model=options.model, seq=64, batch_size=16, steps=options.steps,
+        lr=3e-3, warmup=0.1, beta2=0.98, dropout=0.0, validation=0.1, validate_every=500, log_every=50,
     )  # fmt: skip
     if pretrain(config) != 0:
         raise SystemExit("pre-training stopped early: start this script again, it goes on from there")
 
     # 4. What has it learned?
     model, tokenizer, _ = load_model(bert_fast.BertForMaskedLM, out / "run")
-    text = "The for [MASK] is used to iterate over the elements of a sequence."
+    text = "Changed in [MASK] 3.8."
     print(text, *(f"{c.token} {c.probability:.0%}" for c in fill_mask(model, tokenizer, text)[0]), sep="\n  ")
 
     # 5. Fine-tuning, and the same without pre-training.

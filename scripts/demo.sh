@@ -22,10 +22,8 @@ mkdir -p "$demo"
 run python "$examples/python_reference.py" "$demo/corpus.jsonl"
 run bert-fast tokenizer "$demo/corpus.jsonl" --vocab-size 4000 --out "$demo/tok"
 run bert-fast prepare "$demo/corpus.jsonl" --tokenizer "$demo/tok" --out "$demo/data"
-run bert-fast pretrain --data "$demo/data" --out "$demo/run" --model tiny --seq 64 --batch-size 16 --steps 3000 \
+run bert-fast pretrain --data "$demo/data" --out "$demo/run" --model tiny --seq 64 --batch-size 16 --steps 2000 \
     --lr 3e-3 --warmup 0.1 --beta2 0.98 --dropout 0 --validation 0.1 --validate-every 500 --log-every 20
 run bert-fast plot "$demo/run"
 run bert-fast evaluate "$demo/run" --data "$demo/data"
-run bert-fast fill-mask "$demo/run" \
-    "The for [MASK] is used to iterate over the elements of a sequence." \
-    "If no exception occurs, the else clause is [MASK]."
+run bert-fast fill-mask "$demo/run" "Changed in [MASK] 3.8." "Return the [MASK] of the string."
