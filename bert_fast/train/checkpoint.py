@@ -2,8 +2,8 @@
 
 RUN/checkpoints/step-00001000/
     model.safetensors       parameters by name, float32
-    optimizer.safetensors   the optimiser's state as KEY/PARAMETER; with several processes one file a rank
-                            (optimizer-00000-of-00004.safetensors), readable on any other number of ranks
+    optimizer.safetensors   the optimiser's state as KEY/PARAMETER; one file a process that shares it
+                            (optimizer-00000-of-00004.safetensors), readable by any other number of processes
     state.json              step, place in the data, and what the run must have in common with one that goes on
     checksums.json          bytes and BLAKE2b of each of the others
 
@@ -72,10 +72,10 @@ def save(
 ) -> Path:
     """Writes the checkpoint of ``state["step"]`` and removes older ones; every process calls it.
 
-    ``model`` is written by the first process, ``optimizer`` is each process's own part. The last ``keep`` stay, and
-    the one with the lowest ``state["validation"]["mlm_loss"]`` of those at the newest's ``state["seq"]``. Where it
-    cannot be written (a full disk), CheckpointError on every process: what was written aside is removed, and older
-    checkpoints are as they were.
+    ``model`` is written by the first process, ``optimizer`` is each process's own part, written by those of the first
+    machine. The last ``keep`` stay, and the one with the lowest ``state["validation"]["mlm_loss"]`` of those at the
+    newest's ``state["seq"]``. Where it cannot be written (a full disk), CheckpointError on every process: what was
+    written aside is removed, and older checkpoints are as they were.
     """
     folder = folder_of(run, state["step"])
     aside = folder.with_name(f".{folder.name}")
@@ -83,11 +83,11 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True, exist_ok=True)
     ranks.wait()
-    shard = "" if ranks.world == 1 else f"-{ranks.rank:05d}-of-{ranks.world:05d}"
     failure: OSError | None = None
     size, digest = 0, bytes(16)
     try:
-        size, digest = write_safetensors(aside / f"optimizer{shard}.safetensors", optimizer)
+        if ranks.rank < ranks.shards:  # the other machines have the same
+            size, digest = write_safetensors(aside / _shard(ranks.rank, ranks.shards), optimizer)
     except OSError as error:
         failure = error
     reports = ranks.gather(bytes([failure is None]) + size.to_bytes(8, "little") + digest)
@@ -95,9 +95,8 @@ def save(
     if ranks.first and written:
         try:
             checksums = {}
-            for rank, report in enumerate(reports):
-                name = "optimizer" + ("" if ranks.world == 1 else f"-{rank:05d}-of-{ranks.world:05d}")
-                checksums[f"{name}.safetensors"] = (int.from_bytes(report[1:9], "little"), report[9:])
+            for rank, report in enumerate(reports[: ranks.shards]):
+                checksums[_shard(rank, ranks.shards)] = (int.from_bytes(report[1:9], "little"), report[9:])
             checksums["model.safetensors"] = write_safetensors(aside / "model.safetensors", model)
             checksums["state.json"] = _write(aside / "state.json", [_json(state)])
             table = {name: {"bytes": count, "blake2b": hashed.hex()} for name, (count, hashed) in checksums.items()}
@@ -119,6 +118,10 @@ def save(
     if ranks.first:
         prune(run, keep)
     return folder
+
+
+def _shard(number: int, shards: int) -> str:
+    return "optimizer.safetensors" if shards == 1 else f"optimizer-{number:05d}-of-{shards:05d}.safetensors"
 
 
 def disk_full(run: Path, error: OSError, what: str | None = None) -> CheckpointError:

@@ -1,8 +1,9 @@
 """The processes of a run: who this one is, and the few things that they tell one another.
 
-Started by ``torchrun``, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it a run is one process. Gradients are
-averaged by DistributedDataParallel (overlapped with the backward), optimiser state is sharded by
-ZeroRedundancyOptimizer; both in bert_fast/train/step.py. docs/distributed.md says what the links must carry.
+Started by ``torchrun``, which sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without it a run is one process.
+Gradients are averaged by DistributedDataParallel, overlapped with the backward (bert_fast/train/step.py). The
+optimiser's state is sharded by ZeroRedundancyOptimizer over the processes of a machine, and every machine has all of
+it (bert_fast/train/optimizer.py). docs/distributed.md says why, and what the links must carry.
 """
 
 import os
@@ -15,11 +16,17 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run: number ``rank`` of ``world``, on ``device``."""
+    """This process among those of the run: number ``rank`` of ``world``, on ``device``.
+
+    ``machine`` are the processes that share the optimiser's state with this one, ``shards`` how many they are (None
+    and ``world`` where all do). Every machine has the same number of processes, in the order of ranks.
+    """
 
     rank: int
     world: int
     device: torch.device
+    shards: int = 1
+    machine: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -77,12 +84,16 @@ def started(device: str = "auto"):
             raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} are visible")
         torch.cuda.set_device(local)
     where = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
-    if world == 1 or dist.is_initialized():
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        yield Ranks(rank, dist.get_world_size() if dist.is_initialized() else 1, where)
+    if world == 1:
+        yield Ranks(0, 1, where)
         return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield Ranks(dist.get_rank(), world, where)
+        shards, machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)), None
+        if shards < world and world % shards == 0:
+            machine, _ = dist.new_subgroups(shards)
+        else:  # one machine, or machines that are not alike
+            shards = world
+        yield Ranks(dist.get_rank(), world, where, shards, machine)
     finally:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ from bert_fast.train.distributed import Ranks
 
 
 def build_optimizer(model: nn.Module, config: PretrainConfig, ranks: Ranks) -> torch.optim.Optimizer:
-    """The optimiser of ``config`` over ``model``'s parameters, its state sharded over the processes."""
+    """The optimiser of ``config`` over ``model``'s parameters, its state sharded over a machine's processes."""
     groups = optim.parameter_groups(model, weight_decay=config.weight_decay)
     kind = optim.AdamW if config.optimizer == "adamw" else optim.Lamb
     options = {
@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig, ranks: Ranks) -> t
         options["variant"] = "nvidia" if config.optimizer == "lamb-nvidia" else "published"
     if ranks.world == 1:
         return kind(groups, **options)
-    return ZeroRedundancyOptimizer(groups, kind, **options)
+    return ZeroRedundancyOptimizer(groups, kind, process_group=ranks.machine, **options)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:

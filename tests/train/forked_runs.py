@@ -4,7 +4,8 @@ python forked_runs.py kills CONFIG.json NUMBER SEED   the run of CONFIG, killed 
 python forked_runs.py jobs JOBS.json                  runs one after another, each in several processes (gloo)
 
 Prints JSON. CONFIG holds options of pretrain; the folders of its runs that were completed are OUT-0, OUT-1 ... and
-OUT-whole, which was never killed. JOBS is a list of [options, number of processes]; the exit codes are printed.
+OUT-whole, which was never killed. JOBS is a list of
+[options, processes, processes a machine]; the exit codes are printed.
 """
 
 import dataclasses
@@ -132,12 +133,17 @@ def kills(config: PretrainConfig, number: int, seed: int) -> dict:
     return {"killed": killed, "completed": completed + 1, "last": code, "things": things, "moments": moments}
 
 
-def job(config: PretrainConfig, world: int) -> list[int]:
-    """The run in ``world`` processes; their exit codes."""
+def job(config: PretrainConfig, world: int, machine: int) -> list[int]:
+    """The run in ``world`` processes, as if ``machine`` of them were on each machine; their exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(machine),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     children = [
         start(config, environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
     ]
@@ -153,5 +159,5 @@ if __name__ == "__main__":
     if what == "kills":
         found = kills(PretrainConfig(**given), *map(int, numbers))
     else:
-        found = [job(PretrainConfig(**options), world) for options, world in given]
+        found = [job(PretrainConfig(**options), *processes) for options, *processes in given]
     print(json.dumps(found), file=out)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_pretrain_killed import ENVIRONMENT, of, run_script
 from training_runs import losses, train
 
@@ -37,14 +38,20 @@ def test_the_number_of_processes_changes_nothing(configure, tmp_path):
     jobs = [(of(config, 1), 1), (of(config, 2), 2), (of(config, 4), 4), (of(other, 1), 1)]
     jobs += [(dataclasses.replace(of(other, 2), micro_tokens=64), 2), (of(steady, 1), 1)]
     jobs += [(dataclasses.replace(of(steady, 241), steps=steps), world) for world, steps in ((2, 4), (1, 8), (4, 12))]
-    given = [[job.as_dict(), world] for job, world in jobs]
+    jobs += [(of(config, "two-machines"), 4)]
+    given = [[job.as_dict(), world, 2 if job.out.endswith("machines") else world] for job, world in jobs]
     assert run_script("jobs", given, tmp_path / "jobs.json") == [[0] * world for _, world in jobs]
     alone = losses(of(config, 1))
     assert len(alone) == 12 + 3 + 1
-    for world in (2, 4):
-        assert_same_to_rounding(losses(of(config, world)), alone)
-        files = [path.name for path in checkpoint.folder_of(Path(f"{config.out}-{world}"), 12).glob("optimizer*")]
-        assert sorted(files) == [f"optimizer-{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)]
+    for name, shards in ((2, 2), (4, 4), ("two-machines", 2)):
+        assert_same_to_rounding(losses(of(config, name)), alone)
+        files = [path.name for path in checkpoint.folder_of(Path(f"{config.out}-{name}"), 12).glob("optimizer*")]
+        assert sorted(files) == [f"optimizer-{rank:05d}-of-{shards:05d}.safetensors" for rank in range(shards)]
+    four, machines = (checkpoint.newest(Path(f"{config.out}-{name}"))[0] for name in (4, "two-machines"))
+    for part in ("model", "optimizer"):  # where the state lies changes no bit
+        a, b = four.tensors(part), machines.tensors(part)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
     assert_same_to_rounding(losses(of(other, 2)), losses(of(other, 1)))
     assert_same_to_rounding(losses(of(steady, 241), "train"), losses(of(steady, 1), "train"))
 
