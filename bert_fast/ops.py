@@ -465,6 +465,11 @@ def _mlm_loss_setup(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
+# Both are torch's own, without a public name; where a version lacks one the factor is multiplied in as ever.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
 def _factor_is_one(grad_loss: Tensor) -> bool:
     """The saved gradients may be handed over as they are: reading the factor costs nothing (a CPU's plain tensor,
     nobody traces), it is one, and nobody needs them again (the graph is freed, no second derivative is recorded)."""
@@ -473,8 +478,8 @@ def _factor_is_one(grad_loss: Tensor) -> bool:
         and grad_loss.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and _dispatch_modes() == 0
+        and not _keeps_graph()
         and float(grad_loss) == 1.0
     )
 
