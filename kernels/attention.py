@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 
 from ..random import dropout_scale, dropout_threshold
-from .philox import attention_halves
+from .philox import attention_keep
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -120,6 +120,12 @@ def _sample(row_key_ptr, start):
 
 
 @triton.jit
+def _zero(threshold):
+    """0.0, which the compiler does not know: it would round first and then select 16-bit halves of packed pairs."""
+    return tl.where(threshold < 0, 1.0, 0.0)
+
+
+@triton.jit
 def _fwd_keys(
     acc, total, peak, q, k_ptr, v_ptr, row_stride, first, last, length, query, sample, rng_key, head,
     scale_log2, threshold, site,
@@ -138,9 +144,8 @@ def _fwd_keys(
         rescale = tl.exp2(peak - new_peak)
         total = total * rescale + tl.sum(p, 1)
         if HAS_DROPOUT:
-            p = tl.where(
-                attention_halves(rng_key, query, sample, head, key, site, BLOCK_M, BLOCK_N) >= threshold, p, 0.0
-            )
+            keep = attention_keep(rng_key, query, sample, head, key, threshold, site, BLOCK_M, BLOCK_N)
+            p = tl.where(keep, p, _zero(threshold))
         v = _load(v_ptr + offset, row_stride, length - key, HEAD_DIM, BLOCK_N, BLOCK_D, FULL)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         peak = new_peak
@@ -216,9 +221,8 @@ def _dq_keys(
         p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
         grad_p = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
-            grad_p = tl.where(
-                attention_halves(rng_key, query, sample, head, key, site, BLOCK_M, BLOCK_N) >= threshold, grad_p, 0.0
-            )
+            keep = attention_keep(rng_key, query, sample, head, key, threshold, site, BLOCK_M, BLOCK_N)
+            grad_p = tl.where(keep, grad_p, 0.0)
         grad_scores = p * (grad_p - delta[:, None])
         dq = tl.dot(grad_scores.to(k.dtype), k, dq, input_precision="ieee")
     return dq
@@ -322,8 +326,8 @@ def _attention_bwd_dkv_kernel(
         grad_p = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
         dropped = p
         if HAS_DROPOUT:
-            keep = attention_halves(rng_key, query, sample, head, key, site, BLOCK_M, BLOCK_N) >= threshold
-            dropped = tl.where(keep, p, 0.0)
+            keep = attention_keep(rng_key, query, sample, head, key, threshold, site, BLOCK_M, BLOCK_N)
+            dropped = tl.where(keep, p, _zero(threshold))
             grad_p = tl.where(keep, grad_p, 0.0)
         dv = tl.dot(tl.trans(dropped.to(grad_out.dtype)), grad_out, dv, input_precision="ieee")
         grad_scores = p * (grad_p - delta[:, None])
@@ -372,7 +376,7 @@ def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
         arguments = {
             "qkv_ptr": qkv, "cu_seqlens_ptr": cu_seqlens, "row_key_ptr": row_key, "rng_key_ptr": rng_key,
             "out_ptr": out, "lse_ptr": lse, "scale_log2": scale * _LOG2_E, "keep_scale": dropout_scale(p),
-            "threshold": dropout_threshold(p), "site": site, "HAS_DROPOUT": p > 0.0,
+            "threshold": dropout_threshold(p), "site": site, "HAS_DROPOUT": dropout_threshold(p) > 0,
         }  # fmt: skip
         with torch.cuda.device_of(qkv):
             _launch(_attention_fwd_kernel, "fwd", qkv, max_seqlen, arguments)
@@ -390,7 +394,7 @@ def attention_bwd(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_
             "grad_out_ptr": grad_out, "qkv_ptr": qkv, "lse_ptr": lse, "delta_ptr": delta,
             "cu_seqlens_ptr": cu_seqlens, "row_key_ptr": row_key, "rng_key_ptr": rng_key, "grad_qkv_ptr": grad_qkv,
             "scale_log2": scale * _LOG2_E, "grad_scale": scale * keep_scale, "threshold": dropout_threshold(p),
-            "site": site, "HAS_DROPOUT": p > 0.0,
+            "site": site, "HAS_DROPOUT": dropout_threshold(p) > 0,
         }  # fmt: skip
         with torch.cuda.device_of(qkv):
             keep = 1.0 / keep_scale if keep_scale else 0.0

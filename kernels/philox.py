@@ -2,6 +2,7 @@
 
 The counters and the assignment of elements to halves are specified in bert_fast/random.py; these two
 functions draw the same bits for a tile. An element is kept where its half is >= the 16-bit threshold.
+Attention compares here, in the fewest instructions: they are what dropout costs it.
 """
 
 import triton
@@ -31,8 +32,11 @@ def hidden_halves(key, row_key, column_start, site, BLOCK_M: tl.constexpr, BLOCK
 
 
 @triton.jit
-def attention_halves(key, query_position, sample, head, key_start, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Halves (BLOCK_M, BLOCK_N) of keys ``key_start ..``, a multiple of 64, for queries ``query_position`` (BLOCK_M,).
+def attention_keep(
+    key, query_position, sample, head, key_start, threshold, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Which scores (BLOCK_M, BLOCK_N) are kept: keys ``key_start ..``, a multiple of 64, and queries
+    ``query_position`` (BLOCK_M,); ``threshold`` is 1 to 65536.
 
     BLOCK_N is a multiple of 64. A call serves keys k, k + 8, ..., k + 56: the columns one thread holds of a
     tensor core's accumulator tile lie 8 apart, so the bits can stay in the thread that drew them. Which word
@@ -53,5 +57,8 @@ def attention_halves(key, query_position, sample, head, key_start, site, BLOCK_M
     j = tl.arange(0, 8)[None, None, :, None]
     low = tl.where(j < 2, tl.reshape(w0, shape), tl.reshape(w1, shape))
     high = tl.where(j < 6, tl.reshape(w2, shape), tl.reshape(w3, shape))
-    halves = tl.where(j < 4, low, high) >> (16 * (j % 2)).to(tl.uint32)
-    return tl.reshape((halves & 0xFFFF).to(tl.int32), (BLOCK_M, BLOCK_N))
+    word = tl.where(j < 4, low, high)
+    # The half in the upper bits, whatever lies below it: half >= threshold is word > (threshold << 16) - 1.
+    word = tl.where(j % 2 == 0, word << 16, word)
+    bound = threshold.to(tl.uint32) * 65536 - 1
+    return tl.reshape(word > bound, (BLOCK_M, BLOCK_N))

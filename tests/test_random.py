@@ -69,10 +69,13 @@ def _hidden_kernel(out_ptr, rng_key_ptr, row_key_ptr, start, site, BLOCK_M: tl.c
 
 
 @triton.jit
-def _attention_kernel(out_ptr, rng_key_ptr, sample, head, start, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _attention_kernel(
+    out_ptr, rng_key_ptr, sample, head, start, threshold, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     row = tl.arange(0, BLOCK_M)
-    halves = device_philox.attention_halves(tl.load(rng_key_ptr), row, sample, head, start, site, BLOCK_M, BLOCK_N)
-    tl.store(out_ptr + row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], halves)
+    key = tl.load(rng_key_ptr)
+    keep = device_philox.attention_keep(key, row, sample, head, start, threshold, site, BLOCK_M, BLOCK_N)
+    tl.store(out_ptr + row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], keep.to(tl.int32))
 
 
 @needs_triton
@@ -93,13 +96,15 @@ def test_device_bits_of_hidden_dropout(start, key, site, p):
 @needs_triton
 @pytest.mark.parametrize("start", [0, 128])
 @pytest.mark.parametrize(("sample", "head"), [(0, 0), (77, 11), (2**31 - 1, 3)])
-def test_device_bits_of_attention_dropout(start, sample, head):
+@pytest.mark.parametrize("p", [1 / 65536, 0.3, 0.9999, 1.0])
+def test_device_bits_of_attention_dropout(start, sample, head, p):
     rng_key = torch.tensor([KEY], device=DEVICE)
-    halves = torch.empty(16, 128, dtype=torch.int32, device=DEVICE)
-    _attention_kernel[(1,)](halves, rng_key, sample, head, start, 9, BLOCK_M=16, BLOCK_N=128)
+    found = torch.empty(16, 128, dtype=torch.int32, device=DEVICE)
+    threshold = random.dropout_threshold(p)
+    _attention_kernel[(1,)](found, rng_key, sample, head, start, threshold, 9, BLOCK_M=16, BLOCK_N=128)
     query_key = (sample << 32) | torch.arange(16, device=DEVICE)
-    keep = random.attention_keep_mask(rng_key, query_key, head + 1, start + 128, 0.3, 9)[head, :, start:]
-    assert torch.equal(halves >= random.dropout_threshold(0.3), keep)
+    keep = random.attention_keep_mask(rng_key, query_key, head + 1, start + 128, p, 9)[head, :, start:]
+    assert torch.equal(found.bool(), keep)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.5, 0.999999, 1.0])
