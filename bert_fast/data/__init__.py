@@ -1,22 +1,29 @@
 """Raw text to batches for masked language modelling and next-sentence prediction."""
 
-from bert_fast.data.batches import Sample, pack_samples, pad_samples
+from importlib import import_module
+
 from bert_fast.data.corpus import expand_paths, read_documents, stream_documents
-from bert_fast.data.dataset import (
-    PackedBatches,
-    PretrainingCollator,
-    PretrainingDataset,
-    encode_documents,
-    packed_loader,
-)
 from bert_fast.data.lengths import draw_wikipedia_lengths, wikipedia_lengths
 from bert_fast.data.masking import masked_count
 from bert_fast.data.packing import Capacities, capacities, plan_batches
-from bert_fast.data.pairs import Corpus, plan_epoch
 from bert_fast.data.prepare import prepare
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.shards import open_corpus, read_manifest
 from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+
+# Imported when first asked for: torch takes seconds to import, and the processes of ``prepare`` need none of it.
+_WITH_TORCH = {
+    "Corpus": "pairs",
+    "PackedBatches": "dataset",
+    "PretrainingCollator": "dataset",
+    "PretrainingDataset": "dataset",
+    "Sample": "batches",
+    "encode_documents": "dataset",
+    "pack_samples": "batches",
+    "packed_loader": "dataset",
+    "pad_samples": "batches",
+    "plan_epoch": "pairs",
+}
 
 __all__ = [
     "Capacities",
@@ -47,3 +54,13 @@ __all__ = [
     "train_tokenizer",
     "wikipedia_lengths",
 ]
+
+
+def __getattr__(name: str):
+    if name in _WITH_TORCH:
+        return getattr(import_module(f"bert_fast.data.{_WITH_TORCH[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

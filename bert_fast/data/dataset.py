@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from bert_fast.data.batches import Sample, pack_samples, pad_samples
+from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.masking import choose_positions, masked_count, replace_tokens
 from bert_fast.data.packing import Capacities, plan_batches
 from bert_fast.data.pairs import NO_LABEL, Corpus, permutation, plan_epoch, truncated_lengths
@@ -20,20 +21,16 @@ def encode_documents(documents: Iterable[Sequence[str]], tokenizer: Tokenizer) -
     Text that looks like a special token ("[SEP]") is encoded as text. Sentences and documents without a token are
     left out; raises ValueError where nothing is left.
     """
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.encode_special_tokens = True
-    dtype = np.uint16 if tokenizer.get_vocab_size(with_added_tokens=True) <= 1 << 16 else np.uint32
-    tokens, lengths, bounds = [], [], []
-    for sentences in documents:
-        encoded = [e.ids for e in tokenizer.encode_batch_fast(list(sentences), add_special_tokens=False) if e.ids]
-        if encoded:
-            bounds.append((len(lengths), len(lengths) + len(encoded)))
-            lengths += [len(ids) for ids in encoded]
-            tokens += [np.array(ids, dtype=dtype) for ids in encoded]
-    if not tokens:
+    documents = [list(document) for document in documents]
+    encoder = SentenceEncoder(tokenizer)
+    tokens, lengths = encoder([sentence for document in documents for sentence in document])
+    if not len(tokens):
         raise ValueError("the documents hold no token")
-    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Corpus(np.concatenate(tokens), ends, np.array(bounds, dtype=np.int64))
+    last = np.cumsum([len(document) for document in documents])
+    sentences = np.concatenate([[0], np.cumsum(lengths > 0)])  # with a token, before each sentence
+    bounds = np.stack([sentences[np.concatenate([[0], last[:-1]])], sentences[last]], axis=1)
+    ends = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
+    return Corpus(tokens, ends, bounds[bounds[:, 0] < bounds[:, 1]])
 
 
 class PretrainingDataset(Dataset):

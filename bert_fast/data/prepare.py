@@ -18,12 +18,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bert_fast.data.corpus import expand_paths, stream_documents
+from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.shards import finish, map_tensors, shard_counts, shard_path, write_atomically, write_shard
 from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer
 
-BATCH_CHARACTERS = 1 << 18
-_worker_tokenizer: Tokenizer | None = None
+_encoder: SentenceEncoder | None = None  # of this process
 
 
 def prepare(
@@ -43,9 +43,14 @@ def prepare(
 
     ``shard=(I, N)`` makes only every N-th shard (I from 0); the call that finds all of them made (in a common
     ``out``) writes index and manifest, the others return None. ``progress`` is called after each shard with
-    ``units``, ``units_skipped`` (made before), ``bytes``, ``documents``, ``tokens``. Memory is bounded by about
-    (3 * workers + 2) units of text and tokens, whatever the corpus. ``workers`` defaults to all cores; above 1 the
+    ``units``, ``units_skipped`` (made before), ``bytes``, ``documents``, ``tokens``. ``workers`` defaults to all cores; above 1 the
     calling script needs the usual ``if __name__ == "__main__":``.
+
+    Memory, whatever the size of the corpus: with U = ``unit_bytes`` + 16 MiB (the longest document) at most 2 *
+    ``workers`` + 3 units of U in the calling process, which reads, and 12 U + 128 MiB in each worker (text, sentences,
+    ids and the shard's bytes, :class:`SentenceEncoder`'s words); a document counts 41 bytes more than its text. On top
+    of it come 16 bytes a document, or 128 MiB where that is less, and a byte a document while duplicates are looked
+    for, and the pages of the shards and of the index, which are mapped: the system takes those back when it needs them.
 
     Counted in the manifest: ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` (documents from which
     they were removed), ``documents_cut``, ``invalid_json``. Raises FileNotFoundError for missing input, ValueError
@@ -77,7 +82,7 @@ def prepare(
             progress(dict(done))
 
     units = 0
-    pool = None
+    pool, started = None, False
     running: set[Future] = set()
     try:
         for number, documents, counts in _units(files, one_per_file, text_field, unit_bytes):
@@ -89,7 +94,9 @@ def prepare(
                 map_tensors(path)
                 report(shard_counts(path), True)
             elif workers <= 1:
-                _start_worker(tokenizer.to_str())
+                if not started:
+                    _start_worker(tokenizer.to_str())
+                    started = True
                 report(_make_shard(out, number, documents, counts, language), False)
             else:
                 if pool is None:
@@ -141,37 +148,16 @@ def _units(
 
 
 def _start_worker(tokenizer: str) -> None:
-    global _worker_tokenizer
+    global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core does better than threads
-    _worker_tokenizer = Tokenizer.from_str(tokenizer)
-    _worker_tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text
+    _encoder = SentenceEncoder(Tokenizer.from_str(tokenizer))
 
 
 def _make_shard(out: Path, number: int, documents: list[bytes], counts: Counter, language: str) -> Counter:
     """Splits, encodes and writes one unit; returns its counts."""
-    tokenizer = _worker_tokenizer
-    dtype = np.uint16 if tokenizer.get_vocab_size(with_added_tokens=True) <= 1 << 16 else np.uint32
-    tokens: list[np.ndarray] = []
-    lengths: list[int] = []
-    document_sentences: list[int] = []
+    sentences: list[str] = []
+    numbers: list[int] = []  # of sentences, a document
     digests: list[bytes] = []
-    waiting: list[tuple[bytes, list[str]]] = []
-
-    def encode() -> None:
-        sentences = [sentence for _, document in waiting for sentence in document]
-        encoded = iter(tokenizer.encode_batch_fast(sentences, add_special_tokens=False))
-        for digest, document in waiting:
-            ids = [ids for _ in document if (ids := next(encoded).ids)]
-            if not ids:
-                counts["empty_documents"] += 1
-                continue
-            tokens.extend(np.array(sentence, dtype=dtype) for sentence in ids)
-            lengths.extend(map(len, ids))
-            document_sentences.append(len(ids))
-            digests.append(digest)
-        waiting.clear()
-
-    characters = 0
     for raw in documents:
         counts["bytes"] += len(raw)
         try:
@@ -183,18 +169,23 @@ def _make_shard(out: Path, number: int, documents: list[bytes], counts: Counter,
             counts["nul_bytes"] += 1
             text = text.replace("\0", "")
         text = text.strip()
-        waiting.append((hashlib.blake2b(text.encode(), digest_size=16).digest(), split_sentences(text, language)))
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            encode()
-            characters = 0
-    encode()
+        found = split_sentences(text, language)
+        sentences += found
+        numbers.append(len(found))
+        digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+    tokens, lengths = _encoder(sentences)
+    before = np.concatenate([[0], np.cumsum(lengths > 0)])  # sentences with a token, before each
+    last = np.cumsum(numbers, dtype=np.int64)
+    document_sentences = before[last] - before[last - np.array(numbers, dtype=np.int64)]
+    full = document_sentences > 0
+    if empty := int((~full).sum()):
+        counts["empty_documents"] += empty
     arrays = {
-        "tokens": np.concatenate(tokens) if tokens else np.zeros(0, dtype),
-        "sentence_lengths": np.array(lengths, dtype=np.uint32),
-        "document_sentences": np.array(document_sentences, dtype=np.uint32),
-        "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16),
+        "tokens": tokens,
+        "sentence_lengths": lengths[lengths > 0].astype(np.uint32),
+        "document_sentences": document_sentences[full].astype(np.uint32),
+        "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16)[full],
     }
-    counts.update(documents=len(document_sentences), tokens=len(arrays["tokens"]))
+    counts.update(documents=int(full.sum()), tokens=len(tokens))
     write_shard(out, number, arrays, counts)
     return counts

@@ -14,12 +14,14 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from bert_fast.data.pairs import Corpus
+if TYPE_CHECKING:
+    from bert_fast.data.pairs import Corpus
 
 DOCUMENTS_A_PASS = 1 << 23  # digests held in memory at a time while duplicates are looked for (16 bytes each)
 
@@ -164,12 +166,14 @@ def _first_of_each(paths: list[Path], total: int) -> np.ndarray:
     return keep
 
 
-def open_corpus(folder: str | Path, *, verify: bool = False) -> Corpus:
+def open_corpus(folder: str | Path, *, verify: bool = False) -> "Corpus":
     """The corpus that ``prepare`` wrote, memory-mapped; ``verify`` reads every shard and compares checksums.
 
     Raises FileNotFoundError where there is no manifest (prepare has not finished) and ValueError naming a shard
     whose size or checksum differs.
     """
+    from bert_fast.data.pairs import Corpus  # here: it imports torch, which writing shards does not need
+
     folder = Path(folder)
     manifest = read_manifest(folder)
     paths = [folder / "shards" / entry["file"] for entry in manifest["shards"]]

@@ -1,0 +1,95 @@
+"""Sentences to token ids, each encoded by itself, several times as fast as `tokenizers` does it.
+
+BERT's tokenizer cleans, splits and looks up every word apart from its neighbours, so the ids of a sentence are those
+of its stretches between white space, one after another, and a stretch seen before need not be encoded again. In
+real text nearly all have been seen before. Any other kind of tokenizer encodes whole sentences.
+"""
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from sys import getsizeof
+
+import numpy as np
+from tokenizers import Tokenizer
+
+# str.split takes these control characters for white space; BERT's clean_text removes them, joining what is around.
+REMOVED = dict.fromkeys([0x0B, 0x0C, 0x1C, 0x1D, 0x1E, 0x1F, 0x85])
+BATCH_CHARACTERS = 1 << 18  # sentences of about so many characters are cut into words at a time
+KNOWN_BYTES = 64 << 20  # the known stretches are forgotten when they take more memory than this
+ENTRY_BYTES = 120  # of a dictionary's tables, an entry, just after they have grown
+
+
+class SentenceEncoder:
+    """``encoder(sentences)`` gives the ids of every sentence encoded alone, without special tokens around it.
+
+    Text that looks like a special token ("[SEP]") is text, and the tokenizer's own truncation and padding are off.
+    ``dtype`` of the ids is uint16, or uint32 where the vocabulary has larger ids. Memory beside input and result is
+    bounded by about 64 MiB for the stretches that are known and 64 MiB for a batch.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        self.dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
+        self.by_word = encodes_words_apart(self.tokenizer)
+        self.known: dict[str, bytes] = {}  # a stretch without white space -> its ids as bytes of ``dtype``
+        self.known_bytes = 0
+
+    def __call__(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids ``dtype`` (tokens,) of all sentences one after another, lengths int64 (sentences,), some perhaps 0)."""
+        encode = self._by_word if self.by_word else self._whole
+        encoded = list(chain.from_iterable(map(encode, _batches(sentences))))
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // self.dtype.itemsize
+        return np.frombuffer(b"".join(encoded), dtype=self.dtype), lengths
+
+    def _whole(self, sentences: Sequence[str]) -> list[bytes]:
+        code = "H" if self.dtype == np.uint16 else "I"
+        return [
+            array(code, e.ids).tobytes() for e in self.tokenizer.encode_batch_fast(sentences, add_special_tokens=False)
+        ]
+
+    def _by_word(self, sentences: Sequence[str]) -> list[bytes]:
+        if self.known_bytes > KNOWN_BYTES:
+            self.known.clear()
+            self.known_bytes = 0
+        text = "\n".join(sentences)
+        if any(chr(mark) in text for mark in REMOVED):
+            sentences = [sentence.translate(REMOVED) for sentence in sentences]
+        words = [sentence.split() for sentence in sentences]
+        unseen = list(set(chain.from_iterable(words)).difference(self.known))
+        for word, ids in zip(unseen, self._whole(unseen), strict=True):
+            self.known[word] = ids
+            self.known_bytes += getsizeof(word) + getsizeof(ids) + ENTRY_BYTES
+        return [b"".join(map(self.known.__getitem__, stretches)) for stretches in words]
+
+
+def _batches(sentences: Sequence[str]) -> Iterator[Sequence[str]]:
+    start = characters = 0
+    for number, sentence in enumerate(sentences, 1):
+        characters += len(sentence)
+        if characters >= BATCH_CHARACTERS:
+            yield sentences[start:number]
+            start, characters = number, 0
+    if start < len(sentences):
+        yield sentences[start:]
+
+
+def encodes_words_apart(tokenizer: Tokenizer) -> bool:
+    """Whether ``tokenizer`` is BERT's: cleaned text, split at white space, WordPiece, added tokens all special ones.
+
+    Then white space always ends a word, and nothing on one side of it changes the ids on the other.
+    """
+    made_of = json.loads(tokenizer.to_str())
+    normalizer = made_of["normalizer"] or {}
+    return (
+        normalizer.get("type") == "BertNormalizer"
+        and normalizer["clean_text"]
+        and (made_of["pre_tokenizer"] or {}).get("type") == "BertPreTokenizer"
+        and made_of["model"]["type"] == "WordPiece"
+        and all(token["special"] for token in made_of["added_tokens"])
+    )

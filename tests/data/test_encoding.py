@@ -1,0 +1,66 @@
+"""SentenceEncoder: the ids that the tokenizer gives for each sentence alone."""
+
+import sys
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, normalizers
+
+from bert_fast.data import encoding, load_tokenizer, save_tokenizer
+from bert_fast.data.encoding import SentenceEncoder
+
+
+def assert_same_ids(tokenizer, sentences):
+    encoder = SentenceEncoder(tokenizer)
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.encode_special_tokens = True
+    expected = [e.ids for e in tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
+    for _ in range(2):  # the second time every stretch is known
+        ids, lengths = encoder(sentences)
+        assert lengths.tolist() == [len(one) for one in expected]
+        np.testing.assert_array_equal(ids, np.concatenate([np.array(one, dtype=int) for one in expected]))
+    return encoder
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_as_the_tokenizer(tokenizer, documents, tmp_path, monkeypatch, lowercase):
+    save_tokenizer(tokenizer, tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "vocab.txt", lowercase=lowercase)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2000)
+    sentences = [sentence for document in documents[::9] for sentence in document]
+    # every character that is white space for Python or a control character for Unicode, and a sample of the others
+    points = [c for c in range(0x3100) if chr(c).isspace() or not chr(c).isprintable()]
+    points += np.random.default_rng(0).integers(0x80, sys.maxunicode + 1, 1500).tolist()
+    around = [f"the{chr(c)}of a{chr(c)} \u0301{chr(c)}" for c in points if not 0xD800 <= c < 0xE000]
+    odd = ["", " ", "\x01", "[SEP] [MASK]", "x" * 101 + " y", "a\x0b\x0cb c\x85d", "don't-stop, \u4eca\u5929a"]
+    encoder = assert_same_ids(tokenizer, [*sentences, *around, *odd])
+    assert encoder.by_word
+    assert encoder.dtype == np.uint16
+
+
+def test_known_stretches_are_forgotten_when_they_take_too_much(tokenizer, documents, monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(encoding, "KNOWN_BYTES", 40_000)
+    encoder = assert_same_ids(tokenizer, [sentence for document in documents[:20] for sentence in document])
+    assert encoder.known_bytes < 200_000
+
+
+def test_other_tokenizers_encode_whole_sentences(tokenizer):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.normalizer = normalizers.Replace("a b", "of")  # looks across white space
+    assert not assert_same_ids(other, ["a b c", "the a b"]).by_word
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.add_tokens([AddedToken("of the", normalized=True)])
+    assert not assert_same_ids(other, ["one of the many", ""]).by_word
+
+
+def test_padding_truncation_and_large_ids(tokenizer):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.enable_padding(length=50)
+    other.enable_truncation(2)
+    ids, lengths = SentenceEncoder(other)(["the value of the expression", "is"])
+    assert lengths.sum() == len(ids)
+    assert 2 < lengths[0] < 50
+    other.add_tokens([f"word{number}" for number in range(66_000)])
+    assert SentenceEncoder(other).dtype == np.uint32
+    assert SentenceEncoder(other)(["word65999"])[0].max() > 1 << 16
