@@ -2,15 +2,11 @@
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import importlib.util
 import json
 import signal
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,10 +21,12 @@ from bert_fast.train.devices import matmul_peak, multiplies_bfloat16, training_f
 from bert_fast.train.distributed import Ranks, started
 from bert_fast.train.export import export
 from bert_fast.train.loader import BatchMaker, Work, load_updates, updates
+from bert_fast.train.meter import Meter
 from bert_fast.train.metrics import MetricsFile
 from bert_fast.train.optimizer import build_optimizer, load_state, owned, state_tensors
 from bert_fast.train.plan import Place
 from bert_fast.train.plot import plot_runs
+from bert_fast.train.process import Stop, locked, stop_on_signals
 from bert_fast.train.schedule import learning_rate, phase_of, phases
 from bert_fast.train.step import Outcome, Step, derived_seed
 from bert_fast.train.validation import Validation, hold_out
@@ -49,7 +47,7 @@ def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
     CheckpointError (a full disk) and what reading the data raises. Under torchrun every process calls it.
     """
     output = output or Output()
-    with started(config.device) as ranks, _locked(Path(config.out), ranks), _signals() as asked_to_stop:
+    with started(config.device) as ranks, locked(Path(config.out), ranks), stop_on_signals() as asked_to_stop:
         if not ranks.first:
             output = Output(silent=True)
         try:
@@ -111,7 +109,7 @@ class _Run:
     def precision(self) -> str:
         return "bf16" if self.bf16 else "fp32"
 
-    def train(self, asked_to_stop: "Stop") -> int:
+    def train(self, asked_to_stop: Stop) -> int:
         """Updates, lines of metrics, validations and checkpoints, until the last update or a reason to stop."""
         config, ranks, output = self.config, self.ranks, self.output
         self.metrics = MetricsFile(self.folder, self.step) if ranks.first else None
@@ -352,7 +350,7 @@ class _Run:
                 "no validation: " + ("--validation is 0" if not config.validation else "too few documents")
             )
 
-    def _end(self, stop: str | None, asked_to_stop: "Stop") -> int:
+    def _end(self, stop: str | None, asked_to_stop: Stop) -> int:
         reason = {None: "done", "not finite": "not finite", "signal": "stopped by a signal"}[stop]
         if self.metrics:
             self.metrics.write("end", self.step, reason=reason)
@@ -398,100 +396,6 @@ class _Run:
         if load_tokenizer(Path(folder) / "tokenizer").to_str() != self.tokenizer.to_str():
             raise ConfigError(f"--validation-data {folder} was prepared with another tokenizer than {self.config.data}")
         return open_corpus(folder)
-
-
-class Meter:
-    """Time of training (without validation and checkpoints), tokens, FLOPs, and the time spent waiting for data."""
-
-    def __init__(self):
-        self.began = self.lap_began = time.perf_counter()
-        self.waited = self.off = self.lap_off = 0.0
-        self.tokens = self.flops = 0
-
-    def timed(self, iterator):
-        """``iterator``, with the time that it takes counted as waiting; the first item, which starts workers, not."""
-        iterator = iter(iterator)
-        first = True
-        while True:
-            start = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            waited = time.perf_counter() - start
-            if first:
-                self.off, self.lap_off, first = self.off + waited, self.lap_off + waited, False
-            else:
-                self.waited += waited
-            yield item
-
-    @contextmanager
-    def paused(self):
-        """Time meanwhile does not count."""
-        start = time.perf_counter()
-        yield
-        spent = time.perf_counter() - start
-        self.off, self.lap_off = self.off + spent, self.lap_off + spent
-
-    def count(self, tokens: int, flops: int) -> None:
-        self.tokens, self.flops = self.tokens + tokens, self.flops + flops
-
-    def lap(self) -> tuple[int, int, float]:
-        """Tokens, FLOPs and seconds since the last lap."""
-        now = time.perf_counter()
-        found = self.tokens, self.flops, max(now - self.lap_began - self.lap_off, 1e-9)
-        self.tokens = self.flops = 0
-        self.lap_began, self.lap_off = now, 0.0
-        return found
-
-    @property
-    def share_waiting(self) -> float:
-        """Share of the training time that was spent waiting for data."""
-        return self.waited / max(time.perf_counter() - self.began - self.off, 1e-9)
-
-
-class Stop:
-    """Which signal asked the run to stop, or None."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def _signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM ask to stop after the update at hand; a second one takes its usual way."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals belong to the main thread
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number, frame):
-        stop.signal = number
-        for which, handler in before.items():
-            signal.signal(which, handler)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _locked(run: Path, ranks: Ranks) -> Iterator[None]:
-    """One run at a time in a folder. The lock belongs to the process: it goes when the process does."""
-    if not ranks.first:
-        yield
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("wb") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise NotTheSameRun(f"another process trains in {run}: wait for it, or choose another --out") from error
-        yield
 
 
 def _is_finite(value: float) -> bool:

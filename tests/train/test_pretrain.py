@@ -19,6 +19,7 @@ from bert_fast.train import checkpoint, metrics, pretrain
 from bert_fast.train.checkpoint import CheckpointError
 from bert_fast.train.config import ConfigError, resolve
 from bert_fast.train.pretrain import NotTheSameRun
+from bert_fast.train.process import FolderInUse
 from bert_fast.train.step import Step
 
 
@@ -149,7 +150,7 @@ def test_one_run_at_a_time(configure):
             signal.pause()
     try:
         os.read(read, 1)
-        with pytest.raises(NotTheSameRun, match="another process trains in"):
+        with pytest.raises(FolderInUse, match="another process trains in"):
             train(config)
     finally:
         os.kill(child, signal.SIGKILL)
