@@ -316,6 +316,12 @@ def test_a_group_may_come_later():
     assert [int(optimizer.state[p]["step"]) for p in params] == [2, 1]
 
 
+def test_a_group_may_be_empty():
+    optimizer = KINDS["lamb"]([{"params": []}])
+    optimizer.step()
+    assert int(optimizer.skipped) == 0
+
+
 BAD = [
     ({"lr": -1.0}, "lr is -1.0"),
     ({"betas": (0.9, 1.0)}, "betas are"),

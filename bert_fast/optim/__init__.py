@@ -80,9 +80,10 @@ class _Fused(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         self.max_grad_norm, self.bias_correction = max_grad_norm, bias_correction
-        first = self.param_groups[0]["params"][0]
-        self.grad_norm = torch.zeros((), device=first.device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=first.device)
+        # a sharded optimiser may own no parameter at all
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        self.grad_norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def step(self, closure=None, *, grad_norm: Tensor | None = None):
