@@ -141,7 +141,7 @@ def prove(options: argparse.Namespace, folder: Path) -> dict:
         seq=options.seq, batch_size=options.batch_size, steps=options.steps, lr=options.lr, warmup=0.1, beta2=0.98,
         dropout=0.0, checkpoint_every=max(1, options.steps // 4), log_every=20,
     )  # fmt: skip
-    if code := pretrain(config, Output(quiet=options.json, command="pretrain")):
+    if code := pretrain(config, Output(silent=options.json, command="pretrain")):
         sys.exit(code)
     found = measure_pretraining(folder / "run", learned, heldout, seq=options.seq)
     if options.sst2 is not None:
