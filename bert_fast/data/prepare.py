@@ -43,8 +43,8 @@ def prepare(
 
     ``shard=(I, N)`` makes only every N-th shard (I from 0); the call that finds all of them made (in a common
     ``out``) writes index and manifest, the others return None. ``progress`` is called after each shard with
-    ``units``, ``units_skipped`` (made before), ``bytes``, ``documents``, ``tokens``. ``workers`` defaults to all cores; above 1 the
-    calling script needs the usual ``if __name__ == "__main__":``.
+    ``units``, ``units_skipped`` (made before), ``bytes``, ``documents``, ``tokens``. ``workers`` defaults to all cores;
+    above 1 the calling script needs the usual ``if __name__ == "__main__":``.
 
     Memory, whatever the size of the corpus: with U = ``unit_bytes`` + 16 MiB (the longest document) at most 2 *
     ``workers`` + 3 units of U in the calling process, which reads, and 12 U + 128 MiB in each worker (text, sentences,

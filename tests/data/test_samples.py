@@ -1,9 +1,8 @@
 """Pairs, masks and batches: distributions on a real corpus, purity, and packed against padded."""
 
-import math
-
 import numpy as np
 import pytest
+from chi_squared import assert_fits
 
 from bert_fast.data import (
     Corpus,
@@ -20,18 +19,6 @@ from bert_fast.data import (
 from bert_fast.data.pairs import permutation, truncated_lengths
 
 EPOCHS = 4
-
-
-def assert_fits(observed, probabilities):
-    """Chi-squared: the statistic of ``observed`` is not beyond five standard deviations of its distribution."""
-    observed, probabilities = np.asarray(observed, float), np.asarray(probabilities, float)
-    expected = observed.sum() * probabilities / probabilities.sum()
-    assert expected.min() >= 5
-    freedom = len(observed) - 1
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    # Wilson and Hilferty: the cube root of chi-squared / k is nearly normal
-    deviation = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
-    assert deviation < 5, f"chi-squared {statistic:.1f} at {freedom} degrees of freedom"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,96 @@
+"""Draws on a real corpus against their distributions, finer than test_samples does: chi-squared, fixed seeds."""
+
+import math
+
+import numpy as np
+import pytest
+from chi_squared import assert_fits
+
+from bert_fast.data import Corpus, PretrainingDataset, plan_epoch
+
+EPOCHS = 4
+SAMPLES = 800  # of each epoch
+
+
+@pytest.fixture(scope="module")
+def drawn(corpus, tokenizer):
+    """(dataset, plans, samples of full length) of several epochs."""
+    dataset = PretrainingDataset(corpus, tokenizer, max_length=128, seed=11)
+    plans, samples = [], []
+    for epoch in range(EPOCHS):
+        dataset.set_epoch(epoch)
+        plans.append(dataset.plan)
+        if epoch < 3:
+            samples += [dataset[i] for i in np.flatnonzero(dataset.plan.length == 128)[:SAMPLES]]
+    return dataset, plans, samples
+
+
+def test_masked_positions_are_uniform(drawn):
+    _, _, samples = drawn
+    first_sep = np.array([int((sample.token_type_ids == 0).sum()) - 1 for sample in samples])
+    rank = [s.masked_positions - 1 - (s.masked_positions > sep) for s, sep in zip(samples, first_sep, strict=True)]
+    assert {len(one) for one in rank} == {19}  # round(0.15 * 125)
+    counts = np.bincount(np.concatenate(rank), minlength=125)
+    assert len(counts) == 125
+    # 19 of 125 are drawn without putting back, so a position's count varies as a binomial one
+    expected = len(samples) * 19 / 125
+    assert expected > 100
+    statistic = ((counts - expected) ** 2 / expected).sum() / (1 - 19 / 125) * (124 / 125)
+    assert abs(statistic - 124) < 5 * math.sqrt(2 * 124), statistic
+
+
+def test_replaced_tokens_are_uniform_over_the_vocabulary(drawn):
+    dataset, _, samples = drawn
+    seen = np.concatenate([sample.input_ids[sample.masked_positions] for sample in samples])
+    labels = np.concatenate([sample.masked_labels for sample in samples])
+    replaced = seen[(seen != dataset.special.mask) & (seen != labels)]
+    bins = np.bincount(replaced * 100 // dataset.vocab_size, minlength=100)
+    assert_fits(bins, np.bincount(np.arange(dataset.vocab_size) * 100 // dataset.vocab_size))
+    # and whatever token it replaces
+    common = np.argsort(np.bincount(labels))[-20:]
+    cases = np.stack([seen == dataset.special.mask, seen == labels], axis=1)
+    for token in common:
+        masked, kept = cases[labels == token].sum(axis=0)
+        total = int((labels == token).sum())
+        assert_fits([masked, kept, total - masked - kept], [0.8, 0.1, 0.1])
+
+
+def test_other_documents_and_their_sentences_are_uniform(drawn):
+    dataset, plans, _ = drawn
+    documents = dataset.corpus.documents
+    a, b, start = (
+        np.concatenate([getattr(p, k)[p.label == 1] for p in plans]) for k in ("document", "b_document", "b_start")
+    )
+    assert (a != b).all()
+    from_a = np.bincount(a, minlength=len(documents))
+    expected = (from_a.sum() - from_a) / (len(documents) - 1)
+    assert_fits(np.bincount(b, minlength=len(documents)), expected)
+    size = documents[b, 1] - documents[b, 0]
+    long = size >= 20
+    tenth = (start - documents[b, 0])[long] * 10 // size[long]
+    exact = np.zeros(10)
+    for n in size[long]:
+        exact += np.bincount(np.arange(n) * 10 // n, minlength=10) / n
+    assert_fits(np.bincount(tenth, minlength=10), exact)
+
+
+def test_labels_are_even_wherever_the_pair_stands(drawn):
+    _, plans, _ = drawn
+    label = np.concatenate([plan.label for plan in plans])
+    first = np.concatenate([np.diff(plan.document, prepend=-1) != 0 for plan in plans])
+    assert_fits([(label == 0).sum(), (label == 1).sum()], [0.5, 0.5])
+    assert_fits([(label[first] == 0).sum(), (label[first] == 1).sum()], [0.5, 0.5])
+
+
+def test_one_in_ten_targets_is_shorter_and_uniform():
+    # sentences of one token, so that a sample has exactly the tokens of its target; long documents, so none ends it
+    documents = np.arange(500)[:, None] * 1000 + [0, 1000]
+    corpus = Corpus(np.zeros(500_000, np.uint16), np.arange(500_001), documents)
+    for probability in (0.1, 1.0):
+        plan = plan_epoch(corpus, seed=3, epoch=0, max_length=67, short_seq_prob=probability)
+        room = documents[plan.document, 1] - plan.a_start, documents[plan.b_document, 1] - plan.b_start
+        inside = (room[0] > 64) & ((plan.label == 0) | (room[1] > 64))  # known before the target is drawn
+        counts = np.bincount(plan.length[inside] - 3, minlength=65)
+        assert counts[:2].sum() == 0
+        short = probability / 63  # 2 .. 64 tokens alike
+        assert_fits(counts[2:], [short] * 62 + [1 - probability + short])
