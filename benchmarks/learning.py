@@ -19,8 +19,8 @@ from pathlib import Path
 
 from bert_fast import BertForPreTraining, data
 from bert_fast.classification import finetune, read_examples
-from bert_fast.cli.output import Output
 from bert_fast.inference import load_model
+from bert_fast.output import Output
 from bert_fast.train.config import PretrainConfig
 from bert_fast.train.evaluation import evaluate, token_counts, unigram_loss
 from bert_fast.train.pretrain import pretrain

@@ -2,7 +2,7 @@
 
 import argparse
 
-from bert_fast.cli.output import Output, add_command
+from bert_fast.output import Output, add_command
 
 
 def add_parser(subparsers) -> None:

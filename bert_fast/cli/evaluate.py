@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from bert_fast.cli.device import add_device_argument, chosen_device
-from bert_fast.cli.output import Output, add_command
+from bert_fast.output import Output, add_command
 
 
 def add_parser(subparsers) -> None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from bert_fast.cli.device import add_device_argument, chosen_device
-from bert_fast.cli.output import Output, add_command
+from bert_fast.output import Output, add_command
 
 
 def add_parser(subparsers) -> None:

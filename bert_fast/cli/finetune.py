@@ -3,7 +3,7 @@
 import argparse
 
 from bert_fast.cli.device import add_device_argument, chosen_device
-from bert_fast.cli.output import Output, add_command, writable_folder
+from bert_fast.output import Output, add_command, writable_folder
 
 
 def add_parser(subparsers) -> None:

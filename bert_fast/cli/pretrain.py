@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bert_fast.cli.output import Output, add_command
+from bert_fast.output import Output, add_command
 from bert_fast.train.config import ConfigError, fields, flag, resolve
 
 GROUPS = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, skipped_text
-from bert_fast.cli.output import Output, Progress, add_command, writable_folder
+from bert_fast.output import Output, Progress, add_command, writable_folder
 
 
 def add_parser(subparsers) -> None:

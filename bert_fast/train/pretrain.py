@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from bert_fast.cli.output import Output
 from bert_fast.data import load_tokenizer, open_corpus, read_manifest
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.shards import write_atomically
+from bert_fast.output import Output
 from bert_fast.train import checkpoint, modelling
 from bert_fast.train.config import ConfigError, PretrainConfig, flag
 from bert_fast.train.devices import matmul_peak, multiplies_bfloat16, training_flops

@@ -12,7 +12,7 @@ import pytest
 
 from bert_fast.cli import COMMANDS, build_parser
 from bert_fast.cli import env as env_command
-from bert_fast.cli.output import Output, writable_folder
+from bert_fast.output import Output, writable_folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -128,7 +128,7 @@ def test_sigterm_unwinds_and_gives_143(run, monkeypatch):
 
 
 def test_a_closed_pipe_ends_the_command_without_a_word():
-    code = "from bert_fast.cli.output import Output\nimport sys, bert_fast.cli as c, bert_fast.cli.env as e\n"
+    code = "from bert_fast.output import Output\nimport sys, bert_fast.cli as c, bert_fast.cli.env as e\n"
     code += "def run(o):\n  while True: Output.of(o).result({}, 'line')\n"
     code += "e.run = run\nsys.exit(c.main(['env']))"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -366,7 +366,7 @@ def test_validation_on_other_data_and_none_at_all(configure, prepared):
 
 
 def test_json_lines_and_the_picture(configure, tmp_path, capsys):
-    from bert_fast.cli.output import Output
+    from bert_fast.output import Output
 
     assert pretrain.pretrain(configure(steps=4), Output(json=True, command="pretrain")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from unittest import mock
 
-from bert_fast.cli.output import Output
+from bert_fast.output import Output
 from bert_fast.train.metrics import read_metrics
 from bert_fast.train.pretrain import pretrain
 
