@@ -25,11 +25,14 @@ def split_sentences(text: str, language: str = "en") -> list[str]:
     for paragraph in PARAGRAPH.split(text):
         for sentence in sentencex.segment(language, paragraph):
             sentence = sentence.strip()
-            while len(sentence) > LONGEST:
-                cut = sentence.rfind(" ", 1, LONGEST)
-                cut = LONGEST if cut < 0 else cut
-                sentences.append(sentence[:cut].rstrip())
-                sentence = sentence[cut:].lstrip()
+            start = 0  # by position: a text of many megabytes is not copied for each piece
+            while len(sentence) - start > LONGEST:
+                cut = sentence.rfind(" ", start + 1, start + LONGEST)
+                cut = start + LONGEST if cut < 0 else cut
+                sentences.append(sentence[start:cut].rstrip())
+                start = cut
+                while sentence[start].isspace():
+                    start += 1
             if sentence:
-                sentences.append(sentence)
+                sentences.append(sentence[start:])
     return sentences
