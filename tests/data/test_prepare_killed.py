@@ -1,0 +1,114 @@
+"""prepare killed at random moments, without room or permission to write, and on one endless line."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from bert_fast.data import open_corpus, prepare, read_manifest, save_tokenizer, shards
+
+SCRIPT = """
+import sys
+from bert_fast.data import prepare
+if __name__ == "__main__":
+    prepare(sys.argv[1], sys.argv[2], sys.argv[3], workers=2, unit_bytes=8_000)
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus_file(documents, tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n\n".join(" ".join(document).replace("\n", " ") for document in documents))
+    return path
+
+
+def contents(out):
+    """Bytes of all files that are the result."""
+    named = [out / name for name in ("manifest.json", "sentence_ends.npy", "documents.npy")]
+    return {path.name: path.read_bytes() for path in [*named, *(out / "shards").glob("*.safetensors")]}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(corpus_file, tokenizer, tmp_path):
+    prepare(corpus_file, tokenizer, tmp_path / "whole", workers=1, unit_bytes=8_000)
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", str(corpus_file), "tokenizer", "out"]
+    draw = random.Random(5)
+    total, folder = len(read_manifest(tmp_path / "whole")["shards"]), tmp_path / "out" / "shards"
+    assert total > 15
+    for least in sorted(draw.randrange(total) for _ in range(6)):
+        # its own group: the workers are killed with it
+        process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+        while len(list(folder.glob("*.safetensors"))) < least:
+            assert process.poll() is None
+        time.sleep(draw.uniform(0, 0.02))
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    open_corpus(tmp_path / "out", verify=True)
+
+
+@pytest.mark.slow
+def test_one_line_of_50_megabytes(tokenizer, tmp_path):
+    line = b"the value of an expression is what it gives " * (50 * 1_000_000 // 44)
+    (tmp_path / "line.txt").write_bytes(line)
+    manifest = prepare(tmp_path / "line.txt", tokenizer, tmp_path / "out", workers=1)
+    assert manifest["counts"]["documents_cut"] in (2, 3)
+    corpus = open_corpus(tmp_path / "out")
+    words = len(line) // 44 * 9
+    assert manifest["tokens"] >= words
+    assert np.diff(corpus.sentence_ends).max() < 10_000
+
+
+def test_full_disk_says_so_and_a_second_run_finishes(corpus_file, tokenizer, tmp_path, monkeypatch):
+    real, calls = os.fsync, []
+
+    def fsync(number):
+        calls.append(number)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(shards.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(corpus_file, tokenizer, tmp_path / "out", workers=1, unit_bytes=100_000)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert len(list((tmp_path / "out" / "shards").iterdir())) == 2  # and nothing half written beside them
+    prepare(corpus_file, tokenizer, tmp_path / "out", workers=1, unit_bytes=100_000)
+    prepare(corpus_file, tokenizer, tmp_path / "whole", workers=1, unit_bytes=100_000)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder(corpus_file, tokenizer, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError, match="out"):
+            prepare(corpus_file, tokenizer, tmp_path / "out", workers=1)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_output_that_is_a_file(corpus_file, tokenizer, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OSError, match="out"):
+        prepare(corpus_file, tokenizer, tmp_path / "out", workers=1)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_vocabulary_without_mask_and_single_sentence(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("One sentence.")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\none\n")
+    with pytest.raises(ValueError, match=r"lacks \[MASK\]"):
+        prepare(tmp_path / "text.txt", tmp_path / "vocab.txt", tmp_path / "out", workers=1)
+    assert not (tmp_path / "out" / "shards").exists()
+    prepare(tmp_path / "text.txt", tokenizer, tmp_path / "out", workers=1)
+    assert read_manifest(tmp_path / "out")["sentences"] == 1
