@@ -8,7 +8,7 @@ CPU_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kerne
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-all gpu gpu-test lint format clean
+.PHONY: help setup demo bench test test-all gpu gpu-test sanitize lint format clean
 
 help:
 	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512 (more: ARGS=...)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-all  the slow tier too"
 	@echo "make gpu       what a GPU proves: limits, parity, operators, whole steps, with the Python that has torch with CUDA"
 	@echo "make gpu-test  the same operator and model tests on a GPU, with the Python that has torch with CUDA"
+	@echo "make sanitize  the C++ operators' tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint      check style (ruff); make format rewrites it"
 	@echo "make clean     remove .venv and what was built"
 
@@ -63,6 +64,24 @@ gpu-test:
 # Neither .venv nor a network nor the C++ operators: ARGS='--budget 540 --phase 1 4 --tune --out DIR'.
 gpu:
 	@PYTHONUNBUFFERED=1 $(PYTHON) benchmarks/gpu.py $(ARGS)
+
+# The C++ operators' tests under AddressSanitizer and UBSan, then all of them on threads under ThreadSanitizer.
+SANITIZED_TESTS := tests/test_cpu_backend.py tests/test_attention.py tests/test_mlm_loss.py tests/test_bias_gelu.py \
+	tests/test_residual_layernorm.py tests/test_embedding_layernorm.py tests/test_optim.py
+sanitize: setup
+	@echo "== Building the C++ operators with AddressSanitizer and UBSan"
+	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+		-DBERT_FAST_SANITIZE=address,undefined > build/sanitize.log && $(BIN)/cmake --build build/sanitize
+	@echo "== Their tests"
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
+		BERT_FAST_CPU_LIBRARY=build/sanitize/libbert_fast_cpu.so \
+		$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(SANITIZED_TESTS) \
+		-k "(cpu or avx2 or scalar) and not opcheck and not compile"
+	@echo "== Building them with ThreadSanitizer"
+	@$(BIN)/cmake -S . -B build/threads -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DBERT_FAST_SANITIZE=thread \
+		> build/threads.log && $(BIN)/cmake --build build/threads
+	@TSAN_OPTIONS=halt_on_error=1 build/threads/bert_fast_threads
 
 lint: setup
 	@$(BIN)/ruff check .

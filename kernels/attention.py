@@ -62,7 +62,8 @@ def _launch_config(kernel: str, capability: int, head_dim: int, dtype: torch.dty
         block_m, warps, stages = (32 if kernel == "dkv" else 64), 8, 1
     elif block_d == 128:
         wide = capability >= 90 and kernel != "dkv"
-        block_m, warps, stages = (128 if wide else 64), 8, (2 if wide else 1)
+        block_m = 128 if wide or capability == 90 else 64  # dkv with 64 queries spills on 9.0
+        warps, stages = 8, (2 if wide else 1)
     elif kernel == "fwd" and capability < 100:
         stages = 3 if capability >= 90 else 2
     elif kernel == "dq" and capability < 90 and block_d == 64:
