@@ -70,7 +70,7 @@ SANITIZED_TESTS := tests/test_cpu_backend.py tests/test_attention.py tests/test_
 	tests/test_residual_layernorm.py tests/test_embedding_layernorm.py tests/test_optim.py
 sanitize: setup
 	@echo "== Building the C++ operators with AddressSanitizer and UBSan"
-	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 		-DBERT_FAST_SANITIZE=address,undefined > build/sanitize.log && $(BIN)/cmake --build build/sanitize
 	@echo "== Their tests"
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
@@ -79,7 +79,7 @@ sanitize: setup
 		$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(SANITIZED_TESTS) \
 		-k "(cpu or avx2 or scalar) and not opcheck and not compile"
 	@echo "== Building them with ThreadSanitizer"
-	@$(BIN)/cmake -S . -B build/threads -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DBERT_FAST_SANITIZE=thread \
+	@$(BIN)/cmake -S . -B build/threads -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DBERT_FAST_SANITIZE=thread \
 		> build/threads.log && $(BIN)/cmake --build build/threads
 	@TSAN_OPTIONS=halt_on_error=1 build/threads/bert_fast_threads
 
