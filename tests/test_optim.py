@@ -2,6 +2,10 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ import torch
 from bert_fast import dispatch, optim
 from tests.parity import DEVICE, assert_near_truth, available_backends
 
+ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = available_backends("optimizer")
 SHAPES = [(1,), (7,), (1023,), (2048,), (2049, 3), (64, 5), (0,)]
 KINDS = {
@@ -353,3 +358,111 @@ def test_what_cannot_be_updated_is_refused():
     with pytest.raises(ValueError, match="not contiguous"):
         KINDS["adamw"]([turned]).step()
     assert torch.equal(turned, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_refused_step_changes_nothing(backend):
+    """Whatever is wrong is found before the first parameter is touched."""
+    good = torch.nn.Parameter(torch.randn(3, 3, device=DEVICE))
+    turned = torch.nn.Parameter(torch.randn(3, 4, device=DEVICE).T)
+    optimizer = KINDS["lamb"]([{"params": [good]}, {"params": [turned]}])
+    before = good.detach().clone()
+    for p in (good, turned):
+        p.grad = torch.ones_like(p)
+    with dispatch.use_backend(optimizer=backend), pytest.raises(ValueError, match="not contiguous"):
+        optimizer.step(grad_norm=torch.tensor(math.inf, device=DEVICE))
+    assert torch.equal(good, before)
+    assert int(optimizer.skipped) == 0
+    optimizer = KINDS["adamw"]([good])
+    optimizer.step()
+    before = good.detach().clone()
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] = torch.zeros(2, 2)
+    optimizer.load_state_dict(saved)
+    with dispatch.use_backend(optimizer=backend), pytest.raises(ValueError, match=r"exp_avg of shape \(2, 2\)"):
+        optimizer.step()
+    assert torch.equal(good, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loaded_weights_reach_the_masters(backend):
+    """Weights written by others are trained on; where they are the master's rounding it keeps its low bits."""
+    params = parameters(torch.bfloat16, shapes=[(40, 30)])
+    optimizer = train(backend, "adamw", params)
+    state, p = optimizer.state[params[0]], params[0]
+    before = state["master"].clone()
+    with torch.no_grad():
+        p.copy_(p.clone())
+        p[3] = 5.0
+    gradients(params, 4, scale=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with dispatch.use_backend(optimizer=backend):
+        optimizer.step()
+    before[3] = 5.0
+    assert torch.equal(state["master"], before)
+    assert torch.equal(p, before.bfloat16())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_may_be_converted_between_steps(backend):
+    params = parameters(shapes=[(40, 30), (7,)])
+    optimizer = train(backend, "adamw", params)
+    exact = [p.detach().clone() for p in params]
+    for dtype in (torch.bfloat16, torch.float32):
+        params.to(dtype)
+        gradients(params, 5)
+        with dispatch.use_backend(optimizer=backend):
+            optimizer.step()
+        for p, before in zip(params, exact, strict=True):
+            state = optimizer.state[p]
+            assert ("master" in state) == (dtype == torch.bfloat16)
+            assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+            torch.testing.assert_close(p.float(), before, rtol=1e-2, atol=0.03)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_through_updated_weights_are_refused(backend):
+    p = torch.nn.Parameter(torch.randn(4, device=DEVICE))
+    p.grad = torch.ones_like(p)
+    loss = (p * p * p).sum()
+    with dispatch.use_backend(optimizer=backend):
+        optim.AdamW([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_copy_goes_on_alone():
+    params = parameters(torch.bfloat16, shapes=[(4, 4), (5,)])
+    optimizer = KINDS["lamb-nvidia"](list(params), max_grad_norm=0.5)
+    gradients(params, 0)
+    optimizer.step()
+    twin, kept = copy.deepcopy(optimizer), bits(params, optimizer)
+    copies = twin.param_groups[0]["params"]
+    gradients(copies, 1)
+    twin.step()
+    assert all(torch.equal(a, b) for a, b in zip(kept, bits(params, optimizer), strict=True))
+    gradients(params, 1)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(bits(params, optimizer), bits(copies, twin), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_every_instruction_set(kind):
+    """The C++ optimisers as this CPU's plainer instruction sets run them."""
+    cpu = pytest.importorskip("bert_fast.kernels.cpu")
+    if "cpu" not in BACKENDS:
+        pytest.skip("the C++ operators are not built")
+    code = (
+        "import sys; sys.path[:0] = ['.', 'tests']; import test_optim as t\n"
+        f"t.test_against_float64('cpu', {kind!r}, {{'max_grad_norm': 2.0}})\n"
+        f"t.test_sixteen_bits_have_masters('cpu', t.torch.bfloat16, {kind!r})\n"
+        f"t.test_sixteen_bits_have_masters('cpu', t.torch.float16, {kind!r})\n"
+    )
+    for name in cpu.supported_instruction_sets()[:-1]:
+        environment = {**os.environ, "BERT_FAST_CPU_ISA": name}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+            timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{name}: {done.stderr}"

@@ -39,17 +39,18 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     grads = [p.grad.detach() for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros((), device=parameters[0].device if parameters else None)
-    return _norm(grads)
+    _check(grads)
+    return _run("norm", grads, grads)
 
 
-def _norm(grads: list[Tensor]) -> Tensor:
+def _check(grads: list[Tensor]) -> None:
+    """Refuses gradients that no backend takes; nothing has been changed by then."""
     device = grads[0].device
     for grad in grads:
-        if grad.is_sparse:
+        if grad.layout != torch.strided:
             raise RuntimeError("bert_fast.optim takes no sparse gradients: build the embedding with sparse=False")
         if grad.device != device:
             raise ValueError(f"bert_fast.optim: gradients lie on {device} and on {grad.device}; one device is needed")
-    return _run("norm", grads, grads)
 
 
 def _run(function: str, like: list[Tensor], *args):
@@ -66,8 +67,18 @@ def _run(function: str, like: list[Tensor], *args):
         return implementation(*args)
 
 
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def _mark(p: Tensor) -> tuple[int, int]:
+    """Differs from an earlier one where ``p`` was written to or replaced in between."""
+    return p._version, p.data_ptr()
+
+
 class _Fused(torch.optim.Optimizer):
     """What AdamW and LAMB share: state, clipping, the decision to skip, the table of rates."""
+
+    _OWN: tuple[str, ...] = ("max_grad_norm", "bias_correction", "grad_norm", "skipped")
 
     def __init__(self, params, lr, betas, eps, weight_decay, max_grad_norm, bias_correction):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
@@ -84,6 +95,12 @@ class _Fused(torch.optim.Optimizer):
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         self.grad_norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._written: dict[Tensor, tuple[int, int]] = {}  # 16-bit parameter -> _mark at its last update
+
+    def __getstate__(self) -> dict:
+        """For copies: what torch.optim.Optimizer gives, and this class's own; that the copy wrote nothing yet."""
+        own = {key: self.__dict__[key] for key in self._OWN}
+        return super().__getstate__() | own | {"_written": {}}
 
     @torch.no_grad()
     def step(self, closure=None, *, grad_norm: Tensor | None = None):
@@ -91,8 +108,9 @@ class _Fused(torch.optim.Optimizer):
 
         ``grad_norm`` () is the norm to clip by and to decide by, where these parameters are only a part (an
         optimiser sharded over processes); by default the norm of their own gradients. Parameters without a gradient
-        are left alone. Raises RuntimeError for sparse gradients, ValueError for parameters on several devices or
-        not contiguous.
+        are left alone. Raises RuntimeError for sparse gradients, TypeError for dtypes other than float16, bfloat16,
+        float32 and float64, ValueError for parameters on several devices or not contiguous and for a loaded state of
+        other shapes; nothing is changed then.
         """
         loss = None
         if closure is not None:
@@ -102,7 +120,10 @@ class _Fused(torch.optim.Optimizer):
         trained = [p for _, params in groups for p in params]
         if not trained:
             return loss
-        norm = _norm([p.grad for p in trained]) if grad_norm is None else grad_norm.detach()
+        grads = [p.grad for p in trained]
+        _check([*grads, *trained])
+        states = {p: self._state_of(p) for p in trained}
+        norm = _run("norm", grads, grads) if grad_norm is None else grad_norm.detach()
         norm = norm.to(trained[0].device)
         finite = norm.isfinite()
         clip = torch.ones_like(norm)
@@ -114,39 +135,49 @@ class _Fused(torch.optim.Optimizer):
         self.skipped += ~finite  # in place: a replayed graph counts on in the same memory
         for group, params in groups:
             if params:
-                self._update(group, params, finite, clip)
+                self._update(group, params, [states[p] for p in params], finite, clip)
         return loss
 
-    def _update(self, group: dict, params: list[Tensor], finite: Tensor, clip: Tensor) -> None:
-        states = [self._state_of(p) for p in params]
+    def _update(self, group: dict, params: list[Tensor], states: list[dict], finite: Tensor, clip: Tensor) -> None:
         steps = self._steps(states, params)
         steps += finite
         function, extra = self._function()
         exact = torch.float64 if params[0].dtype == torch.float64 else torch.float32
         _run(
             function, params, params, [state.get("master", p) for state, p in zip(states, params, strict=True)],
-            [p.grad.contiguous() for p in params], [state["exp_avg"] for state in states],
+            [p.grad.to(p.dtype).contiguous() for p in params], [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states], self._rates(group, steps).to(exact), clip.to(exact),
             *group["betas"], group["eps"], *extra,
         )  # fmt: skip
+        torch.autograd.graph.increment_version(params)  # kernels write past autograd, which must refuse old graphs
+        self._written.update((p, _mark(p)) for p in params if p.dtype in _SIXTEEN_BITS)
 
     def _state_of(self, p: Tensor) -> dict:
-        state = self.state[p]
+        """The state of ``p`` where ``p`` is now, in the dtypes that its updates need."""
+        name = f"{type(self).__name__}: a parameter of shape {tuple(p.shape)}"
         if not p.is_contiguous():
-            raise ValueError(
-                f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is not contiguous: "
-                "store it with .contiguous()"
-            )
+            raise ValueError(f"{name} is not contiguous: store it with .contiguous()")
+        if p.dtype not in (*_SIXTEEN_BITS, torch.float32, torch.float64):
+            raise TypeError(f"{name} has dtype {p.dtype}, expected float16, bfloat16, float32 or float64")
+        exact = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state = self.state[p]
         if not state:
-            exact = torch.float64 if p.dtype == torch.float64 else torch.float32
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(p, dtype=exact, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=exact, memory_format=torch.contiguous_format)
-            if p.dtype in (torch.bfloat16, torch.float16):
-                state["master"] = p.detach().float()
-        elif state["exp_avg"].device != p.device:  # the model was moved
-            for key, value in state.items():
-                state[key] = value.to(p.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(p, dtype=exact, memory_format=torch.contiguous_format)
+        for key in ("exp_avg", "exp_avg_sq", "master"):  # the model may have been moved, converted, or a state loaded
+            if key in state:
+                if state[key].shape != p.shape:
+                    raise ValueError(f"{name} has a state {key} of shape {tuple(state[key].shape)}: not its own")
+                state[key] = state[key].to(device=p.device, dtype=exact).contiguous()
+        if p.dtype not in _SIXTEEN_BITS:
+            state.pop("master", None)
+        elif "master" not in state:
+            state["master"] = p.detach().float()
+        elif self._written.get(p) != _mark(p):
+            # Others wrote to p, to load weights say. Where that is the master's rounding the master keeps its bits.
+            master = state["master"]
+            master.copy_(torch.where(master.to(p.dtype) == p, master, p))
         return state
 
     def _steps(self, states: list[dict], params: list[Tensor]) -> Tensor:
@@ -195,6 +226,7 @@ class _Fused(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch.optim.Optimizer's; moments, masters and steps keep their float32 for 16-bit parameters too."""
         super().load_state_dict(state_dict)
+        self._written.clear()
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(numbers, params, strict=True):
@@ -240,6 +272,8 @@ class Lamb(_Fused):
     Source: Y. You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020;
     S. Sreenivas et al., "Pretraining BERT with Layer-wise Adaptive Learning Rates", NVIDIA, 2019.
     """
+
+    _OWN = (*_Fused._OWN, "variant")
 
     def __init__(
         self,
