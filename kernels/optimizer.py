@@ -42,27 +42,43 @@ def _at(table_ptr, row, tensors, tensor, DTYPE: tl.constexpr, ALIGNED: tl.conste
 
 @triton.jit
 def _chunk(chunk_ptr, size_ptr, BLOCK: tl.constexpr):
-    """This program's tensor, the offsets of its elements, and which of them exist."""
+    """This program's tensor, the offsets of its elements, the tensor's size, and whether all offsets are below it."""
     tensor = tl.load(chunk_ptr + 2 * tl.program_id(0))
     first = tl.load(chunk_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
-    offset = first + tl.arange(0, BLOCK)
-    return tensor, offset, offset < tl.load(size_ptr + tensor)
+    size = tl.load(size_ptr + tensor)
+    return tensor, first + tl.arange(0, BLOCK), size, first + BLOCK <= size
+
+
+# A mask whose edge the compiler does not know splits an access into single elements, so whole chunks have none: every
+# kernel has its work twice, and only a tensor's last chunk takes the masked one.
+@triton.jit
+def _load(pointer, offset, size, MASKED: tl.constexpr):
+    x = tl.load(pointer + offset, mask=offset < size, other=0.0) if MASKED else tl.load(pointer + offset)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, offset, size, x, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer + offset, x.to(pointer.dtype.element_ty), mask=offset < size)
+    else:
+        tl.store(pointer + offset, x.to(pointer.dtype.element_ty))
 
 
 @triton.jit
 def _moments(
-    table_ptr, tensors, tensor, offset, mask, clip, beta1, rest1, beta2, rest2, DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    table_ptr, tensors, tensor, offset, size, clip, beta1, rest1, beta2, rest2, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Both moments after this step's gradient; stored, and returned."""
     grad_ptr = _at(table_ptr, _GRAD, tensors, tensor, DTYPE, ALIGNED)
     m_ptr = _at(table_ptr, _EXP_AVG, tensors, tensor, tl.float32, ALIGNED)
     v_ptr = _at(table_ptr, _EXP_AVG_SQ, tensors, tensor, tl.float32, ALIGNED)
-    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32) * clip
-    m = beta1 * tl.load(m_ptr + offset, mask=mask, other=0.0) + rest1 * grad
-    v = beta2 * tl.load(v_ptr + offset, mask=mask, other=0.0) + rest2 * grad * grad
-    tl.store(m_ptr + offset, m, mask=mask)
-    tl.store(v_ptr + offset, v, mask=mask)
+    grad = _load(grad_ptr, offset, size, MASKED) * clip
+    m = beta1 * _load(m_ptr, offset, size, MASKED) + rest1 * grad
+    v = beta2 * _load(v_ptr, offset, size, MASKED) + rest2 * grad * grad
+    _store(m_ptr, offset, size, m, MASKED)
+    _store(v_ptr, offset, size, v, MASKED)
     return m, v
 
 
@@ -73,11 +89,19 @@ def _direction(rate_ptr, tensor, m, v, eps):
 
 @triton.jit
 def _store_weight(
-    table_ptr, tensors, tensor, offset, mask, w_ptr, w, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+    table_ptr, tensors, tensor, offset, size, w_ptr, w, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    tl.store(w_ptr + offset, w, mask=mask)
+    _store(w_ptr, offset, size, w, MASKED)
     if DTYPE.primitive_bitwidth < 32:  # float32 parameters are their own masters
-        tl.store(_at(table_ptr, _PARAM, tensors, tensor, DTYPE, ALIGNED) + offset, w.to(DTYPE), mask=mask)
+        _store(_at(table_ptr, _PARAM, tensors, tensor, DTYPE, ALIGNED), offset, size, w, MASKED)
+
+
+@triton.jit
+def _squares(table_ptr, partial_ptr, tensors, tensor, offset, size, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+             MASKED: tl.constexpr):  # fmt: skip
+    x = _load(_at(table_ptr, 0, tensors, tensor, DTYPE, ALIGNED), offset, size, MASKED)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(x * x, 0))
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -85,9 +109,26 @@ def _optimizer_norm_kernel(
     table_ptr, size_ptr, chunk_ptr, partial_ptr, tensors, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, offset, mask = _chunk(chunk_ptr, size_ptr, BLOCK)
-    x = tl.load(_at(table_ptr, 0, tensors, tensor, DTYPE, ALIGNED) + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(x * x, 0))
+    tensor, offset, size, whole = _chunk(chunk_ptr, size_ptr, BLOCK)
+    if whole:
+        _squares(table_ptr, partial_ptr, tensors, tensor, offset, size, DTYPE, ALIGNED, False)
+    else:
+        _squares(table_ptr, partial_ptr, tensors, tensor, offset, size, DTYPE, ALIGNED, True)
+
+
+@triton.jit
+def _adamw(
+    table_ptr, rate_ptr, tensors, tensor, offset, size, clip, beta1, rest1, beta2, rest2, eps, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    m, v = _moments(
+        table_ptr, tensors, tensor, offset, size, clip, beta1, rest1, beta2, rest2, DTYPE, ALIGNED, MASKED
+    )  # fmt: skip
+    lr = tl.load(rate_ptr + 4 * tensor)
+    kept = 1.0 - lr * tl.load(rate_ptr + 4 * tensor + 1)
+    w_ptr = _at(table_ptr, _MASTER, tensors, tensor, tl.float32, ALIGNED)
+    w = kept * _load(w_ptr, offset, size, MASKED) - lr * _direction(rate_ptr, tensor, m, v, eps)
+    _store_weight(table_ptr, tensors, tensor, offset, size, w_ptr, w, DTYPE, ALIGNED, MASKED)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -97,15 +138,33 @@ def _optimizer_adamw_kernel(
 ):  # fmt: skip
     clip = tl.load(clip_ptr)
     if clip == clip:
-        tensor, offset, mask = _chunk(chunk_ptr, size_ptr, BLOCK)
-        m, v = _moments(
-            table_ptr, tensors, tensor, offset, mask, clip, beta1, rest1, beta2, rest2, DTYPE, ALIGNED
-        )  # fmt: skip
-        lr = tl.load(rate_ptr + 4 * tensor)
-        kept = 1.0 - lr * tl.load(rate_ptr + 4 * tensor + 1)
-        w_ptr = _at(table_ptr, _MASTER, tensors, tensor, tl.float32, ALIGNED)
-        w = kept * tl.load(w_ptr + offset, mask=mask, other=0.0) - lr * _direction(rate_ptr, tensor, m, v, eps)
-        _store_weight(table_ptr, tensors, tensor, offset, mask, w_ptr, w, DTYPE, ALIGNED)
+        tensor, offset, size, whole = _chunk(chunk_ptr, size_ptr, BLOCK)
+        if whole:
+            _adamw(
+                table_ptr, rate_ptr, tensors, tensor, offset, size, clip, beta1, rest1, beta2, rest2, eps, DTYPE,
+                ALIGNED, False,
+            )  # fmt: skip
+        else:
+            _adamw(
+                table_ptr, rate_ptr, tensors, tensor, offset, size, clip, beta1, rest1, beta2, rest2, eps, DTYPE,
+                ALIGNED, True,
+            )  # fmt: skip
+
+
+@triton.jit
+def _lamb_moments(
+    table_ptr, rate_ptr, partial_ptr, tensors, tensor, offset, size, clip, beta1, rest1, beta2, rest2, eps,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    m, v = _moments(
+        table_ptr, tensors, tensor, offset, size, clip, beta1, rest1, beta2, rest2, DTYPE, ALIGNED, MASKED
+    )  # fmt: skip
+    w = _load(_at(table_ptr, _MASTER, tensors, tensor, tl.float32, ALIGNED), offset, size, MASKED)
+    u = _direction(rate_ptr, tensor, m, v, eps) + tl.load(rate_ptr + 4 * tensor + 1) * w
+    if MASKED:
+        u = tl.where(offset < size, u, 0.0)  # past the end 0 / eps, which is NaN where eps is 0
+    tl.store(partial_ptr + 2 * tl.program_id(0), tl.sum(w * w, 0))
+    tl.store(partial_ptr + 2 * tl.program_id(0) + 1, tl.sum(u * u, 0))
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -115,15 +174,17 @@ def _optimizer_lamb_moments_kernel(
 ):  # fmt: skip
     clip = tl.load(clip_ptr)
     if clip == clip:
-        tensor, offset, mask = _chunk(chunk_ptr, size_ptr, BLOCK)
-        m, v = _moments(
-            table_ptr, tensors, tensor, offset, mask, clip, beta1, rest1, beta2, rest2, DTYPE, ALIGNED
-        )  # fmt: skip
-        w_ptr = _at(table_ptr, _MASTER, tensors, tensor, tl.float32, ALIGNED)
-        w = tl.load(w_ptr + offset, mask=mask, other=0.0)
-        u = _direction(rate_ptr, tensor, m, v, eps) + tl.load(rate_ptr + 4 * tensor + 1) * w  # 0 past the end
-        tl.store(partial_ptr + 2 * tl.program_id(0), tl.sum(w * w, 0))
-        tl.store(partial_ptr + 2 * tl.program_id(0) + 1, tl.sum(u * u, 0))
+        tensor, offset, size, whole = _chunk(chunk_ptr, size_ptr, BLOCK)
+        if whole:
+            _lamb_moments(
+                table_ptr, rate_ptr, partial_ptr, tensors, tensor, offset, size, clip, beta1, rest1, beta2, rest2, eps,
+                DTYPE, ALIGNED, False,
+            )  # fmt: skip
+        else:
+            _lamb_moments(
+                table_ptr, rate_ptr, partial_ptr, tensors, tensor, offset, size, clip, beta1, rest1, beta2, rest2, eps,
+                DTYPE, ALIGNED, True,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -147,6 +208,20 @@ def _optimizer_lamb_ratio_kernel(
     tl.store(ratio_ptr + tensor, tl.where(adapts, ratio, 1.0))
 
 
+@triton.jit
+def _lamb_apply(
+    table_ptr, rate_ptr, ratio_ptr, tensors, tensor, offset, size, eps, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    m = _load(_at(table_ptr, _EXP_AVG, tensors, tensor, tl.float32, ALIGNED), offset, size, MASKED)
+    v = _load(_at(table_ptr, _EXP_AVG_SQ, tensors, tensor, tl.float32, ALIGNED), offset, size, MASKED)
+    w_ptr = _at(table_ptr, _MASTER, tensors, tensor, tl.float32, ALIGNED)
+    w = _load(w_ptr, offset, size, MASKED)
+    u = _direction(rate_ptr, tensor, m, v, eps) + tl.load(rate_ptr + 4 * tensor + 1) * w
+    w -= tl.load(rate_ptr + 4 * tensor) * tl.load(ratio_ptr + tensor) * u
+    _store_weight(table_ptr, tensors, tensor, offset, size, w_ptr, w, DTYPE, ALIGNED, MASKED)
+
+
 @triton.jit(do_not_specialize=["tensors"])
 def _optimizer_lamb_apply_kernel(
     table_ptr, size_ptr, chunk_ptr, rate_ptr, clip_ptr, ratio_ptr, tensors, eps, DTYPE: tl.constexpr,
@@ -154,16 +229,11 @@ def _optimizer_lamb_apply_kernel(
 ):  # fmt: skip
     clip = tl.load(clip_ptr)
     if clip == clip:
-        tensor, offset, mask = _chunk(chunk_ptr, size_ptr, BLOCK)
-        m_ptr = _at(table_ptr, _EXP_AVG, tensors, tensor, tl.float32, ALIGNED)
-        v_ptr = _at(table_ptr, _EXP_AVG_SQ, tensors, tensor, tl.float32, ALIGNED)
-        w_ptr = _at(table_ptr, _MASTER, tensors, tensor, tl.float32, ALIGNED)
-        m = tl.load(m_ptr + offset, mask=mask, other=0.0)
-        v = tl.load(v_ptr + offset, mask=mask, other=0.0)
-        w = tl.load(w_ptr + offset, mask=mask, other=0.0)
-        u = _direction(rate_ptr, tensor, m, v, eps) + tl.load(rate_ptr + 4 * tensor + 1) * w
-        size = tl.load(rate_ptr + 4 * tensor) * tl.load(ratio_ptr + tensor)
-        _store_weight(table_ptr, tensors, tensor, offset, mask, w_ptr, w - size * u, DTYPE, ALIGNED)
+        tensor, offset, size, whole = _chunk(chunk_ptr, size_ptr, BLOCK)
+        if whole:
+            _lamb_apply(table_ptr, rate_ptr, ratio_ptr, tensors, tensor, offset, size, eps, DTYPE, ALIGNED, False)
+        else:
+            _lamb_apply(table_ptr, rate_ptr, ratio_ptr, tensors, tensor, offset, size, eps, DTYPE, ALIGNED, True)
 
 
 def _copied(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
