@@ -29,6 +29,7 @@ from workload import MODELS, Workload, model_config, random_batch
 from bert_fast.env import environment
 
 DROPOUT = 0.1
+STARTED = time.perf_counter()
 TIMED_SECONDS = 200  # of interleaved rounds at full length that the default batch is chosen for
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -124,7 +125,7 @@ class Bar:
         if self.live:
             self.progress.reset(self.task, description=text, total=total)
         else:
-            print(f".. {text}", flush=True)
+            print(f".. {time.perf_counter() - STARTED:3.0f} s  {text}", flush=True)
 
     def tick(self, _name: str) -> None:
         if self.live:
@@ -246,7 +247,6 @@ def main(argv: list[str] | None = None) -> int:
     dtype, device = DTYPES[options.dtype], options.device
     facts = environment()
     say = tables.console.print
-    started = time.perf_counter()
 
     if not options.kernels:
         with Bar() as bar:
@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks/run.py: parity failed, so no speed is measured", file=sys.stderr)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
-    say(f"{time.perf_counter() - started:.0f} s in all")
+    say(f"{time.perf_counter() - STARTED:.0f} s in all")
     return 0 if passed else 1
 
 
