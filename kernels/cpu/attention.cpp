@@ -177,7 +177,7 @@ int forward(const T* qkv, T* out, float* lse, const Shape& shape, float scale, c
         }
     });
     const int64_t used = shape.cu_seqlens[shape.sequences];
-    memset(static_cast<void*>(out + used * shape.out_stride()), 0,
+    if (used < shape.tokens) memset(static_cast<void*>(out + used * shape.out_stride()), 0,
            (shape.tokens - used) * shape.out_stride() * sizeof(T));
     for (int64_t head = 0; head < shape.heads; head++)
         memset(lse + head * shape.tokens + used, 0, (shape.tokens - used) * sizeof(float));
@@ -287,7 +287,7 @@ int backward(const T* grad_out, const T* qkv, const T* out, const float* lse, T*
         store_rows(grad_q_out, stride, grad_q, d_row, length, size, scale);
     });
     const int64_t used = shape.cu_seqlens[shape.sequences];
-    memset(static_cast<void*>(grad_qkv + used * shape.token_stride()), 0,
+    if (used < shape.tokens) memset(static_cast<void*>(grad_qkv + used * shape.token_stride()), 0,
            (shape.tokens - used) * shape.token_stride() * sizeof(T));
     return DONE;
 }
