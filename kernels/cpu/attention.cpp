@@ -179,7 +179,7 @@ int forward(const T* qkv, T* out, float* lse, const Shape& shape, float scale, c
     const int64_t used = shape.cu_seqlens[shape.sequences];
     if (used < shape.tokens) memset(static_cast<void*>(out + used * shape.out_stride()), 0,
            (shape.tokens - used) * shape.out_stride() * sizeof(T));
-    for (int64_t head = 0; head < shape.heads; head++)
+    for (int64_t head = 0; used < shape.tokens && head < shape.heads; head++)
         memset(lse + head * shape.tokens + used, 0, (shape.tokens - used) * sizeof(float));
     return DONE;
 }
