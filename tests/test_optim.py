@@ -321,6 +321,17 @@ def test_a_group_may_come_later():
     assert [int(optimizer.state[p]["step"]) for p in params] == [2, 1]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lamb_without_eps_at_sizes_that_fill_no_vector(backend):
+    """What a backend reads past the end of a parameter is 0 / 0 there, and must not reach the norms."""
+    shapes = [(3, 7), (2049, 3)]
+    ours, plain = parameters(shapes=shapes), parameters(shapes=shapes)
+    train(backend, "lamb", ours, steps=1, eps=0.0)
+    train("reference", "lamb", plain, steps=1, eps=0.0)
+    for p, q in zip(ours, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_a_group_may_be_empty():
     optimizer = KINDS["lamb"]([{"params": []}])
     optimizer.step()

@@ -170,9 +170,10 @@ int lamb(const Tensors& t, const Hyper& hyper, bool adapt_all, int threads) {
                 store_first(m + i, e.m, left);
                 store_first(v + i, e.v, left);
                 const vfloat weight = load_first(w + i, left);
-                const vfloat u = direction(e, rates, hyper) + rates.decay * weight;
+                vfloat u = direction(e, rates, hyper) + rates.decay * weight;
+                if (left < LANES) u = keep_lanes(u, (1u << left) - 1);  // past the end 0 / eps, NaN where eps is 0
                 w_sum += weight * weight;
-                u_sum += u * u;  // lanes past the end hold zeros, and their u is 0
+                u_sum += u * u;
             }
             weights += sum_lanes(w_sum);
             updates += sum_lanes(u_sum);
