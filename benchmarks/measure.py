@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bert_fast.train.devices import has_matrix_unit
+
 
 def synchronize(device: str) -> None:
     if device == "cuda":
@@ -32,7 +34,7 @@ def matmul_rate(device: str, dtype: torch.dtype, repeat: int = 5) -> float:
     """FLOP/s of the library's matrix product at the model's sizes (the best of several), on random data."""
     size = 8192 if device == "cuda" else 2048
     a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
-    if device == "cpu" and not has_matrix_unit(device, dtype):
+    if device == "cpu" and not has_matrix_unit(torch.device(device), dtype):
         a, b = a[:512], b[:, :1024].contiguous()
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
     seconds(lambda: a @ b, device)
@@ -45,22 +47,6 @@ def copy_rate(device: str, repeat: int = 5) -> float:
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(repeat))
-
-
-def has_matrix_unit(device: str, dtype: torch.dtype) -> bool:
-    """Does the device multiply matrices of ``dtype`` in hardware, rather than by converting?"""
-    if dtype == torch.float32:
-        return True
-    if device == "cuda":
-        return torch.cuda.get_device_capability()[0] >= (8 if dtype == torch.bfloat16 else 7)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    words = set(flags.split())
-    return bool(
-        words & ({"avx512_bf16", "amx_bf16", "bf16"} if dtype == torch.bfloat16 else {"amx_fp16", "avx512_fp16"})
-    )
 
 
 def interleave(

@@ -21,12 +21,13 @@ import tables
 import torch
 import transformers
 import variants
-from flops import step_flops
 from numerical_parity import compare
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from workload import MODELS, Workload, model_config, random_batch
 
 from bert_fast.env import environment
+from bert_fast.flops import step_flops
+from bert_fast.train.devices import has_matrix_unit
 
 DROPOUT = 0.1
 STARTED = time.perf_counter()
@@ -79,7 +80,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--peers: unknown {peer!r}; the peers are {', '.join(variants.PEERS)}")
     options.nsp, options.train = not options.no_nsp, options.mode == "train"
     if options.dtype == "auto":
-        hardware = measure.has_matrix_unit(options.device, torch.bfloat16)
+        hardware = has_matrix_unit(torch.device(options.device), torch.bfloat16)
         options.dtype = "bfloat16" if hardware else "float32"
         options.why_dtype = "" if hardware else " (this device has no bfloat16 matrix unit; --dtype bfloat16 forces it)"
     else:

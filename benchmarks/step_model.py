@@ -20,9 +20,10 @@ from pathlib import Path
 # Works on a checkout that nobody installed; the siblings are scripts, not a package.
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from flops import step_flops
 from operators import masked_positions
 from workload import model_config, wikipedia_quantiles
+
+from bert_fast.flops import step_flops
 
 CASES = [(model, seq, kind) for model in ("base", "large") for seq in (128, 512) for kind in ("full", "wikipedia")]
 TOKENS = 32768  # real tokens of a step
@@ -182,7 +183,7 @@ def update(config, weights: str, optimizer: str) -> list[Entry]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step at the ceilings. ``mfu`` counts the full formula (benchmarks/flops.py) over the matrix-product rate."""
+    """A step at the ceilings. ``mfu`` counts the full formula (bert_fast/flops.py) over the matrix-product rate."""
 
     seconds: float
     sequences_per_s: float

@@ -197,14 +197,17 @@ class Progress:
         return "  ".join([*parts, self.text]).rstrip()
 
 
-class _LineProgress(Progress):
-    """A plain line on stderr every ten seconds and at the end: stderr is a file or a pipe."""
+class _TimedProgress(Progress):
+    """Prints the state at most every ``every`` seconds, and the last one where it has not been printed."""
 
-    def start(self) -> None:
-        self._shown_at, self._shown = time.monotonic(), None
+    every: float
+
+    def __init__(self, total, what, unit, done):
+        super().__init__(total, what, unit, done)
+        self._shown_at, self._shown = -math.inf, None
 
     def show(self) -> None:
-        if time.monotonic() - self._shown_at >= LINE_EVERY:
+        if time.monotonic() - self._shown_at >= self.every:
             self._print()
 
     def stop(self) -> None:
@@ -213,26 +216,35 @@ class _LineProgress(Progress):
 
     def _print(self) -> None:
         self._shown_at, self._shown = time.monotonic(), self.done
+        self.write()
+
+    def write(self) -> None:
+        """Prints the state."""
+        raise NotImplementedError
+
+
+class _LineProgress(_TimedProgress):
+    """A plain line on stderr every ten seconds and at the end: stderr is a file or a pipe."""
+
+    every = LINE_EVERY
+
+    def start(self) -> None:
+        self._shown_at = time.monotonic()
+
+    def write(self) -> None:
         print(self.line(), file=sys.stderr, flush=True)
 
 
-class _JsonProgress(Progress):
+class _JsonProgress(_TimedProgress):
     """{"kind": "progress", "what", "unit", "done", "total", "rate", "seconds_left", ...} at most once a second."""
+
+    every = JSON_EVERY
 
     def __init__(self, total, what, unit, done, write: Callable[[dict], None]):
         super().__init__(total, what, unit, done)
-        self._write, self._shown_at, self._shown = write, -math.inf, None
+        self._write = write
 
-    def show(self) -> None:
-        if time.monotonic() - self._shown_at >= JSON_EVERY:
-            self._print()
-
-    def stop(self) -> None:
-        if self.done != self._shown and self.done > self._done_before:
-            self._print()
-
-    def _print(self) -> None:
-        self._shown_at, self._shown = time.monotonic(), self.done
+    def write(self) -> None:
         state = {"what": self.what, "unit": self.unit, "done": self.done, "total": self.total}
         state |= {"rate": round(self.rate, 3), "seconds_left": _rounded(self.seconds_left)}
         self._write({"kind": "progress"} | state | self.facts)

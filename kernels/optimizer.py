@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..optim.reference import by_dtype
 from . import rows
 
 Tensor = torch.Tensor
@@ -289,18 +290,11 @@ class _Work:
         }
 
 
-def _by_dtype(tensors) -> dict[torch.dtype, list[int]]:
-    found: dict[torch.dtype, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        found.setdefault(tensor.dtype, []).append(i)
-    return found
-
-
 def optimizer_norm(tensors) -> Tensor:
     """See bert_fast/optim/reference.py."""
     rows.check_tensors("optim", **{f"gradient {i}": t for i, t in enumerate(tensors)})
     parts = []
-    for numbers in _by_dtype(tensors).values():
+    for numbers in by_dtype(tensors).values():
         kept = [tensors[i].contiguous() for i in numbers]
         work = _Work([kept])
         partial = torch.empty(work.programs, dtype=torch.float32, device=work.device)
@@ -313,11 +307,11 @@ def optimizer_norm(tensors) -> Tensor:
 def _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
     """The work of each dtype of parameters, and its rates."""
     rows.check_tensors("optim", **{f"parameter {i}": t for i, t in enumerate(params)})
-    by_dtype = _by_dtype(params)
-    for numbers in by_dtype.values():
+    kinds = by_dtype(params)
+    for numbers in kinds.values():
         lists = [[tensors[i] for i in numbers] for tensors in (params, masters, grads, exp_avgs, exp_avg_sqs)]
         chosen = rates
-        if len(by_dtype) > 1:
+        if len(kinds) > 1:
             chosen = rates[_held(_table((tuple(numbers),), rates.device))[0]]
         work = _Work(lists)
         if work.programs:

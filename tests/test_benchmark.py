@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import BertConfig
 
+from bert_fast import flops
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -40,13 +42,13 @@ def run(*arguments: str):
 )
 def test_flops_of_published_sizes(layers, hidden, seq, predicted, gflop):
     config = BertConfig(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=30522)
-    counted = load("flops").step_flops(config, [seq], predicted, train=True) / 1e9
+    counted = flops.step_flops(config, [seq], predicted, train=True) / 1e9
     assert counted == pytest.approx(gflop, rel=1e-3)
 
 
 def test_flops_of_a_last_layer_that_is_read_in_part():
     """Three products of every layer follow its attention: their weights, twice, for every token that is not read."""
-    flops, config = load("flops"), BertConfig(num_hidden_layers=3, hidden_size=8, intermediate_size=32, vocab_size=100)
+    config = BertConfig(num_hidden_layers=3, hidden_size=8, intermediate_size=32, vocab_size=100)
     whole = flops.forward_flops(config, [10, 6], 4)
     assert flops.forward_flops(config, [10, 6], 4, read=16) == whole
     assert whole - flops.forward_flops(config, [10, 6], 4, read=6) == 10 * 2 * (8 * 8 + 8 * 32 + 32 * 8)

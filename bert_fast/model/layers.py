@@ -19,25 +19,24 @@ from . import idcheck
 Tensor = torch.Tensor
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def plain(module: nn.Module, kind: type) -> bool:
     """``module`` is exactly ``kind``, and calling it does nothing but its forward."""
-    return (
-        type(module) is kind
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-    )
+    return type(module) is kind and not _hooked(module)
 
 
 def unhooked(module: nn.Module) -> bool:
     """Nobody looks on where ``module`` or anything in it is called."""
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or "forward" in m.__dict__
-        for m in module.modules()
-    )  # fmt: skip
+    return not any(_hooked(m) for m in module.modules())
 
 
 def dropout_p(dropout: nn.Module) -> float:

@@ -32,6 +32,14 @@ Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
 
 
+def by_dtype(tensors: Tensors) -> dict[torch.dtype, list[int]]:
+    """Which of ``tensors`` have which dtype: a kernel takes those of one."""
+    found: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        found.setdefault(tensor.dtype, []).append(i)
+    return found
+
+
 def optimizer_norm(tensors: Tensors) -> Tensor:
     """The L2 norm of all elements of all tensors, () float32 (float64 where one tensor is)."""
     total = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -58,13 +58,12 @@ def sums(
 
 def _batch_sums(model: torch.nn.Module, batch: dict, device: torch.device) -> Tensor:
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    rows = Rows()
+    rows = Rows(places=batch["masked_positions"])
     outputs = model.bert(**{name: batch[name] for name in INPUTS if name in batch}, rows=rows, return_dict=True)
     head = model.cls.predictions
     found = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-    chunks = (part.split(ROWS_AT_ONCE) for part in (batch["masked_positions"], batch["masked_labels"]))
-    for positions, labels in zip(*chunks, strict=True):
-        scores = head.decoder(head.transform(rows.hidden.index_select(0, positions)))
+    for hidden, labels in zip(*(t.split(ROWS_AT_ONCE) for t in (rows.hidden, batch["masked_labels"])), strict=True):
+        scores = head.decoder(head.transform(hidden))
         found[0:3] += _cross_entropy_sums(scores, labels)
     labels = batch.get("next_sentence_label")
     if labels is not None and hasattr(model.cls, "seq_relationship"):

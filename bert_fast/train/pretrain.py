@@ -14,10 +14,11 @@ import torch
 from bert_fast.data import load_tokenizer, open_corpus, read_manifest
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.shards import write_atomically
+from bert_fast.flops import step_flops
 from bert_fast.output import Output
 from bert_fast.train import checkpoint, modelling
 from bert_fast.train.config import ConfigError, PretrainConfig, flag
-from bert_fast.train.devices import matmul_peak, multiplies_bfloat16, training_flops
+from bert_fast.train.devices import has_matrix_unit, matmul_peak
 from bert_fast.train.distributed import Ranks, started
 from bert_fast.train.export import export
 from bert_fast.train.loader import BatchMaker, Work, load_updates, updates
@@ -67,7 +68,8 @@ class _Run:
         self.total = self.phases[-1].last
         if any(phase.batch_size < ranks.world for phase in self.phases):
             raise ConfigError(f"--batch-size must give each of {ranks.world} processes a sequence")
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and multiplies_bfloat16(ranks.device))
+        automatic = config.precision == "auto"
+        self.bf16 = config.precision == "bf16" or (automatic and has_matrix_unit(ranks.device, torch.bfloat16))
         self.tokens = config.micro_tokens or (16384 if ranks.device.type == "cuda" else 4096)
 
         self.manifest, corpus = read_manifest(config.data), open_corpus(config.data)
@@ -175,7 +177,7 @@ class _Run:
         update = work.update
         mlm, nsp, stops, norm = outcome.scalars.tolist()
         self.step, self.place, self.phase = update.step + 1, update.after, phase_of(update.step, self.phases)
-        flops = training_flops(self.model.config, update.lengths, int(update.masked.sum()))
+        flops = step_flops(self.model.config, update.lengths.tolist(), int(update.masked.sum()), train=True)
         self.meter.count(int(update.lengths.sum()), flops)
         finite = all(map(_is_finite, (mlm, nsp, norm)))
         self.skipped = [self.skipped[0], 0] if finite else [self.skipped[0] + 1, self.skipped[1] + 1]

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bert_fast import optim
+from bert_fast.model.losses import cross_entropy
 from bert_fast.train.distributed import Ranks
-
-IGNORED = -100
 
 
 class Outcome(NamedTuple):
@@ -98,8 +96,7 @@ class Step:
         nsp = torch.zeros_like(loss.detach())
         if labels is not None:
             logits = output.seq_relationship_logits.detach().float()
-            nsp = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            nsp = nsp / counts["num_sequences_in_batch"]
+            nsp = cross_entropy(logits, labels, counts["num_sequences_in_batch"])
         return loss, torch.stack([loss.detach() - nsp, nsp])
 
 

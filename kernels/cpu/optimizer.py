@@ -2,6 +2,7 @@
 
 import torch
 
+from ...optim.reference import by_dtype
 from . import DTYPES, function
 
 Tensor = torch.Tensor
@@ -11,17 +12,10 @@ _update = function("optimizer_update", "iiplpffffffi")
 _ADAMW, _LAMB, _LAMB_ADAPT_ALL = 0, 1, 2
 
 
-def _by_dtype(tensors) -> dict[torch.dtype, list[int]]:
-    found: dict[torch.dtype, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        found.setdefault(tensor.dtype, []).append(i)
-    return found
-
-
 def optimizer_norm(tensors) -> Tensor:
     """The L2 norm of all elements of all tensors, () float32; summed in float64."""
     total, part = 0.0, torch.empty((), dtype=torch.float64)
-    for dtype, numbers in _by_dtype(tensors).items():
+    for dtype, numbers in by_dtype(tensors).items():
         kept = [tensors[i].contiguous() for i in numbers]
         table = torch.tensor([[t.data_ptr() for t in kept], [t.numel() for t in kept]])
         _norm(DTYPES[dtype], table[0], table[1], len(kept), part, torch.get_num_threads())
@@ -30,7 +24,7 @@ def optimizer_norm(tensors) -> Tensor:
 
 
 def _step(kind: int, params, masters, grads, exp_avgs, exp_avg_sqs, rates, clip, beta1, beta2, eps) -> None:
-    for dtype, numbers in _by_dtype(params).items():
+    for dtype, numbers in by_dtype(params).items():
         lists = [[tensors[i] for i in numbers] for tensors in (params, masters, grads, exp_avgs, exp_avg_sqs)]
         table = [[t.data_ptr() for t in tensors] for tensors in lists]
         table.append([t.numel() for t in lists[0]])
