@@ -1,5 +1,5 @@
 // The C++ operators under ThreadSanitizer, without Python: each runs on three std::threads, twice, and must give the
-// same bits. `make sanitize` builds it (CMake option BERT_FAST_SANITIZE=thread) and runs it for every instruction set.
+// same bits. `make sanitize` builds it (CMake option BERT_FAST_SANITIZE=thread); scalar and AVX2 run, in float32.
 //
 // torch's own threads meet in an OpenMP barrier that ThreadSanitizer cannot see; here a team starts and joins threads,
 // which it can. What the operators do between start and join is the same.
