@@ -1,4 +1,5 @@
-"""Are the numbers right? Loss and every parameter's gradient, ours and the reference's, each against float64.
+"""Are the numbers right? Loss and every parameter's gradient, ours and the reference's, each against float64; or what
+encoders give.
 
 Same weights, same batch, dropout 0: the reference in float64 is the truth; the reference in the benchmark's dtype
 says what that dtype costs. An error is the L2 norm of the difference over the L2 norm of the truth (over 0.1 % of
@@ -10,12 +11,15 @@ import math
 
 import torch
 import transformers
-from variants import precision
+from variants import build, library, precision
 from workload import Batch
 
 import bert_fast
 
+Tensor = torch.Tensor
+
 FACTOR = 1.5
+PEER_FACTOR = 4.0  # of other libraries: they round where they like, OpenVINO in bfloat16 the residual stream too
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 
 
@@ -55,6 +59,62 @@ def compare(config, batch: Batch, device: str, dtype: torch.dtype, *, nsp: bool,
         del model
         reference = None
     return rows_of(results["truth"], results["reference"], results["ours"], FLOOR[dtype])
+
+
+def _encoding(name: str, config, weights: dict, batch: Batch, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a variant gives for the batch's real tokens, one after the other, and for its sequences."""
+    variant = build(name, config, device, train=False, nsp=True, dtype=dtype, weights=weights)
+    inputs = variant.batch_of(batch)
+    with torch.inference_mode(), precision(device, dtype):
+        outputs = variant.model(**inputs)
+    states = outputs.last_hidden_state
+    real = states[0, : batch.real_tokens] if name == "bert_fast" else states[inputs["attention_mask"] != 0]
+    return {"last_hidden_state": real.double().cpu(), "pooler_output": outputs.pooler_output.double().cpu()}
+
+
+def compare_encodings(
+    config, batch: Batch, device: str, dtype: torch.dtype, peers: list[str], *, progress
+) -> tuple[list[dict], dict[str, str]]:
+    """Rows as :func:`compare` has them, of the outputs of ours and of each of ``peers``; and why a peer cannot run.
+
+    The reference is transformers with eager attention; ``peers`` are those of other libraries.
+    """
+    torch.manual_seed(1)
+    progress("parity: the reference in float64")
+    reference = transformers.BertModel(config)
+    weights = {key: value.clone() for key, value in reference.state_dict().items()}
+    padded = {key: batch.padded[key] for key in ("input_ids", "token_type_ids", "attention_mask")}
+    with torch.inference_mode():
+        outputs = reference.double().eval().to(device)(**padded)
+    real = padded["attention_mask"] != 0
+    truth = {"last_hidden_state": outputs.last_hidden_state[real].cpu(), "pooler_output": outputs.pooler_output.cpu()}
+    del reference, outputs
+    found, failed = {}, {}
+    for name in ("hf-eager", "bert_fast", *peers):
+        progress(f"parity: {name}")
+        try:
+            found[name] = _encoding(name, config, weights, batch, device, dtype)
+        except Exception as error:
+            if library(name) in ("transformers", "bert_fast"):
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"  # the others still run
+    rows = []
+    for name in [name for name in found if name != "hf-eager"]:
+        for what, true in truth.items():
+            scale = float(true.norm())
+            error, allowed = (float((found[one][what] - true).norm()) / scale for one in (name, "hf-eager"))
+            bound = (FACTOR if name == "bert_fast" else PEER_FACTOR) * allowed + FLOOR[dtype]
+            rows.append(
+                {
+                    "what": what,
+                    "variant": name,
+                    "error": error,
+                    "reference_error": allowed,
+                    "bound": bound,
+                    "passed": error <= bound,  # False for NaN
+                }
+            )
+    return rows, failed
 
 
 def rows_of(truth: dict, reference: dict, ours: dict, floor: float) -> list[dict]:

@@ -16,12 +16,13 @@ from pathlib import Path
 # Works on a checkout that nobody installed; the siblings are scripts, not a package.
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+import exported
 import measure
 import tables
 import torch
 import transformers
 import variants
-from numerical_parity import compare
+from numerical_parity import compare, compare_encodings
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from workload import MODELS, Workload, model_config, random_batch
 
@@ -54,7 +55,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="clipping and an update in the step: bert_fast.optim's for ours, PyTorch's own AdamW and "
         "a LAMB of PyTorch's operations for the peers",
     )
-    parser.add_argument("--peers", default=",".join(variants.PEERS), help="comma-separated: "
+    parser.add_argument("--peers", default=",".join(variants.DEFAULT_PEERS), help="comma-separated: "
                         + "; ".join(f"{name} ({variants.DESCRIPTIONS[name]})" for name in variants.PEERS))  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--corpus", help="text to take the batches from (default: Python's language reference)")
@@ -93,6 +94,8 @@ def usable_peers(options: argparse.Namespace) -> tuple[list[str], dict[str, str]
     why = {peer: variants.why_unavailable(peer, options.device) for peer in options.peers}
     if not options.train or options.no_nsp:
         why["hf-masked-head"] = "it is for MLM + NSP training"
+    if options.train:
+        why |= dict.fromkeys(exported.PACKAGES, "it encodes only: --mode encode")
     return [p for p in options.peers if why.get(p) is None], {p: why[p] for p in options.peers if why.get(p)}
 
 
@@ -138,6 +141,11 @@ def label(name: str, padding: str) -> str:
     return f"{name}, {padding}" if padding == "longest" else name
 
 
+def computes_in(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What the variant ``name`` multiplies in where ``dtype`` is asked for."""
+    return exported.computes_in(name, dtype) if name in exported.PACKAGES else dtype
+
+
 def executed_flops(options, config, batch, name: str, padding: str) -> int:
     """What a variant really computes: padding too where it pads, and the head wherever it runs it."""
     if padding == "packed":
@@ -165,7 +173,7 @@ def timed_table(
         bar.phase(f"{title}: warming up {key}")
         try:
             variant = variants.build(
-                name, config, options.device, train=options.train, nsp=options.nsp, padding=padding
+                name, config, options.device, train=options.train, nsp=options.nsp, padding=padding, dtype=dtype
             )
             step = variants.make_step(
                 variant, batch, options.device, dtype, train=options.train, optimizer=options.optimizer
@@ -200,7 +208,8 @@ def timed_table(
     )
     for name, padding in entries:
         key = label(name, padding)
-        row = {"name": name, "padding": padding, "key": key, "dtype": NAMES[dtype]}
+        multiplies_in = computes_in(name, dtype)
+        row = {"name": name, "padding": padding, "key": key, "dtype": NAMES[multiplies_in]}
         if key in failed:
             rows.append(row | {"failed": failed[key]})
             continue
@@ -213,8 +222,8 @@ def timed_table(
                 "sequences_per_s": len(batch.lengths) / step["p50"],
                 "real_tokens_per_s": batch.real_tokens / step["p50"],
                 "executed_tflops": executed / step["p50"] / 1e12,
-                "share_of_peak": executed / step["p50"] / peaks[dtype],
-                "mfu": full / step["p50"] / peaks[dtype],
+                "share_of_peak": executed / step["p50"] / peaks[multiplies_in],
+                "mfu": full / step["p50"] / peaks[multiplies_in],
                 "peak_memory_mib": memory[key],
             }
         )
@@ -227,11 +236,12 @@ def memory_of(text: str) -> int:
     """In a child process: the peak memory of one variant's step, on a batch of the same shape, printed in MiB."""
     a = json.loads(text)
     config = model_config(a["model"], dropout=DROPOUT)
-    variant = variants.build(a["name"], config, a["device"], train=a["train"], nsp=a["nsp"], padding=a["padding"])
-    batch = random_batch(a["lengths"], a["predicted"], a["seq"], a["device"], nsp=a["nsp"])
-    step = variants.make_step(
-        variant, batch, a["device"], DTYPES[a["dtype"]], train=a["train"], optimizer=a["optimizer"]
+    dtype = DTYPES[a["dtype"]]
+    variant = variants.build(
+        a["name"], config, a["device"], train=a["train"], nsp=a["nsp"], padding=a["padding"], dtype=dtype
     )
+    batch = random_batch(a["lengths"], a["predicted"], a["seq"], a["device"], nsp=a["nsp"])
+    step = variants.make_step(variant, batch, a["device"], dtype, train=a["train"], optimizer=a["optimizer"])
     with measure.PeakMemory(a["device"]) as peak:
         step()
     print(peak.mib)
@@ -311,8 +321,18 @@ def main(argv: list[str] | None = None) -> int:
 
     with Bar() as bar:
         plain = model_config(options.model, dropout=0.0)
-        parity = compare(plain, check, device, dtype, nsp=options.nsp, progress=bar.phase)
-    tables.show_parity(parity)
+        if options.train:
+            parity = compare(plain, check, device, dtype, nsp=options.nsp, progress=bar.phase)
+        else:
+            others = [peer for peer in peers if variants.library(peer) != "transformers"]
+            parity, failed = compare_encodings(plain, check, device, dtype, others, progress=bar.phase)
+            peers = [peer for peer in peers if peer not in failed]
+    if options.train:
+        tables.show_parity(parity)
+    else:
+        for peer, why in failed.items():
+            say(f"left out   {peer}: {why}")
+        tables.show_encoding_parity(parity)
     passed = all(row["passed"] for row in parity)
     results = {
         "environment": facts | {"limits": limits},
@@ -358,13 +378,14 @@ def time_everything(options, config, batch, wikipedia, peers, dtype, peaks, resu
         f"{options.lengths} lengths, {shape}, {options.dtype}", batch,
         [("bert_fast", "packed"), *((peer, "padded") for peer in peers)], dtype, options.lengths,
     )  # fmt: skip
+    best = {}  # of each library
     timed = [row for row in rows if row["name"] != "bert_fast" and "failed" not in row]
-    best = min(timed, key=lambda row: row["step_s"]["p50"])["name"] if timed else None
+    for row in sorted(timed, key=lambda row: row["step_s"]["p50"]):
+        best.setdefault(variants.library(row["name"]), row["name"])
     if wikipedia is not None:
         mean = wikipedia.real_tokens / len(wikipedia.lengths)
         entries = [("bert_fast", "packed")]
-        if best is not None:
-            entries += [(best, "padded"), (best, "longest")]
+        entries += [(name, padding) for name in best.values() for padding in ("padded", "longest")]
         _, results["speedup_wikipedia"] = table(
             f"Wikipedia's lengths (mean {mean:.0f}), {len(wikipedia.lengths)} x {options.seq}, {options.dtype}",
             wikipedia, entries, dtype, "wikipedia",

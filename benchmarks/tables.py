@@ -11,20 +11,30 @@ if not console.is_terminal:
 def show_parity(rows: list[dict]) -> None:
     """The loss, the gradients with the largest share of their bound, and how many there are."""
     gradients = sorted(rows[1:], key=lambda row: row["error"] / row["bound"], reverse=True)
-    table = Table(title="Parity: error against float64 (L2, relative)", title_justify="left")
-    table.add_column("what")
-    for column in ("ours", "reference", "bound"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    for row in [rows[0], *gradients[:4]]:
-        what = row["what"] if row is rows[0] else f"d {row['what']}"
-        numbers = [f"{row[key]:.2e}" for key in ("error", "reference_error", "bound")]
-        table.add_row(what, *numbers, "ok" if row["passed"] else "[bold]FAILED[/bold]")
-    console.print(table)
+    shown = [rows[0] | {"shown": rows[0]["what"]}, *(row | {"shown": f"d {row['what']}"} for row in gradients[:4])]
+    console.print(_parity_table(shown, "ours"))
     passed = sum(row["passed"] for row in rows)
     console.print(
         f"{passed} of {len(rows)} passed (the loss and {len(rows) - 1} gradients; the worst four are shown)\n"
     )
+
+
+def show_encoding_parity(rows: list[dict]) -> None:
+    """Every output of ours and of other libraries' encoders."""
+    console.print(_parity_table([row | {"shown": f"{row['what']} of {row['variant']}"} for row in rows], "error"))
+    console.print(f"{sum(row['passed'] for row in rows)} of {len(rows)} passed (at the real tokens)\n")
+
+
+def _parity_table(rows: list[dict], error: str) -> Table:
+    table = Table(title="Parity: error against float64 (L2, relative)", title_justify="left")
+    table.add_column("what")
+    for column in (error, "reference", "bound"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for row in rows:
+        numbers = [f"{row[key]:.2e}" for key in ("error", "reference_error", "bound")]
+        table.add_row(row["shown"], *numbers, "ok" if row["passed"] else "[bold]FAILED[/bold]")
+    return table
 
 
 def show_throughput(title: str, rows: list[dict], ratios: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import exported
 import torch
 import transformers
 from transformers.modeling_outputs import ModelOutput
@@ -20,8 +21,11 @@ DESCRIPTIONS = {
     "hf-compile": "transformers (sdpa) under torch.compile",
     "hf-flash": "transformers, flash-attn",
     "hf-masked-head": "transformers (eager), its MLM head run on masked positions only",
+    "onnxruntime": "ONNX Runtime's optimised BERT, with --mode encode",
+    "openvino": "OpenVINO, with --mode encode",
 }
 PEERS = tuple(name for name in DESCRIPTIONS if name != "bert_fast")
+DEFAULT_PEERS = tuple(name for name in PEERS if name not in exported.PACKAGES)
 
 
 class MaskedHead(transformers.BertForPreTraining):
@@ -42,7 +46,7 @@ class Variant:
     """A model that takes ``batch_of(batch)``; ``name`` is a key of DESCRIPTIONS."""
 
     name: str
-    model: torch.nn.Module
+    model: Callable
     batch_of: Callable[[Batch], dict]
 
     def loss(self, batch: dict) -> torch.Tensor:
@@ -58,11 +62,22 @@ def why_unavailable(name: str, device: str) -> str | None:
             return "flash-attn is not installed"
         if device != "cuda":
             return "flash-attn needs a GPU"
-    return None
+    return exported.why_unavailable(name, device) if name in exported.PACKAGES else None
 
 
-def build(name: str, config, device: str, *, train: bool, nsp: bool, padding: str = "padded") -> Variant:
-    """The variant ``name`` with freshly initialised weights; ``padding`` is padded (to seq) or longest.
+def build(
+    name: str,
+    config,
+    device: str,
+    *,
+    train: bool,
+    nsp: bool,
+    padding: str = "padded",
+    dtype: torch.dtype = torch.float32,
+    weights: dict | None = None,
+) -> Variant:
+    """The variant ``name`` with ``weights`` (a state dict) or freshly initialised ones; ``padding`` is padded (to seq)
+    or longest. ``dtype`` counts for exported encoders alone: the others run under autocast, see :func:`make_step`.
 
     Without NSP the reference's BertForPreTraining gives no loss, so BertForMaskedLM stands in for all.
     """
@@ -74,16 +89,20 @@ def build(name: str, config, device: str, *, train: bool, nsp: bool, padding: st
     if name == "bert_fast":
         cls, form = getattr(bert_fast, kind), "packed"
     else:
-        attention = {"hf-eager": "eager", "hf-masked-head": "eager", "hf-flash": "flash_attention_2"}.get(name, "sdpa")
-        config._attn_implementation = attention
+        forms = {"hf-eager": "eager", "hf-masked-head": "eager", "hf-flash": "flash_attention_2"} | exported.ATTENTION
+        config._attn_implementation = forms.get(name, "sdpa")
         reference = MaskedHead if name == "hf-masked-head" and train else getattr(transformers, kind)
         if name == "hf-masked-head" and not nsp:
             raise ValueError("hf-masked-head is built for MLM + NSP; leave it out with --no-nsp")
         cls, form = reference, padding
     with torch.device(device):  # weights are drawn where they will be
         model = cls(config).train(train)
+    if weights is not None:
+        model.load_state_dict(weights)
     if name == "hf-compile":
         model.compile()
+    if name in exported.PACKAGES:
+        model = exported.export(name, model, exported.computes_in(name, dtype))
 
     def batch_of(batch: Batch) -> dict:
         inputs = dict(getattr(batch, form))
@@ -95,6 +114,11 @@ def build(name: str, config, device: str, *, train: bool, nsp: bool, padding: st
     return Variant(name, model, batch_of)
 
 
+def library(name: str) -> str:
+    """Whose variant ``name`` is: transformers' ones share a library."""
+    return "transformers" if name.startswith("hf-") else name
+
+
 def precision(device: str, dtype: torch.dtype):
     """Autocast to ``dtype``, or nothing for float32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype=dtype)
@@ -104,6 +128,8 @@ def make_step(variant: Variant, batch: Batch, device: str, dtype: torch.dtype, *
     """A function that does one step: forward and backward (and the optimiser's update), or encoding alone."""
     inputs = variant.batch_of(batch)
     if not train:
+        if variant.name == "openvino":  # now, not in the first step, whose memory is measured
+            variant.model.compile_for(tuple(inputs["input_ids"].shape))
 
         def encode() -> None:
             with torch.inference_mode(), precision(device, dtype):

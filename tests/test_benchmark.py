@@ -156,6 +156,75 @@ def test_encoding_and_masked_language_modelling_alone():
     assert alone.returncode == 0, alone.stdout + alone.stderr
 
 
+def peers_that_run(*arguments: str) -> tuple[list[str], dict[str, str]]:
+    module = load("run")
+    return module.usable_peers(module.arguments([*arguments, "--device", "cpu"]))
+
+
+def test_a_missing_peer_is_named_with_how_to_get_it(monkeypatch):
+    found = importlib.util.find_spec
+    gone = ("onnxruntime", "openvino")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in gone else found(name, *rest))
+    peers, missing = peers_that_run("--mode", "encode", "--peers", "hf-sdpa,onnxruntime,openvino")
+    assert peers == ["hf-sdpa"]
+    assert "onnxruntime " in missing["onnxruntime"]
+    assert missing["openvino"].startswith("openvino is not installed")
+    for why in missing.values():
+        assert "pip install -r benchmarks/requirements-peers.txt" in why
+    assert (BENCHMARKS / "requirements-peers.txt").exists()
+
+
+def test_exported_peers_are_optional_and_encode_only():
+    assert not {"onnxruntime", "openvino"} & set(load("run").arguments([]).peers)
+    peers, missing = peers_that_run("--peers", "hf-sdpa,openvino")
+    assert peers == ["hf-sdpa"]
+    assert "--mode encode" in missing["openvino"]
+
+
+def test_parity_of_encodings_fails_on_wrong_outputs_and_names_a_peer_that_cannot_run(monkeypatch):
+    module, workload = load("numerical_parity"), load("workload")
+    config = workload.model_config("micro", dropout=0.0)
+    batch = workload.random_batch([16, 9], 4, 16, "cpu", nsp=True, vocabulary=config.vocab_size)
+    right = module._encoding
+
+    def encode(name, *arguments):
+        if name == "broken":
+            raise RuntimeError("no such thing here\nmore")
+        outputs = right("hf-sdpa" if name == "wrong" else name, *arguments)
+        return {what: t * 1.001 for what, t in outputs.items()} if name == "wrong" else outputs
+
+    monkeypatch.setattr(module, "_encoding", encode)
+    rows, failed = module.compare_encodings(
+        config, batch, "cpu", torch.float32, ["wrong", "broken"], progress=lambda text: None
+    )
+    assert {(row["variant"], row["what"], row["passed"]) for row in rows} == {
+        ("bert_fast", "last_hidden_state", True),
+        ("bert_fast", "pooler_output", True),
+        ("wrong", "last_hidden_state", False),
+        ("wrong", "pooler_output", False),
+    }
+    assert failed == {"broken": "RuntimeError: no such thing here"}
+
+
+@pytest.mark.slow
+def test_encoding_beside_other_libraries(tmp_path):
+    for package in ("onnx", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    results = tmp_path / "r.json"
+    done = run("--mode", "encode", "--peers", "onnxruntime,openvino", "--lengths", "wikipedia", "--batch", "2",
+               "--rounds", "1", "--dtype", "float32", "--json", str(results))  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(results.read_text())
+    assert [(row["variant"], row["what"]) for row in found["parity"]["rows"]] == [
+        (name, what)
+        for name in ("bert_fast", "onnxruntime", "openvino")
+        for what in ("last_hidden_state", "pooler_output")
+    ]
+    assert found["parity"]["passed"] is True
+    assert [row["name"] for row in found["throughput"]] == ["bert_fast", "onnxruntime", "openvino"]
+    assert all(row["step_s"]["p50"] > 0 and row["peak_memory_mib"] >= 0 for row in found["throughput"])
+
+
 def test_a_missing_corpus_ends_with_status_2():
     done = run("--corpus", "no/such/file.txt")
     assert done.returncode == 2
