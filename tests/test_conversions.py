@@ -27,13 +27,17 @@ def model_and_batch():
     return BertForPreTraining(config), batch
 
 
-def conversions(step) -> dict[tuple, int]:
-    """How often ``step`` converts a tensor of each of SHAPES to another dtype."""
+def calls(step, operator: str) -> list[list]:
+    """The shapes of the inputs of each call of ``operator`` in ``step``."""
     step()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         step()
-    events = [event for event in profiler.events() if event.name == "aten::_to_copy"]
-    found = Counter(tuple(event.input_shapes[0]) for event in events)
+    return [event.input_shapes for event in profiler.events() if event.name == operator]
+
+
+def conversions(step) -> dict[tuple, int]:
+    """How often ``step`` converts a tensor of each of SHAPES to another dtype."""
+    found = Counter(tuple(shapes[0]) for shapes in calls(step, "aten::_to_copy"))
     return {shape: found[shape] for shape in SHAPES}
 
 
@@ -76,3 +80,24 @@ def test_encoding_converts_each_weight_once_under_autocast_and_never_in_bfloat16
         assert conversions(encode) == {**SHAPES, (H, H): LAYERS + 1, (V, H): 0}  # without the MLM head
         encoder.bfloat16()
         assert conversions(encode) == dict.fromkeys(SHAPES, 0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_encoding_in_float32_copies_no_weight_and_gives_the_same_numbers(bias):
+    model, batch = model_and_batch()
+    encoder = model.bert.eval()
+    if not bias:
+        for layer in encoder.encoder.layer:
+            for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
+                linear.bias = None
+    outputs = []
+
+    def encode():
+        with torch.no_grad():
+            outputs.append(encoder(batch["input_ids"]).last_hidden_state)
+
+    assert not any(H in shape for shapes in calls(encode, "aten::cat") for shape in shapes[0] if len(shape) == 2)
+    recorded = encoder(batch["input_ids"]).last_hidden_state
+    assert recorded.requires_grad
+    torch.testing.assert_close(outputs[-1], recorded, rtol=0, atol=1e-6)
+    assert encoder(batch["input_ids"][:, :0].reshape(0, 24)).last_hidden_state.shape == (0, 24, H)

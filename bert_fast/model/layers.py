@@ -78,6 +78,23 @@ def linear_without_bias(dense: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | N
     return dense(x), None
 
 
+def linears_side_by_side(linears: tuple[nn.Linear, ...], x: Tensor) -> Tensor:
+    """x (T, H) through plain linears of one size, all with a bias or none: their outputs (T, N) beside each other."""
+    biases = None if linears[0].bias is None else [m.bias for m in linears]
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if x.device.type == "cpu" and not recorded and not torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
+        # Each writes its own columns: no copy of the weights, which for a short batch costs as much as the product.
+        out = x.new_empty(x.shape[0], sum(m.weight.shape[0] for m in linears))
+        for m, columns in zip(linears, out.chunk(len(linears), dim=1), strict=True):
+            if biases is None:
+                torch.mm(x, m.weight.t(), out=columns)
+            else:
+                torch.addmm(m.bias, x, m.weight.t(), out=columns)
+        return out
+    weight = torch.cat([m.weight for m in linears])
+    return F.linear(x, weight, None if biases is None else torch.cat(biases))
+
+
 def activate(dense: nn.Module, activation, x: Tensor) -> Tensor:
     """activation(dense(x)); GELU (by the normal distribution function) and the bias in one operator."""
     if isinstance(activation, nn.Module) and plain(activation, GELUActivation):
@@ -128,9 +145,7 @@ class BertSelfAttention(hf.BertSelfAttention):
         if all(plain(m, nn.Linear) for m in linears) and all(
             (m.bias is None) == (linears[0].bias is None) for m in linears
         ):
-            weight = torch.cat([m.weight for m in linears])
-            bias = None if self.query.bias is None else torch.cat([m.bias for m in linears])
-            qkv = F.linear(x, weight, bias)
+            qkv = linears_side_by_side(linears, x)
         else:
             qkv = torch.cat([m(x) for m in linears], dim=1)
         qkv = qkv.view(x.shape[0], 3, self.num_attention_heads, self.attention_head_size)
