@@ -8,6 +8,7 @@ are missing, and machine I of N makes every N-th.
 import hashlib
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -101,7 +102,7 @@ def prepare(
             else:
                 if pool is None:
                     pool = ProcessPoolExecutor(
-                        workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.to_str(),)
+                        workers, get_context("spawn"), initializer=_start_process, initargs=(tokenizer.to_str(),)
                     )
                 running.add(pool.submit(_make_shard, out, number, documents, counts, language))
                 if len(running) >= 2 * workers:
@@ -147,9 +148,14 @@ def _units(
         yield number, documents, counts
 
 
+def _start_process(tokenizer: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the caller ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core does better than threads
+    _start_worker(tokenizer)
+
+
 def _start_worker(tokenizer: str) -> None:
     global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core does better than threads
     _encoder = SentenceEncoder(Tokenizer.from_str(tokenizer))
 
 

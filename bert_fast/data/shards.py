@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -96,6 +98,25 @@ class ShardedTokens:
         return {**self.__dict__, "maps": {}}
 
 
+@contextmanager
+def _index(path: Path, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """An int64 ``.npy`` file whose elements are written in order; there when the block ends without an error.
+
+    Ordinary writes: into a memory map, a full disk would be SIGBUS, which ends the process without a word.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            about = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, about)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def finish(folder: Path, shards: int, made_by: dict) -> dict:
     """Finds duplicates over all shards, writes index and manifest, and returns the manifest."""
     paths = [shard_path(folder, number) for number in range(shards)]
@@ -115,22 +136,23 @@ def finish(folder: Path, shards: int, made_by: dict) -> dict:
     if not total["documents"]:
         raise ValueError(f"the corpus holds no usable document; counted: {dict(counts) or 'nothing'}")
     keep = _first_of_each(paths, total["documents"])
-    aside = {name: folder / f".{name}.{os.getpid()}.npy" for name in ("sentence_ends", "documents")}
-    ends = np.lib.format.open_memmap(aside["sentence_ends"], "w+", np.int64, (total["sentences"] + 1,))
-    documents = np.lib.format.open_memmap(aside["documents"], "w+", np.int64, (int(keep.sum()), 2))
-    sentence = document = kept = 0
-    for path in paths:
-        maps = map_tensors(path)
-        lengths = maps["sentence_lengths"]
-        ends[sentence + 1 : sentence + 1 + len(lengths)] = ends[sentence] + np.cumsum(lengths, dtype=np.int64)
-        last = sentence + np.cumsum(maps["document_sentences"], dtype=np.int64)
-        first = np.concatenate([[sentence], last[:-1]]) if len(last) else last
-        bounds = np.stack([first, last], axis=1)[keep[document : document + len(last)]]
-        documents[kept : kept + len(bounds)] = bounds
-        sentence, document, kept = sentence + len(lengths), document + len(last), kept + len(bounds)
-    for name, array in (("sentence_ends", ends), ("documents", documents)):
-        array.flush()
-        os.replace(aside[name], folder / f"{name}.npy")
+    sentence = document = kept = end = 0
+    sizes = (total["sentences"] + 1,), (int(keep.sum()), 2)
+    with (
+        _index(folder / "sentence_ends.npy", sizes[0]) as ends,
+        _index(folder / "documents.npy", sizes[1]) as documents,
+    ):
+        ends.write(np.zeros(1, np.int64).tobytes())
+        for path in paths:
+            maps = map_tensors(path)
+            here = end + np.cumsum(maps["sentence_lengths"], dtype=np.int64)
+            ends.write(here.tobytes())
+            last = sentence + np.cumsum(maps["document_sentences"], dtype=np.int64)
+            first = np.concatenate([[sentence], last[:-1]]) if len(last) else last
+            bounds = np.stack([first, last], axis=1)[keep[document : document + len(last)]]
+            documents.write(bounds.astype(np.int64).tobytes())
+            sentence, document, kept = sentence + len(here), document + len(last), kept + len(bounds)
+            end = int(here[-1]) if len(here) else end
     manifest = {
         "made_by": made_by,
         "documents": kept,

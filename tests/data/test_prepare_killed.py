@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -85,6 +86,27 @@ def test_full_disk_says_so_and_a_second_run_finishes(corpus_file, tokenizer, tmp
     prepare(corpus_file, tokenizer, tmp_path / "out", workers=1, unit_bytes=100_000)
     prepare(corpus_file, tokenizer, tmp_path / "whole", workers=1, unit_bytes=100_000)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_no_room_for_the_index(corpus_file, tokenizer, tmp_path):
+    """A limit on a file's size stops the index alone, as a full disk would, and the caller's settings stay."""
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    prepare(corpus_file, tokenizer, tmp_path, workers=1, unit_bytes=8_000)
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == parallelism
+    whole = contents(tmp_path)
+    for name in ("manifest.json", "sentence_ends.npy", "documents.npy"):
+        (tmp_path / name).unlink()
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            shards.finish(tmp_path, len(whole) - 3, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.json", "shards", "tokenizer"]
+    prepare(corpus_file, tokenizer, tmp_path, workers=1, unit_bytes=8_000)
+    assert contents(tmp_path) == whole
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
