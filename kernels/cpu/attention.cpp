@@ -1,9 +1,10 @@
 // attention: per sequence and head, out = dropout(softmax(scale q k^T)) v, over packed sequences, and its gradient.
 // See bert_fast/reference.py for the formulas.
 //
-// A (sequence, head) is one piece of work: its keys and values, 2 S D floats, are copied once into rows that suit
+// A (sequence, head) is one piece of work: its keys and values, 2 S D elements, are copied once into rows that suit
 // the products (matmul.h) and stay in the second-level cache, while QUERY_BLOCK queries at a time pass by. Softmax
-// needs no rescaling: the scores of a block of queries exist for all keys at once. q is scaled when copied.
+// needs no rescaling: the scores of a block of queries exist for all keys at once. What the products multiply,
+// float32 or pairs of bfloat16, is the Operands' matter (attention_operands.h); sums are float32.
 //
 // The backward recomputes the scores and sweeps KEY_BLOCK keys in the outer and QUERY_BLOCK queries in the inner
 // loop, five products in one sweep, so that a key block's k, v, dk and dv stay in the cache. One worker owns a
@@ -12,7 +13,7 @@
 //
 // The order of work follows T. Dao et al., "FlashAttention", NeurIPS 2022, with whole rows for the softmax.
 
-#include "matmul.h"
+#include "attention_operands.h"
 #include "parallel.h"
 #include "philox.h"
 
@@ -20,7 +21,7 @@ namespace bert_fast {
 namespace BERT_FAST_ISA {
 namespace {
 
-constexpr int64_t QUERY_BLOCK = 48;  // rows of scores at a time: whole tiles of 6 and of 12
+constexpr int64_t QUERY_BLOCK = 48;  // rows of scores at a time: whole tiles of 6 and of 12, even
 constexpr int64_t KEY_BLOCK = 256;   // of the backward; a multiple of 64, dropout's block
 
 struct Shape {
@@ -44,27 +45,6 @@ struct Dropout {
     bool active() const { return row_key != nullptr; }
 };
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// A head's rows lie 3 A D elements apart, each in a page of its own: no hardware prefetcher follows them.
-template <typename T>
-BERT_FAST_INLINE void prefetch_row(const T* row, int64_t size) {
-    for (int64_t d = 0; d < size; d += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + d);
-}
-constexpr int64_t AHEAD = 16;  // rows
-
-// to (count, size padded to whole tiles) = factor * from (count, size); the padding is zero.
-template <typename T>
-void copy_rows(float* to, int64_t to_row, const T* from, int64_t from_row, int64_t count, int64_t size, float factor) {
-    const int64_t padded = round_up(size, TILE_COLUMNS);
-    for (int64_t i = 0; i < count; i++) {
-        if (i + AHEAD < count) prefetch_row(from + (i + AHEAD) * from_row, size);
-        for (int64_t d = 0; d < padded; d += LANES)
-            store(to + i * to_row + d, d < size ? load_first(from + i * from_row + d, size - d) * factor
-                                                : broadcast(0.0f));
-    }
-}
-
 template <typename T>
 void store_rows(T* to, int64_t to_row, const float* from, int64_t from_row, int64_t count, int64_t size,
                 float factor) {
@@ -73,54 +53,16 @@ void store_rows(T* to, int64_t to_row, const float* from, int64_t from_row, int6
             store_first(to + i * to_row + d, load(from + i * from_row + d) * factor, size - d);
 }
 
-// to (size, count padded to whole tiles) = from (count, size) transposed; the padding is zero.
-void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t count, int64_t size) {
-    constexpr int64_t STEP = 16;
-    int64_t i = 0;
-    for (; i + STEP <= count; i += STEP)
-        for (int64_t d = 0; d < size; d++)
-            for (int64_t j = 0; j < STEP; j++) to[d * to_row + i + j] = from[(i + j) * from_row + d];
-    for (; i < round_up(count, TILE_COLUMNS); i++)
-        for (int64_t d = 0; d < size; d++) to[d * to_row + i] = i < count ? from[i * from_row + d] : 0.0f;
-}
-
-// The lanes of `x` at columns `column ..` of a row with `count` columns; lanes past the row's end are `other`.
-BERT_FAST_INLINE vfloat within(vfloat x, int64_t column, int64_t count, float other) {
-    if (column + LANES <= count) return x;
-    const vint inside = lane_numbers() < broadcast(static_cast<uint32_t>(count - column));
-    return inside ? x : broadcast(other);
-}
-
-BERT_FAST_INLINE uint32_t keep_bits(const uint64_t* words, int64_t column) {
-    return static_cast<uint32_t>(words[column / 64] >> (column % 64));
-}
-
-// In place: scores -> exp(score - max), dropped where the mask says so; returns their undropped sum and the max.
-struct RowSum {
-    float sum, max;
-};
-template <bool DROP>
-RowSum softmax_row(float* scores, int64_t keys, const uint64_t* words) {
-    const int64_t padded = round_up(keys, LANES);
-    vfloat most = broadcast(-__builtin_inff()), sum = broadcast(0.0f);
-    for (int64_t c = 0; c < padded; c += LANES)
-        most = max(most, within(load(scores + c), c, keys, -__builtin_inff()));
-    const float largest = max_lanes(most);
-    for (int64_t c = 0; c < padded; c += LANES) {
-        vfloat e = exp(within(load(scores + c), c, keys, -__builtin_inff()) - largest);
-        sum += e;
-        if (DROP) e = keep_lanes(e, keep_bits(words, c));
-        store(scores + c, e);
-    }
-    return {sum_lanes(sum), largest};
-}
-
 template <typename T>
 int forward(const T* qkv, T* out, float* lse, const Shape& shape, float scale, const Dropout& dropout, int threads) {
+    typedef typename OperandsOf<T>::type Operands;
+    typedef typename Operands::Unit Unit;
+    constexpr int64_t DEPTH = Operands::DEPTH;
+    const float q_factor = Operands::in_operands({scale, 1.0f}).q, score_factor = Operands::in_results({scale, 1.0f}).q;
     const int64_t size = shape.size, most = shape.longest();
     const int64_t d_row = padded_stride(size), s_row = padded_stride(most), words = (most + 63) / 64;
-    const int64_t d_padded = round_up(size, TILE_COLUMNS);
-    const size_t floats = most * d_row + size * s_row + QUERY_BLOCK * (2 * d_row + s_row);
+    const int64_t d_padded = round_up(size, TILE_COLUMNS), d_units = (size + DEPTH - 1) / DEPTH;
+    const size_t floats = most * d_row + d_units * s_row + QUERY_BLOCK * (2 * d_row + s_row);
     // Threads beyond the (sequence, head) pairs share a pair's queries; each copies the keys and values for itself.
     const int64_t pairs = shape.sequences * shape.heads;
     const int64_t parts = pairs > 0 && threads > pairs ? (threads + pairs - 1) / pairs : 1;
@@ -136,38 +78,39 @@ int forward(const T* qkv, T* out, float* lse, const Shape& shape, float scale, c
         const int64_t first_query = blocks * part / parts * QUERY_BLOCK;
         const int64_t last_query = smaller(keys, blocks * (part + 1) / parts * QUERY_BLOCK);
         if (first_query >= last_query) return;
-        uint64_t* mask = scratch.of<uint64_t>(worker);
-        float* v = reinterpret_cast<float*>(mask + words);
-        float* k_transposed = v + most * d_row;
-        float* q = k_transposed + size * s_row;
-        float* o = q + QUERY_BLOCK * d_row;
+        Unit* v = scratch.of<Unit>(worker);
+        Unit* k_transposed = v + most * d_row;
+        Unit* q = k_transposed + d_units * s_row;
+        float* o = reinterpret_cast<float*>(q + QUERY_BLOCK * d_row);
         float* scores = o + QUERY_BLOCK * d_row;
+        uint64_t* mask = reinterpret_cast<uint64_t*>(scores + QUERY_BLOCK * s_row);
 
         const T* q_in = qkv + start * shape.token_stride() + head * size;
         const T* k_in = q_in + shape.heads * size;
         const T* v_in = k_in + shape.heads * size;
-        copy_rows(v, d_row, k_in, shape.token_stride(), keys, size, 1.0f);
-        transpose(k_transposed, s_row, v, d_row, keys, size);
-        copy_rows(v, d_row, v_in, shape.token_stride(), keys, size, 1.0f);
+        Operands::rows(v, d_row, k_in, shape.token_stride(), keys, size, 1.0f);
+        transpose(k_transposed, s_row, v, d_row, keys, d_units);
+        Operands::groups(v, d_row, v_in, shape.token_stride(), keys, size);
 
         for (int64_t first = first_query; first < last_query; first += QUERY_BLOCK) {
             const int64_t queries = smaller(QUERY_BLOCK, last_query - first);
-            copy_rows(q, d_row, q_in + first * shape.token_stride(), shape.token_stride(), queries, size, scale);
+            Operands::rows(q, d_row, q_in + first * shape.token_stride(), shape.token_stride(), queries, size, q_factor);
             for (int64_t i = first + queries; i < smaller(keys, first + 2 * QUERY_BLOCK); i++)
                 prefetch_row(q_in + i * shape.token_stride(), size);
-            product(queries, round_up(keys, TILE_COLUMNS), size, q, d_row, 1, k_transposed, s_row, scores, s_row,
+            product(queries, round_up(keys, TILE_COLUMNS), d_units, q, d_row, 1, k_transposed, s_row, scores, s_row,
                     false);
             RowSum rows[QUERY_BLOCK];
             for (int64_t i = 0; i < queries; i++) {
                 if (dropout.active()) {
                     attention_keep_words(mask, (keys + 63) / 64, dropout.key, dropout.row_key[start + first + i],
                                          dropout.site, static_cast<uint32_t>(head), 0, dropout.threshold);
-                    rows[i] = softmax_row<true>(scores + i * s_row, keys, mask);
+                    rows[i] = softmax_row<Operands, true>(scores + i * s_row, keys, score_factor, mask);
                 } else {
-                    rows[i] = softmax_row<false>(scores + i * s_row, keys, nullptr);
+                    rows[i] = softmax_row<Operands, false>(scores + i * s_row, keys, score_factor, nullptr);
                 }
             }
-            product(queries, d_padded, keys, scores, s_row, 1, v, d_row, o, d_row, false);
+            product(queries, d_padded, (keys + DEPTH - 1) / DEPTH, reinterpret_cast<const Unit*>(scores), s_row, 1, v,
+                    d_row, o, d_row, false);
             for (int64_t i = 0; i < queries; i++) {
                 const int64_t token = start + first + i;
                 store_rows(out + token * shape.out_stride() + head * size, 0, o + i * d_row, d_row, 1, size,
@@ -184,47 +127,47 @@ int forward(const T* qkv, T* out, float* lse, const Shape& shape, float scale, c
     return DONE;
 }
 
-// scores -> probabilities P, grad_p -> d scores, in place: P = exp(score - lse), dS = P (keep * dP - delta), and P
-// dropped. The factor 1 / keep is in d out already.
-template <bool DROP>
-void softmax_bwd_row(float* scores, float* grad_p, int64_t keys, const uint64_t* words, float lse, float delta) {
-    for (int64_t c = 0; c < keys; c += LANES) {
-        const vfloat p = exp(within(load(scores + c), c, keys, -__builtin_inff()) - lse);
-        const vfloat g = load(grad_p + c);
-        const uint32_t kept = DROP ? keep_bits(words, c) : 0;
-        store(grad_p + c, p * ((DROP ? keep_lanes(g, kept) : g) - delta));
-        store(scores + c, DROP ? keep_lanes(p, kept) : p);
-    }
-}
-
 template <typename T>
 int backward(const T* grad_out, const T* qkv, const T* out, const float* lse, T* grad_qkv, const Shape& shape,
              float scale, const Dropout& dropout, int threads) {
+    typedef typename OperandsOf<T>::type Operands;
+    typedef typename Operands::Unit Unit;
+    constexpr int64_t DEPTH = Operands::DEPTH;
+    constexpr bool GROUPS = DEPTH > 1;  // operands along rows lie otherwise than those along columns
+    const Factors factor = Operands::in_operands({scale, dropout.scale});
+    const Factors later = Operands::in_results({scale, dropout.scale});
     const int64_t size = shape.size, most = shape.longest(), key_block = smaller(KEY_BLOCK, most);
     const int64_t d_row = padded_stride(size), s_row = padded_stride(key_block), words = (key_block + 63) / 64;
-    const int64_t d_padded = round_up(size, TILE_COLUMNS);
-    const size_t floats = 3 * key_block * d_row + 2 * size * s_row + most * d_row +
-                          2 * QUERY_BLOCK * (d_row + s_row) + most;
+    const int64_t d_padded = round_up(size, TILE_COLUMNS), d_units = (size + DEPTH - 1) / DEPTH;
+    const int64_t lines = round_up(most, 16), extra = GROUPS ? QUERY_BLOCK * (d_row + s_row) : 0;
+    const size_t floats = 3 * key_block * d_row + 2 * d_units * s_row + most * d_row +
+                          2 * QUERY_BLOCK * (d_row + s_row) + lines + extra;
     if (threads > shape.sequences * shape.heads) threads = static_cast<int>(shape.sequences * shape.heads);
-    const Scratch scratch(threads, floats * sizeof(float) + words * sizeof(uint64_t));
+    const Scratch scratch(threads, floats * sizeof(float) + DEPTH * words * sizeof(uint64_t));
     if (!scratch.ok()) return NO_MEMORY;
 
     parallel(threads, shape.sequences * shape.heads, [&](int64_t item, int worker) {
         const int64_t sequence = item / shape.heads, head = item % shape.heads;
         const int64_t start = shape.cu_seqlens[sequence], length = shape.cu_seqlens[sequence + 1] - start;
         if (length == 0) return;
-        uint64_t* mask = scratch.of<uint64_t>(worker);
-        float* k = reinterpret_cast<float*>(mask + words);
-        float* k_transposed = k + key_block * d_row;
-        float* v_transposed = k_transposed + size * s_row;
-        float* grad_k = v_transposed + size * s_row;
+        Unit* k = scratch.of<Unit>(worker);
+        Unit* k_transposed = k + key_block * d_row;
+        Unit* v_transposed = k_transposed + d_units * s_row;
+        float* grad_k = reinterpret_cast<float*>(v_transposed + d_units * s_row);
         float* grad_v = grad_k + key_block * d_row;
-        float* q = grad_v + key_block * d_row;
-        float* grad_o = q + QUERY_BLOCK * d_row;
-        float* scores = grad_o + QUERY_BLOCK * d_row;
+        Unit* q = reinterpret_cast<Unit*>(grad_v + key_block * d_row);
+        Unit* grad_o = q + QUERY_BLOCK * d_row;
+        float* scores = reinterpret_cast<float*>(grad_o + QUERY_BLOCK * d_row);
         float* grad_s = scores + QUERY_BLOCK * s_row;
         float* grad_q = grad_s + QUERY_BLOCK * s_row;
         float* delta = grad_q + most * d_row;
+        uint64_t* mask = reinterpret_cast<uint64_t*>(delta + lines + extra);
+        // Where a group of queries is one row, these are the rows' own memory.
+        Unit* q_groups = GROUPS ? reinterpret_cast<Unit*>(delta + lines) : q;
+        Unit* grad_o_groups = GROUPS ? q_groups + QUERY_BLOCK / DEPTH * d_row : grad_o;
+        Unit* p_groups = reinterpret_cast<Unit*>(scores);
+        Unit* grad_s_groups = reinterpret_cast<Unit*>(grad_s);
+        Unit* grad_s_rows = GROUPS ? q_groups + QUERY_BLOCK * d_row : grad_s_groups;
         const float* lse_in = lse + head * shape.tokens + start;
 
         const int64_t stride = shape.token_stride(), part = shape.heads * size;
@@ -246,43 +189,52 @@ int backward(const T* grad_out, const T* qkv, const T* out, const float* lse, T*
         for (int64_t first_key = 0; first_key < length; first_key += KEY_BLOCK) {
             const int64_t keys = smaller(KEY_BLOCK, length - first_key), keys_padded = round_up(keys, TILE_COLUMNS);
             const T* k_in = q_in + part + first_key * stride;
-            copy_rows(k, d_row, k_in + part, stride, keys, size, 1.0f);
-            transpose(v_transposed, s_row, k, d_row, keys, size);
-            copy_rows(k, d_row, k_in, stride, keys, size, 1.0f);
-            transpose(k_transposed, s_row, k, d_row, keys, size);
+            Operands::rows(k, d_row, k_in + part, stride, keys, size, 1.0f);
+            transpose(v_transposed, s_row, k, d_row, keys, d_units);
+            Operands::rows(k, d_row, k_in, stride, keys, size, 1.0f);
+            transpose(k_transposed, s_row, k, d_row, keys, d_units);
+            if (GROUPS) Operands::groups(k, d_row, k_in, stride, keys, size);
 
             for (int64_t first = 0; first < length; first += QUERY_BLOCK) {
                 const int64_t queries = smaller(QUERY_BLOCK, length - first);
                 const bool more_queries = first > 0;
-                copy_rows(q, d_row, q_in + first * stride, stride, queries, size, scale);
-                copy_rows(grad_o, d_row, grad_in + first * part, part, queries, size, dropout.scale);
+                Operands::rows(q, d_row, q_in + first * stride, stride, queries, size, factor.q);
+                Operands::rows(grad_o, d_row, grad_in + first * part, part, queries, size, factor.grad_out);
+                if (GROUPS) {
+                    Operands::groups(q_groups, d_row, q_in + first * stride, stride, queries, size);
+                    Operands::groups(grad_o_groups, d_row, grad_in + first * part, part, queries, size);
+                }
                 for (int64_t i = first + queries; i < smaller(length, first + 2 * QUERY_BLOCK); i++) {
                     prefetch_row(q_in + i * stride, size);
                     prefetch_row(grad_in + i * part, size);
                 }
-                product(queries, keys_padded, size, q, d_row, 1, k_transposed, s_row, scores, s_row, false);
-                product(queries, keys_padded, size, grad_o, d_row, 1, v_transposed, s_row, grad_s, s_row, false);
+                product(queries, keys_padded, d_units, q, d_row, 1, k_transposed, s_row, scores, s_row, false);
+                product(queries, keys_padded, d_units, grad_o, d_row, 1, v_transposed, s_row, grad_s, s_row, false);
                 if (length == 1) delta[0] = grad_s[0] = 0.0f;  // constant softmax: no gradient, not even by rounding
-                for (int64_t i = 0; i < queries; i++) {
-                    const int64_t at = first + i;
-                    if (dropout.active()) {
-                        attention_keep_words(mask, (keys + 63) / 64, dropout.key, dropout.row_key[start + at],
-                                             dropout.site, static_cast<uint32_t>(head), first_key / 64,
-                                             dropout.threshold);
-                        softmax_bwd_row<true>(scores + i * s_row, grad_s + i * s_row, keys, mask, lse_in[at], delta[at]);
-                    } else {
-                        softmax_bwd_row<false>(scores + i * s_row, grad_s + i * s_row, keys, nullptr, lse_in[at],
-                                               delta[at]);
-                    }
+                for (int64_t i = 0; i < queries; i += DEPTH) {
+                    const int64_t at = first + i, rows = smaller(DEPTH, queries - i);
+                    const auto softmax_bwd = [&](auto softmax, const uint64_t* words_in) {
+                        softmax(scores + i * s_row, grad_s + i * s_row, s_row, grad_s_rows + i * s_row, rows, keys,
+                                later, words_in, words, lse_in + at, delta + at);
+                    };
+                    for (int64_t row = 0; dropout.active() && row < rows; row++)
+                        attention_keep_words(mask + row * words, (keys + 63) / 64, dropout.key,
+                                             dropout.row_key[start + at + row], dropout.site,
+                                             static_cast<uint32_t>(head), first_key / 64, dropout.threshold);
+                    if (dropout.active())
+                        softmax_bwd(&Operands::template softmax_bwd<true>, mask);
+                    else
+                        softmax_bwd(&Operands::template softmax_bwd<false>, nullptr);
                 }
-                product(keys, d_padded, queries, scores, 1, s_row, grad_o, d_row, grad_v, d_row, more_queries);
-                product(keys, d_padded, queries, grad_s, 1, s_row, q, d_row, grad_k, d_row, more_queries);
-                product(queries, d_padded, keys, grad_s, s_row, 1, k, d_row, grad_q + first * d_row, d_row,
-                        first_key > 0);
+                const int64_t groups = (queries + DEPTH - 1) / DEPTH, group = DEPTH * s_row;
+                product(keys, d_padded, groups, p_groups, 1, group, grad_o_groups, d_row, grad_v, d_row, more_queries);
+                product(keys, d_padded, groups, grad_s_groups, 1, group, q_groups, d_row, grad_k, d_row, more_queries);
+                product(queries, d_padded, (keys + DEPTH - 1) / DEPTH, grad_s_rows, s_row, 1, k, d_row,
+                        grad_q + first * d_row, d_row, first_key > 0);
             }
             T* grad_k_out = grad_q_out + part + first_key * stride;
-            store_rows(grad_k_out, stride, grad_k, d_row, keys, size, 1.0f);  // q carries scale
-            store_rows(grad_k_out + part, stride, grad_v, d_row, keys, size, 1.0f);
+            store_rows(grad_k_out, stride, grad_k, d_row, keys, size, later.q);
+            store_rows(grad_k_out + part, stride, grad_v, d_row, keys, size, later.grad_out);
         }
         store_rows(grad_q_out, stride, grad_q, d_row, length, size, scale);
     });
