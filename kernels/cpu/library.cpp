@@ -18,6 +18,9 @@ BERT_FAST_EXPORT int bert_fast_instruction_sets() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         found |= 4;
     if ((found & 4) && __builtin_cpu_supports("avx512bf16")) found |= 8;
+#ifdef BERT_FAST_EMULATE_AVX512
+    if (found & 2) found |= 12;
+#endif
 #endif
     return found;
 }
