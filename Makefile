@@ -8,7 +8,7 @@ CPU_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kerne
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-all gpu gpu-test sanitize lint format clean
+.PHONY: help setup demo bench test test-all gpu gpu-test sanitize emulate lint format clean
 
 help:
 	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512 (more: ARGS=...)"
@@ -18,6 +18,7 @@ help:
 	@echo "make gpu       what a GPU proves: limits, parity, operators, whole steps, with the Python that has torch with CUDA"
 	@echo "make gpu-test  the same operator and model tests on a GPU, with the Python that has torch with CUDA"
 	@echo "make sanitize  the C++ operators' tests under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make emulate   the C++ operators' tests with their AVX-512 code run by AVX2 instructions"
 	@echo "make lint      check style (ruff); make format rewrites it"
 	@echo "make clean     remove .venv and what was built"
 
@@ -83,6 +84,18 @@ sanitize: setup
 	@$(BIN)/cmake -S . -B build/threads -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DBERT_FAST_SANITIZE=thread \
 		> build/threads.log && $(BIN)/cmake --build build/threads
 	@TSAN_OPTIONS=halt_on_error=1 build/threads/bert_fast_threads
+
+# The code of the AVX-512 sets, each forced, on any processor with AVX2 (tests/emulate/avx512.h).
+emulate: setup
+	@echo "== Building the C++ operators with AVX-512 emulated"
+	@$(BIN)/cmake -S . -B build/emulate -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Release \
+		-DBERT_FAST_EMULATE_AVX512=ON > build/emulate.log && $(BIN)/cmake --build build/emulate
+	@for set in avx512 avx512_bf16; do \
+		echo "== Their tests with $$set"; \
+		BERT_FAST_CPU_LIBRARY=build/emulate/libbert_fast_cpu.so BERT_FAST_CPU_ISA=$$set OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(SANITIZED_TESTS) \
+		-k "(cpu or instruction_set) and not opcheck and not compile" || exit 1; \
+	done
 
 lint: setup
 	@$(BIN)/ruff check .
