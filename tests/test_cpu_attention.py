@@ -1,0 +1,36 @@
+"""attention in C++: rows and heads of odd length or size take nothing from their neighbours in memory."""
+
+import pytest
+import torch
+
+from bert_fast import random
+from bert_fast.kernels import cpu
+
+pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"no C++ operators: {cpu.why_unavailable()}")
+
+
+def run(qkv, grad_out, bounds, row_key, p):
+    from bert_fast.kernels.cpu import attention
+
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    arguments = (cu_seqlens, qkv.shape[0], row_key, torch.tensor([77]), 0.3, p, 3)
+    out, lse = attention.attention_fwd(qkv, *arguments)
+    return out, attention.attention_bwd(grad_out, qkv, out, lse, *arguments), lse
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("length", "size"), [(1, 1), (33, 7), (49, 16), (97, 33)])
+def test_nan_beside_a_sequence_and_a_head(length, size, dtype, p):
+    """The same bits as the sequence alone with one head, where the other sequences and heads are NaN."""
+    bounds = [0, 5, 5 + length, 9 + length]
+    row_key = random.row_keys(torch.tensor(bounds, dtype=torch.int32), bounds[-1])
+    mine = slice(5, 5 + length)
+    qkv = torch.full((bounds[-1], 3, 2, size), torch.nan, dtype=dtype)
+    grad_out = torch.full((bounds[-1], 2, size), torch.nan, dtype=dtype)
+    qkv[mine, :, 0], grad_out[mine, 0] = torch.randn(length, 3, size).to(dtype), torch.randn(length, size).to(dtype)
+    out, grad, lse = run(qkv, grad_out.flatten(1), bounds, row_key, p)
+    alone = run(qkv[mine, :, :1].contiguous(), grad_out[mine, 0].contiguous(), [0, length], row_key[mine], p)
+    for ours, expected in zip((out[mine, :size], grad[mine, :, :1], lse[:1, mine]), alone, strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(ours, expected)
