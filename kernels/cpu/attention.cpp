@@ -94,7 +94,8 @@ int forward(const T* qkv, T* out, float* lse, const Shape& shape, float scale, c
 
         for (int64_t first = first_query; first < last_query; first += QUERY_BLOCK) {
             const int64_t queries = smaller(QUERY_BLOCK, last_query - first);
-            Operands::rows(q, d_row, q_in + first * shape.token_stride(), shape.token_stride(), queries, size, q_factor);
+            Operands::rows(q, d_row, q_in + first * shape.token_stride(), shape.token_stride(), queries, size,
+                           q_factor);
             for (int64_t i = first + queries; i < smaller(keys, first + 2 * QUERY_BLOCK); i++)
                 prefetch_row(q_in + i * shape.token_stride(), size);
             product(queries, round_up(keys, TILE_COLUMNS), d_units, q, d_row, 1, k_transposed, s_row, scores, s_row,

@@ -88,7 +88,8 @@ inline void product_rows(int rows_each, int tiles, int64_t depth, const Unit* a,
 template <typename Unit>
 inline void product(int64_t rows, int64_t columns, int64_t depth, const Unit* a, int64_t a_row, int64_t a_column,
                     const Unit* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
-    constexpr int64_t DEPTH = 64;  // units: TILE_COLUMNS x DEPTH of B stay in the first-level cache, and sums stay short
+    // In units: TILE_COLUMNS x DEPTH of B stay in the first-level cache, and sums stay short.
+    constexpr int64_t DEPTH = 64;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, each = tiles ? rows / tiles : 0;
     const int larger = static_cast<int>(rows - each * tiles), smaller = static_cast<int>(tiles) - larger;
     for (int64_t k = 0; k < depth; k += DEPTH) {

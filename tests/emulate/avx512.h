@@ -1,7 +1,7 @@
 // AVX-512 and its bfloat16 unit on a processor that has AVX2 alone, to run and test the code of the instruction sets
 // avx512 and avx512_bf16 where they would be illegal instructions (`make emulate`). Included before each of their
-// sources (-include); GCC's vector extensions split 64-byte arithmetic by themselves, and here are the intrinsics that the
-// operators use, each by the definition in Intel's "Software Developer's Manual", volume 2. Never in a library that is
+// sources (-include); GCC's vector extensions split 64-byte arithmetic by themselves, and here are the intrinsics that
+// the operators use, each by the definition in Intel's "Software Developer's Manual", volume 2. Never in a library that is
 // installed. An intrinsic that is missing here is an error of the compiler, which inlines none without its flag.
 #pragma once
 
@@ -65,7 +65,8 @@ BERT_FAST_EMULATED __m512i permutexvar_epi16(__m512i order, __m512i x) {
 }
 
 BERT_FAST_EMULATED __m512 cvtph_ps(__m256i x) {
-    const __m256 halves[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+    const __m256 halves[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(x)),
+                              _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
     __m512 wide;
     memcpy(&wide, halves, sizeof(wide));
     return wide;
