@@ -35,7 +35,15 @@ def _define(operator: str, direction: str, schema: str, fake, check=None) -> Non
 
 
 def _differentiate(operator: str, setup_context, backward) -> None:
-    torch.library.register_autograd(f"bert_fast::{operator}_fwd", backward, setup_context=setup_context, lib=_library)
+    def setup(ctx, inputs, output):
+        # The outputs after the first are for the backward alone. Zeros in the place of their gradients, among them a
+        # whole word table's, would be written in every step.
+        ctx.set_materialize_grads(False)
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[1:])
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(f"bert_fast::{operator}_fwd", backward, setup_context=setup, lib=_library)
 
     def setup_bwd(ctx, inputs, output):
         pass

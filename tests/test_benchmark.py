@@ -280,3 +280,22 @@ def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         load("run").arguments(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_profile_of_a_step_names_every_operator():
+    """A tiny step's time lies where it belongs, and the floors count all FLOPs of the step."""
+    profile, workload, variants = load("step_profile"), load("workload"), load("variants")
+    config = workload.model_config("tiny", dropout=0.1)
+    batch = workload.random_batch([24, 9], 5, 24, "cpu", nsp=True)
+    variant = variants.build("bert_fast", config, "cpu", train=True, nsp=True)
+    step = variants.make_step(variant, batch, "cpu", torch.float32, train=True, optimizer="none")
+    seconds = profile.seconds_by_part(step, 1, "cpu")
+    operators = {"embedding_layernorm", "attention", "residual_layernorm", "bias_gelu", "mlm_loss", "matrix products"}
+    assert operators <= seconds.keys()
+    assert all(value >= 0 for value in seconds.values())
+
+    floor = profile.floors(config, batch, True, True, rate=1.0, copy=float("inf"), element=4)
+    attention = 3 * config.num_hidden_layers * 4 * config.hidden_size * (24**2 + 9**2)
+    executed = flops.step_flops(config, [24, 9], 5, train=True, read=5 + 2)
+    assert floor["matrix products"] + attention == executed
+    assert floor["attention"] == pytest.approx(attention * 7 / 6)  # the backward's fifth product

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from parity import DEVICE, available_backends
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast import dispatch, ops, random, reference
 from bert_fast.peers import apex, flash_attn
@@ -286,6 +287,35 @@ def test_double_backward_raises_clearly(operator):
         (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(NotImplementedError, match=f"{operator} has no second derivative"):
             grad.sum().backward()
+
+
+class Filled(TorchDispatchMode):
+    """Which tensors are made full of zeros, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in ("zeros", "zeros_like", "new_zeros", "zero_", "fill_", "full"):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"), [("mlm_loss", "word"), ("residual_layernorm", "x"), ("attention", "qkv")]
+)
+def test_outputs_kept_for_the_backward_get_no_zero_gradients(operator, name):
+    arguments = good(operator)
+    x = arguments[name].detach().clone().requires_grad_()
+    with dispatch.use_backend("reference"):
+        out = getattr(ops, operator)(**(arguments | {name: x}))
+        grad = torch.ones_like(out)
+        with Filled() as filled:
+            out.backward(grad)
+    assert x.grad is not None
+    assert filled.shapes == []
 
 
 @pytest.mark.parametrize("operator", ["residual_layernorm", "bias_gelu", "embedding_layernorm"])
