@@ -29,7 +29,6 @@ from workload import MODELS, Workload, model_config, random_batch
 from bert_fast.env import environment
 from bert_fast.flops import step_flops
 from bert_fast.train.devices import has_matrix_unit
-from bert_fast.train.process import keep_freed_memory
 
 DROPOUT = 0.1
 STARTED = time.perf_counter()
@@ -257,8 +256,6 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     dtype, device = DTYPES[options.dtype], options.device
-    if device == "cpu":
-        keep_freed_memory()  # as `bert-fast pretrain` does; it serves every variant alike
     facts = environment()
     say = tables.console.print
 

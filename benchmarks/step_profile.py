@@ -25,7 +25,6 @@ from torch.profiler import ProfilerActivity, profile
 from workload import MODELS, Workload, model_config
 
 from bert_fast.flops import step_flops
-from bert_fast.train.process import keep_freed_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::addmv", "aten::linear", "aten::matmul")
@@ -89,8 +88,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     device, train, dtype = options.device, options.mode == "train", DTYPES[options.dtype]
-    if device == "cpu":
-        keep_freed_memory()
     config = model_config(options.model, dropout=options.dropout)
     batch = Workload().batch(options.batch, options.seq, options.lengths, device)
     variant = variants.build("bert_fast", config, device, train=train, nsp=True, dtype=dtype)

@@ -44,16 +44,12 @@ def run(options: argparse.Namespace) -> None:
     if options.epochs <= 0 or options.batch_size < 1 or options.lr < 0 or not 0 <= options.warmup < 1:
         raise ValueError("--epochs and --batch-size must be above 0, --lr at least 0, --warmup from 0 to below 1")
     from bert_fast.classification import finetune, read_examples
-    from bert_fast.train.process import keep_freed_memory
 
     out = Output.of(options)
     columns = {"text": options.text, "pair": options.pair, "label": options.label}
     train, validation = (read_examples(path, **columns) for path in (options.train, options.validation))
     if options.out is not None:
         writable_folder(options.out)
-    device = chosen_device(options)
-    if device == "cpu":
-        keep_freed_memory()
     updates = -(-len(train) // options.batch_size) * options.epochs
     with out.progress(round(updates), "fine-tuning", "updates") as bar:
         found = finetune(
@@ -68,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
             max_length=options.seq,
             seed=options.seed,
             precision=options.precision,
-            device=device,
+            device=chosen_device(options),
             from_scratch=options.from_scratch,
             on_step=lambda step, steps, loss: bar.update(step, "" if loss is None else f"loss {loss:.4f}", loss=loss),
             on_epoch=lambda m: out.note(f"epoch {m['epoch']:g}: accuracy {100 * m['accuracy']:.2f} %, "

@@ -27,7 +27,7 @@ from bert_fast.train.metrics import MetricsFile
 from bert_fast.train.optimizer import build_optimizer, load_state, owned, state_tensors
 from bert_fast.train.plan import Place
 from bert_fast.train.plot import plot_runs
-from bert_fast.train.process import Stop, keep_freed_memory, locked, stop_on_signals
+from bert_fast.train.process import Stop, locked, stop_on_signals
 from bert_fast.train.schedule import learning_rate, phase_of, phases
 from bert_fast.train.step import Outcome, Step, derived_seed
 from bert_fast.train.validation import Validation, hold_out
@@ -51,8 +51,6 @@ def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
     with started(config.device) as ranks, locked(Path(config.out), ranks), stop_on_signals() as asked_to_stop:
         if not ranks.first:
             output = Output(silent=True)
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
         try:
             return _Run(config, ranks, output).train(asked_to_stop)
         except OSError as error:

@@ -1,6 +1,5 @@
-"""A run as a process: asked to stop by signals, alone in its folder, keeping the memory that its steps free."""
+"""A run as a process: asked to stop by signals, alone in its folder."""
 
-import ctypes
 import fcntl
 import signal
 import threading
@@ -57,20 +56,3 @@ def locked(run: Path, ranks: Ranks) -> Iterator[None]:
         except BlockingIOError as error:
             raise FolderInUse(f"another process trains in {run}: wait for it, or choose another --out") from error
         yield
-
-
-def keep_freed_memory() -> bool:
-    """Has the C library keep the process's freed memory for the next step; False where it cannot be asked (not glibc).
-
-    Gradients and activations are freed in every step, a CPU's from glibc's heap, which gives large blocks back to the
-    kernel: the next step gets them zeroed again, page by page. docs/performance.md has what that costs. It holds for
-    the rest of the process; memory in use at the same time does not grow by it.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    most = 2**31 - 1
-    kept = mallopt(mmap_threshold, most) or mallopt(mmap_threshold, 32 << 20)  # glibc before 2.35 takes no more
-    return bool(kept and mallopt(trim_threshold, most))
