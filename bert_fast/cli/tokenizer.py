@@ -29,6 +29,7 @@ bert-fast tokenizer zh.txt.gz --limit-alphabet 8000 --vocab-size 21128 --out tok
     parser.add_argument(
         "--cased", action="store_true", help="keep upper case and accents (default: lower case, accents stripped)"
     )
+    parser.add_argument("--keep-accents", action="store_true", help="lower case, but with accents")
     parser.add_argument("--min-frequency", metavar="N", type=int, default=2, help="least occurrences of a pair to join")
     parser.add_argument(
         "--limit-alphabet", metavar="N", type=int, default=1000, help="characters to keep; about 8000 for Chinese"
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
                 lowercase=not options.cased,
                 min_frequency=options.min_frequency,
                 limit_alphabet=options.limit_alphabet,
+                strip_accents=False if options.keep_accents else None,
             )
         except ValueError as error:
             raise ValueError("; ".join(filter(None, (str(error), skipped_text(texts.counts))))) from error

@@ -29,13 +29,15 @@ def train_tokenizer(
     lowercase: bool = True,
     min_frequency: int = 2,
     limit_alphabet: int = 1000,
+    strip_accents: bool | None = None,
 ) -> Tokenizer:
     """A WordPiece tokenizer of at most ``vocab_size`` pieces, five special tokens first, trained on ``texts``.
 
     Text is treated as BERT does: control characters removed, CJK characters apart, with ``lowercase`` also
-    lower-cased and stripped of accents; split at white space and punctuation. The most frequent ``limit_alphabet``
-    characters (at most a quarter of the vocabulary) are kept: raise it to about 8000 for Chinese. The same texts
-    give the same vocabulary. ``texts`` are gone through twice: a one-pass iterator is read into memory first.
+    lower-cased and stripped of accents (``strip_accents`` True or False says otherwise); split at white space and
+    punctuation. The most frequent ``limit_alphabet`` characters (at most a quarter of the vocabulary) are kept:
+    raise it to about 8000 for Chinese. The same texts give the same vocabulary. ``texts`` are gone through twice: a
+    one-pass iterator is read into memory first.
     Raises ValueError where the vocabulary cannot hold the special tokens or the texts hold no word.
     """
     if vocab_size <= len(SPECIAL_TOKENS):
@@ -43,7 +45,7 @@ def train_tokenizer(
     if iter(texts) is texts:
         texts = list(texts)
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
-    _as_bert(tokenizer, lowercase)
+    _as_bert(tokenizer, lowercase, strip_accents)
     # The trainer numbers "##x" in the order of a randomly seeded hash table and breaks ties by these numbers. Naming
     # them beforehand fixes both; they must not stay special tokens, so the vocabulary goes into a new tokenizer.
     alphabet = _alphabet(texts, tokenizer, min(limit_alphabet, max(1, vocab_size // 4)))
@@ -60,7 +62,7 @@ def train_tokenizer(
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    _as_bert(tokenizer, lowercase)
+    _as_bert(tokenizer, lowercase, strip_accents)
     _add_template(tokenizer)
     return tokenizer
 
@@ -81,9 +83,14 @@ def _continues_word(character: str, tokenizer: Tokenizer) -> bool:
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(f"a{character}"))) == 1
 
 
-def _as_bert(tokenizer: Tokenizer, lowercase: bool) -> None:
+def _as_bert(
+    tokenizer: Tokenizer, lowercase: bool, strip_accents: bool | None = None, chinese_characters_apart: bool = True
+) -> None:
     tokenizer.normalizer = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lowercase
+        clean_text=True,
+        handle_chinese_chars=chinese_characters_apart,
+        strip_accents=strip_accents,  # None: as lowercase
+        lowercase=lowercase,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
@@ -143,7 +150,8 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> Tokeni
     """A tokenizer from ``tokenizer.json``, ``vocab.txt`` or a folder that holds one of them.
 
     A ``vocab.txt`` does not say whether it is cased: ``lowercase`` tells; None takes ``do_lower_case`` of a
-    ``tokenizer_config.json`` beside it, else upper-case letters in the vocabulary mean cased. Raises
+    ``tokenizer_config.json`` beside it, else upper-case letters in the vocabulary mean cased. ``strip_accents`` and
+    ``tokenize_chinese_chars`` of that file hold in any case. Raises
     FileNotFoundError where there is none, ValueError where the file is damaged or special tokens are missing.
     """
     path = Path(path)
@@ -171,14 +179,15 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> Tokeni
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     if len(vocabulary) != len(pieces):
         raise ValueError(f"{path} is not a vocabulary: {len(pieces) - len(vocabulary)} lines repeat another")
-    config = path.with_name("tokenizer_config.json")
-    if lowercase is None and config.is_file():
-        lowercase = json.loads(config.read_text(encoding="utf-8")).get("do_lower_case")
+    config_file = path.with_name("tokenizer_config.json")
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    if lowercase is None:
+        lowercase = config.get("do_lower_case")
     if lowercase is None:
         lowercase = not any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     special_ids(tokenizer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    _as_bert(tokenizer, lowercase)
+    _as_bert(tokenizer, lowercase, config.get("strip_accents"), config.get("tokenize_chinese_chars", True))
     _add_template(tokenizer)
     return tokenizer

@@ -35,13 +35,15 @@ def test_tokenizer_reports_what_it_made(run, corpus, tmp_path):
     assert any(line["kind"] == "progress" for line in done.lines)
 
 
-def test_tokenizer_cased_keeps_case_and_accents(run, corpus, tmp_path):
-    for flags, expected in (((), {"e", "t"}), (("--cased",), {"É", "T"})):
-        out = tmp_path / f"t{len(flags)}"
-        assert run("tokenizer", corpus, "--min-frequency", 1, "--out", out, *flags).code == 0
-        alphabet = set(data.load_tokenizer(out).get_vocab())
-        assert expected <= alphabet
-        assert ("É" in alphabet) == bool(flags)
+@pytest.mark.parametrize(
+    ("flags", "there", "missing"), [((), "et", "éÉ"), (("--cased",), "ÉT", "é"), (("--keep-accents",), "ét", "É")]
+)
+def test_tokenizer_keeps_case_and_accents_where_asked(run, corpus, tmp_path, flags, there, missing):
+    out = tmp_path / "t"
+    assert run("tokenizer", corpus, "--min-frequency", 1, "--out", out, *flags).code == 0
+    alphabet = set(data.load_tokenizer(out).get_vocab())
+    assert set(there) <= alphabet
+    assert not set(missing) & alphabet
 
 
 def test_tokenizer_does_not_replace_another_unasked(run, corpus, folder, tmp_path):

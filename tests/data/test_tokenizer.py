@@ -1,5 +1,7 @@
 """The tokenizer: as BERT's, the same ids in transformers, any form of it loads."""
 
+import json
+
 import pytest
 from transformers import BertTokenizerFast
 
@@ -25,6 +27,31 @@ def test_transformers_gives_the_same_ids(tmp_path, documents, lowercase):
     assert ("Café" in ours.normalizer.normalize_str("Café")) is not lowercase
     assert ours.encode("我们", add_special_tokens=False).tokens == ["我", "们"]
     assert not {"##我", "##."} & set(ours.get_vocab())
+
+
+@pytest.mark.parametrize(("strip_accents", "kept"), [(False, True), (True, False)])
+def test_accents_are_kept_where_asked_in_every_form(tmp_path, documents, strip_accents, kept):
+    texts = [sentence for document in documents[:10] for sentence in document] + TEXT * 3
+    ours = train_tokenizer(texts, 1200, lowercase=kept, strip_accents=strip_accents)
+    assert ("é" in ours.normalizer.normalize_str("Café")) is kept
+    save_tokenizer(ours, tmp_path)
+    theirs = BertTokenizerFast.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    for text in [*texts[::9], *TEXT]:
+        ids = ours.encode(text).ids
+        assert theirs(text)["input_ids"] == ids
+        assert load_tokenizer(tmp_path).encode(text).ids == ids
+        assert load_tokenizer(tmp_path / "vocab.txt", lowercase=kept).encode(text).ids == ids
+
+
+def test_chinese_characters_together_where_the_configuration_says_so(tmp_path):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "我", "们", "##们", "we"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "tokenize_chinese_chars": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ids = load_tokenizer(tmp_path).encode("我们 we").ids
+    assert ids == [2, 5, 7, 8, 3]
+    assert BertTokenizerFast.from_pretrained(tmp_path)("我们 we")["input_ids"] == ids
 
 
 def test_training_is_reproducible(documents):
