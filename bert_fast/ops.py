@@ -6,7 +6,11 @@ The public functions below check what shapes, dtypes and devices tell; values (i
 checked on CPU tensors when the operator runs, and never on a GPU, where that would wait for the device.
 """
 
+import contextlib
+import contextvars
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import dispatch
 
@@ -178,6 +182,11 @@ def _embedding_layernorm_backward(ctx, grad_out, *_):
     return None, None, None, *grads, None, None, None, None, None, None, None
 
 
+def _embedding_layernorm_bwd_fake(grad_out, ids, positions, segments, word, position, segment, weight, *_):
+    tables = (word, position, segment, weight, weight)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tables)
+
+
 _define(
     "embedding_layernorm",
     "fwd",
@@ -193,11 +202,65 @@ _define(
     "(Tensor grad_out, Tensor ids, Tensor positions, Tensor segments, Tensor word, Tensor position, Tensor segment, "
     "Tensor weight, Tensor mean, Tensor rstd, Tensor row_key, Tensor rng_key, float p, int site, int padding_idx) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda grad_out, ids, positions, segments, word, position, segment, weight, *_: tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (word, position, segment, weight, weight)
-    ),
+    _embedding_layernorm_bwd_fake,
+)
+_define(
+    "embedding_layernorm",
+    "bwd_add",  # bwd, but the gradient of word is added to the last argument
+    "(Tensor grad_out, Tensor ids, Tensor positions, Tensor segments, Tensor word, Tensor position, Tensor segment, "
+    "Tensor weight, Tensor mean, Tensor rstd, Tensor row_key, Tensor rng_key, float p, int site, int padding_idx, "
+    "Tensor(a!) grad_word) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: _embedding_layernorm_bwd_fake(*args)[1:],
 )
 _differentiate("embedding_layernorm", _embedding_layernorm_setup, _embedding_layernorm_backward)
+
+
+class _EmbeddingLayerNormAndTable(torch.autograd.Function):
+    """embedding_layernorm whose word table is an output too: the gradient of that one is what ours is added to."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = torch.ops.bert_fast.embedding_layernorm_fwd(*inputs)
+        ctx.set_materialize_grads(False)  # a table that nobody read has no gradient
+        _embedding_layernorm_setup(ctx, inputs, output)
+        return output[0], inputs[3].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_word):
+        if grad_word is None:
+            return _embedding_layernorm_backward(ctx, grad_out)
+        grad_word, grads = grad_word.contiguous(), (None,) * 4
+        if grad_out is not None:
+            grads = torch.ops.bert_fast.embedding_layernorm_bwd_add(
+                grad_out.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site, ctx.padding_idx, grad_word
+            )
+        return None, None, None, grad_word, *grads, None, None, None, None, None, None, None
+
+
+# Inside one_table_gradient, after an embedding: its word table, and the same table as an output of the embedding.
+_embedded: contextvars.ContextVar = contextvars.ContextVar("bert_fast.ops._embedded", default=None)
+
+
+@contextlib.contextmanager
+def one_table_gradient():
+    """Around a model's forward: the two gradients of a tied word table, projection's and embedding's, meet in one.
+
+    Each use of a table makes a gradient (V, H), the embedding's nearly all zeros, and autograd adds the two. In here
+    ``embedding_layernorm`` gives the table on, and ``mlm_loss`` of the same table reads what was given on. So autograd
+    takes the projection's gradient through the embedding's backward, which adds the rows of its tokens to it in place
+    and returns it: the table's whole gradient, with the same bits, and still autograd's for hooks to see. Tables that
+    are not tied or need no gradient are treated as ever, and so are compiled forwards.
+    """
+    token = _embedded.set([])
+    try:
+        yield
+    finally:
+        _embedded.reset(token)
+
+
+def _embedded_table() -> list[Tensor] | None:
+    return None if torch.compiler.is_compiling() else _embedded.get()
 
 
 def embedding_layernorm(
@@ -235,12 +298,17 @@ def embedding_layernorm(
                 weight=(weight, (columns,)), bias=(bias, (columns,)))  # fmt: skip
     _check_floating(name, word=word, position=position, segment=segment, weight=weight, bias=bias)
     row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, ids)
-    out, _, _ = torch.ops.bert_fast.embedding_layernorm_fwd(
+    arguments = (
         ids.contiguous(), positions.contiguous(), segments.contiguous(), word.contiguous(), position.contiguous(),
         segment.contiguous(), weight.contiguous(), bias.contiguous(), row_key, rng_key, eps, p, site,
         -1 if padding_idx is None else padding_idx, out_dtype or word.dtype,
     )  # fmt: skip
-    return out
+    embedded = _embedded_table()
+    if embedded is not None and word.requires_grad:
+        out, given_on = _EmbeddingLayerNormAndTable.apply(*arguments)
+        embedded[:] = word, given_on
+        return out
+    return torch.ops.bert_fast.embedding_layernorm_fwd(*arguments)[0]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -478,24 +546,23 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
-def _factor_is_one(grad_loss: Tensor) -> bool:
-    """The saved gradients may be handed over as they are: reading the factor costs nothing (a CPU's plain tensor,
-    nobody traces), it is one, and nobody needs them again (the graph is freed, no second derivative is recorded)."""
+def _is_last_backward(grad_loss: Tensor) -> bool:
+    """Nobody needs the saved gradients again: the graph is freed, no second derivative is recorded, nobody traces."""
     return (
         type(grad_loss) is Tensor
-        and grad_loss.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and _dispatch_modes() == 0
         and not _keeps_graph()
-        and float(grad_loss) == 1.0
     )
 
 
 def _mlm_loss_backward(ctx, grad_loss, *_):
-    if _factor_is_one(grad_loss):  # a pass over the table's gradient (V, H) and its copy less
-        return *(g.detach() for g in ctx.saved_tensors), None, None, None, None, None
-    grads = torch.ops.bert_fast.mlm_loss_bwd(grad_loss, *ctx.saved_tensors)
+    if _is_last_backward(grad_loss):  # a copy of the table's gradient (V, H) less, and a pass where the factor is one
+        grads = tuple(g.detach() for g in ctx.saved_tensors)
+        torch.ops.bert_fast.mlm_loss_bwd_(grad_loss, *grads)
+    else:
+        grads = torch.ops.bert_fast.mlm_loss_bwd(grad_loss, *ctx.saved_tensors)
     return *grads, None, None, None, None, None
 
 
@@ -512,6 +579,12 @@ _define(
     "bwd",
     "(Tensor grad_loss, Tensor grad_hidden, Tensor grad_word, Tensor grad_bias) -> (Tensor, Tensor, Tensor)",
     lambda grad_loss, *grads: tuple(torch.empty_like(g) for g in grads),
+)
+_define(
+    "mlm_loss",
+    "bwd_",  # bwd in place
+    "(Tensor grad_loss, Tensor(a!) grad_hidden, Tensor(b!) grad_word, Tensor(c!) grad_bias) -> ()",
+    lambda *_: None,
 )
 _differentiate("mlm_loss", _mlm_loss_setup, _mlm_loss_backward)
 
@@ -545,6 +618,9 @@ def mlm_loss(
     _require(chunk >= 1, name, f"chunk is {chunk}, expected at least 1")
     if normalizer is not None:
         _require(normalizer.numel() == 1, name, f"normalizer has shape {tuple(normalizer.shape)}, expected 1 element")
+    embedded = _embedded_table()
+    if embedded and embedded[0] is word:
+        word = embedded[1]
     with_grads = torch.is_grad_enabled() and (hidden.requires_grad or word.requires_grad or bias.requires_grad)
     loss, *_ = torch.ops.bert_fast.mlm_loss_fwd(
         hidden.contiguous(), word.contiguous(), bias.contiguous(), labels.contiguous(), normalizer, ignore_index,

@@ -97,25 +97,34 @@ def embedding_layernorm_bwd(
     p: float,
     site: int,
     padding_idx: int,
+    grad_word: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of word, position, segment, weight, bias, each in its table's dtype.
 
     The row ``padding_idx`` of the word table gets no gradient (-1: every row does), as in ``nn.Embedding``.
+    ``grad_word`` (V, H), contiguous, is a gradient of word from elsewhere: ours is added to it in place, rounded to
+    its dtype before, so that the bits are those of two gradients made apart and added; it is then the first result.
     """
     z = _accumulate(word[ids]) + _accumulate(segment[segments]) + _accumulate(position[positions])
     normalized = (z - mean[:, None]) * rstd[:, None]
     grad_y = _drop_hidden(_accumulate(grad_out), row_key, rng_key, p, site)
     grad_z = _normalize_bwd(grad_y * _accumulate(weight), normalized, rstd)
-    grad_word = _segment_sum(grad_z, ids, word.shape[0])
+    added = _segment_sum(grad_z, ids, word.shape[0])
     if padding_idx >= 0:
-        grad_word[padding_idx] = 0.0
+        added[padding_idx] = 0.0
+    added = added.to(word.dtype)
     return (
-        grad_word.to(word.dtype),
+        added if grad_word is None else grad_word.add_(added),
         _segment_sum(grad_z, positions, position.shape[0]).to(position.dtype),
         _segment_sum(grad_z, segments, segment.shape[0]).to(segment.dtype),
         (grad_y * normalized).sum(dim=0).to(weight.dtype),
         grad_y.sum(dim=0).to(weight.dtype),
     )
+
+
+def embedding_layernorm_bwd_add(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """embedding_layernorm_bwd with its ``grad_word``, without returning that."""
+    return embedding_layernorm_bwd(*arguments)[1:]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -355,3 +364,11 @@ def mlm_loss_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward's gradients times ``grad_loss`` (), as new tensors."""
     return tuple((_accumulate(g) * grad_loss).to(g.dtype) for g in (grad_hidden, grad_word, grad_bias))
+
+
+def mlm_loss_bwd_(grad_loss: Tensor, grad_hidden: Tensor, grad_word: Tensor, grad_bias: Tensor) -> None:
+    """mlm_loss_bwd in place. No pass where the factor is one and lies on a CPU, where reading it costs nothing."""
+    if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
+        return
+    for g in (grad_hidden, grad_word, grad_bias):
+        g.copy_(_accumulate(g) * grad_loss)

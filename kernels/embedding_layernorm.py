@@ -19,6 +19,9 @@ the last, which no row reads. Keys are sorted (stable); the sorted list is cut i
     pass 2   a program for each table row: the runs that are wholly its own from that buffer, the rest (less than
              a run at each end) from d z; no token: zero. Every row of every table is written exactly once.
 
+A tied word table has a gradient from its other use, the MLM projection, too. Given that, pass 2 adds to it in place:
+rows that no token has are then neither read nor written, and no gradient of the size of the table is made.
+
 The order of every sum follows from the keys alone, so equal inputs give equal bits. Nothing waits for the device.
 """
 
@@ -252,6 +255,7 @@ def _table_grad_kernel(
     positions,
     run,
     COLUMNS: tl.constexpr,
+    ADD_TO_WORD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -272,7 +276,12 @@ def _table_grad_kernel(
     total = _add_tokens(total, grad_z_ptr, order_ptr, tail_start, end, tokens, column, COLUMNS, BLOCK_R)
     total = tl.sum(total, axis=0)
     if table_row < words:
-        tl.store(grad_word_ptr + table_row.to(tl.int64) * COLUMNS + column, total, mask=inside)
+        grad_ptr = grad_word_ptr + table_row.to(tl.int64) * COLUMNS + column
+        if ADD_TO_WORD:  # rounded before, as a gradient of its own would be
+            inside &= start < end
+            held = tl.load(grad_ptr, mask=inside, other=0.0).to(tl.float32)
+            total = held + total.to(grad_word_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(grad_ptr, total, mask=inside)
     elif table_row < words + positions:
         tl.store(grad_position_ptr + (table_row - words).to(tl.int64) * COLUMNS + column, total, mask=inside)
     else:
@@ -352,12 +361,14 @@ def embedding_layernorm_bwd(
     p: float,
     site: int,
     padding_idx: int,
+    grad_word: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See bert_fast/reference.py. A token with an index out of range adds to no gradient. TypeError for float64."""
     tokens, columns = grad_out.shape
     rows.check_tensors(
-        "embedding_layernorm", columns, grad_out=grad_out, word=word, position=position, segment=segment, weight=weight
-    )
+        "embedding_layernorm", columns, grad_out=grad_out, word=word, position=position, segment=segment, weight=weight,
+        grad_word=grad_word,
+    )  # fmt: skip
     device = word.device
     grad_z = torch.empty((tokens, columns), dtype=torch.float32, device=device)
     key = torch.empty((3, tokens), dtype=torch.int32, device=device)
@@ -395,13 +406,23 @@ def embedding_layernorm_bwd(
             **config,
         )
     rows.sum_partials(partial, [grad_weight, grad_bias])
-    return *_table_grads(grad_z, key, word, position, segment), grad_weight, grad_bias
+    return *_table_grads(grad_z, key, word, position, segment, grad_word), grad_weight, grad_bias
 
 
-def _table_grads(grad_z: Tensor, key: Tensor, word: Tensor, position: Tensor, segment: Tensor) -> list[Tensor]:
+def embedding_layernorm_bwd_add(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See bert_fast/reference.py."""
+    return embedding_layernorm_bwd(*arguments)[1:]
+
+
+def _table_grads(
+    grad_z: Tensor, key: Tensor, word: Tensor, position: Tensor, segment: Tensor, grad_word: Tensor | None
+) -> list[Tensor]:
     """Sum ``grad_z`` (T, H) into gradients of the three tables by ``key`` (3, T): see the two passes above."""
     tokens, columns = grad_z.shape
-    grads = [torch.empty_like(table) for table in (word, position, segment)]
+    add_to_word = grad_word is not None
+    if not add_to_word:
+        grad_word = torch.empty_like(word)
+    grads = [grad_word, torch.empty_like(position), torch.empty_like(segment)]
     table_rows = sum(table.shape[0] for table in grads)
     key, order = torch.sort(key.view(-1), stable=True)
     numbers = torch.arange(table_rows + 1, dtype=torch.int32, device=key.device)
@@ -437,6 +458,7 @@ def _table_grads(grad_z: Tensor, key: Tensor, word: Tensor, position: Tensor, se
             positions=position.shape[0],
             run=run,
             COLUMNS=columns,
+            ADD_TO_WORD=add_to_word,
             **config,
         )
     return grads
@@ -455,7 +477,8 @@ def aot_cases(capability: int) -> list[dict]:
     backward = gather | {"grad_out_ptr": "*bf16", "grad_z_ptr": "*fp32", "key_ptr": "*i32", "partial_ptr": "*fp32"}
     sums = {"grad_z_ptr": "*fp32", "order_ptr": "*i64", "run_sum_ptr": "*fp32"}
     table = sums | {"start_ptr": "*i32"}
-    table |= dict.fromkeys(("grad_word_ptr", "grad_position_ptr", "grad_segment_ptr"), "*fp32")
+    grads = ("grad_word_ptr", "grad_position_ptr", "grad_segment_ptr")
+    table, in_bf16 = table | dict.fromkeys(grads, "*fp32"), dict.fromkeys(grads, "*bf16")
     sizes = dict.fromkeys(("tokens", "words", "positions", "segments"), "i32")
     dropout = {"threshold": "i32", "scale": "fp32", "site": "i32"}
     cases = []
@@ -471,12 +494,15 @@ def aot_cases(capability: int) -> list[dict]:
                 config = _launch_config(columns, direction)
                 name = f"embedding_layernorm {direction} {at}"
                 cases.append(rows.aot_case(kernel, name, pointers, scalars, constants, config))
-        for kernel, name, pointers, scalars in (
-            (_run_sum_kernel, "run sums", sums | {"key_ptr": "*i32"}, ("tokens", "table_rows", "run")),
-            (_table_grad_kernel, "table gradients", table, ("tokens", "words", "positions", "run")),
+        runs, of_rows = ("tokens", "table_rows", "run"), ("tokens", "words", "positions", "run")
+        for kernel, name, pointers, scalars, constants in (
+            (_run_sum_kernel, "run sums", sums | {"key_ptr": "*i32"}, runs, {}),
+            (_table_grad_kernel, "table gradients", table, of_rows, {"ADD_TO_WORD": False}),
+            (_table_grad_kernel, "table gradients added", table, of_rows, {"ADD_TO_WORD": True}),
+            (_table_grad_kernel, "table gradients added bf16", table | in_bf16, of_rows, {"ADD_TO_WORD": True}),
         ):
             name = f"embedding_layernorm {name} H={columns}"
             config = _table_config(columns)
-            types = dict.fromkeys(scalars, "i32")
-            cases.append(rows.aot_case(kernel, name, pointers, types, {"COLUMNS": columns}, config))
+            types, constants = dict.fromkeys(scalars, "i32"), {"COLUMNS": columns} | constants
+            cases.append(rows.aot_case(kernel, name, pointers, types, constants, config))
     return [*cases, rows.sum_partials_case("embedding_layernorm", 2, "*fp32")]

@@ -131,9 +131,12 @@ def _scale_kernel(
     third_size,
     first_blocks,
     second_blocks,
+    IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     scale = tl.load(scale_ptr).to(tl.float32)
+    if IN_PLACE & (scale == 1.0):  # as nearly always: nothing is read or written, and the host need not know
+        return
     block = tl.program_id(0)
     if block < first_blocks:
         offset = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -249,26 +252,38 @@ def mlm_loss_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See bert_fast/reference.py: the three gradients times ``grad_loss``, in one launch. TypeError for float64."""
     grads = (grad_hidden, grad_word, grad_bias)
-    rows.check_tensors("mlm_loss", grad_hidden=grad_hidden, grad_word=grad_word, grad_bias=grad_bias)
     outs = tuple(torch.empty_like(g) for g in grads)
+    _scale(grad_loss, grads, outs)
+    return outs
+
+
+def mlm_loss_bwd_(grad_loss: Tensor, grad_hidden: Tensor, grad_word: Tensor, grad_bias: Tensor) -> None:
+    """See bert_fast/reference.py: in one launch, which touches nothing where the factor is one."""
+    grads = (grad_hidden, grad_word, grad_bias)
+    _scale(grad_loss, grads, grads)
+
+
+def _scale(factor: Tensor, grads: tuple[Tensor, ...], outs: tuple[Tensor, ...]) -> None:
+    """outs = factor * grads, three tensors each; they may be the same."""
+    rows.check_tensors("mlm_loss", grad_hidden=grads[0], grad_word=grads[1], grad_bias=grads[2])
     blocks = [triton.cdiv(g.numel(), _SCALE_CONFIG["BLOCK"]) for g in grads]
     if sum(blocks):
         _scale_kernel[(sum(blocks),)](
-            scale_ptr=grad_loss,
-            first_ptr=grad_hidden,
-            second_ptr=grad_word,
-            third_ptr=grad_bias,
+            scale_ptr=factor,
+            first_ptr=grads[0],
+            second_ptr=grads[1],
+            third_ptr=grads[2],
             first_out_ptr=outs[0],
             second_out_ptr=outs[1],
             third_out_ptr=outs[2],
-            first_size=grad_hidden.numel(),
-            second_size=grad_word.numel(),
-            third_size=grad_bias.numel(),
+            first_size=grads[0].numel(),
+            second_size=grads[1].numel(),
+            third_size=grads[2].numel(),
             first_blocks=blocks[0],
             second_blocks=blocks[1],
+            IN_PLACE=outs is grads,
             **_SCALE_CONFIG,
         )
-    return outs
 
 
 def aot_cases(capability: int) -> list[dict]:
@@ -291,5 +306,6 @@ def aot_cases(capability: int) -> list[dict]:
     pointers = {"scale_ptr": "*fp32"} | dict.fromkeys(("first_ptr", "first_out_ptr"), "*bf16")
     pointers |= dict.fromkeys(("second_ptr", "third_ptr", "second_out_ptr", "third_out_ptr"), "*fp32")
     scalars = dict.fromkeys(("first_size", "second_size", "third_size", "first_blocks", "second_blocks"), "i32")
-    cases.append(rows.aot_case(_scale_kernel, "mlm_loss bwd", pointers, scalars, {}, _SCALE_CONFIG))
+    for in_place, name in ((False, "mlm_loss bwd"), (True, "mlm_loss bwd in place")):
+        cases.append(rows.aot_case(_scale_kernel, name, pointers, scalars, {"IN_PLACE": in_place}, _SCALE_CONFIG))
     return cases

@@ -21,6 +21,8 @@ import contextlib
 
 import torch
 
+from bert_fast import ops
+
 Tensor = torch.Tensor
 
 
@@ -138,7 +140,7 @@ class CapturedStep:
     def _step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         context = contextlib.nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
-        with context:
+        with context, ops.one_table_gradient():
             loss = self.model(**self._inputs, max_length_q=self.max_length, return_logits=False).loss
         loss.backward()
         self.optimizer.step()

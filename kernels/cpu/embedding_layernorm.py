@@ -31,13 +31,18 @@ def _sum_of_rows(ids, positions, segments, word, position, segment) -> Tensor:
     return word[ids].float() + segment[segments].float() + position[positions].float()
 
 
+def _sums_by_row(index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The table rows that occur in index (T,), and for each the float32 sum of its rows (T, H), in the order of T."""
+    used, place = index.unique(return_inverse=True)
+    return used, rows.new_zeros(used.numel(), rows.shape[1]).index_add_(0, place, rows)
+
+
 def _table_gradient(table: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """rows (T, H) float32 summed into the shape and dtype of table by index (T,), in the order of T."""
     grad = torch.zeros_like(table)
     if table.dtype == torch.float32:
         return grad.index_add_(0, index, rows)
-    used, place = index.unique(return_inverse=True)  # sums in float32 of the rows that occur, not of the whole table
-    sums = rows.new_zeros(used.numel(), rows.shape[1]).index_add_(0, place, rows)
+    used, sums = _sums_by_row(index, rows)  # in float32, of the rows that occur and not of the whole table
     return grad.index_copy_(0, used, sums.to(table.dtype))
 
 
@@ -85,20 +90,37 @@ def embedding_layernorm_bwd(
     p: float,
     site: int,
     padding_idx: int,
+    grad_word: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of word, position, segment, weight, bias; row ``padding_idx`` of word's is 0."""
+    """-> gradients of word, position, segment, weight, bias: see bert_fast/reference.py."""
     tables = (word, position, segment)
     if torch.float64 in (*(t.dtype for t in tables), weight.dtype, grad_out.dtype, mean.dtype):
         return reference.embedding_layernorm_bwd(
-            grad_out, ids, positions, segments, *tables, weight, mean, rstd, row_key, rng_key, p, site, padding_idx
-        )
+            grad_out, ids, positions, segments, *tables, weight, mean, rstd, row_key, rng_key, p, site, padding_idx,
+            grad_word,
+        )  # fmt: skip
     z = _sum_of_rows(ids, positions, segments, *tables)
     grad_y = _drop(grad_out.to(torch.float32, copy=True), row_key, rng_key, p, site)
     _, grad_z, _, grad_weight, grad_bias = residual_layernorm_bwd(
         grad_y, z, mean, rstd, weight.float(), row_key, rng_key, 0.0, site, torch.float32, False
     )
-    pairs = ((word, ids), (position, positions), (segment, segments))
-    grads = [_table_gradient(table, index, grad_z) for table, index in pairs]
-    if padding_idx >= 0:
-        grads[0][padding_idx] = 0.0
-    return *grads, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    if grad_word is None:
+        grad_word = _table_gradient(word, ids, grad_z)
+        if padding_idx >= 0:
+            grad_word[padding_idx] = 0.0
+    else:
+        used, sums = _sums_by_row(ids, grad_z)
+        sums[used == padding_idx] = 0.0
+        grad_word.index_add_(0, used, sums.to(word.dtype))
+    return (
+        grad_word,
+        _table_gradient(position, positions, grad_z),
+        _table_gradient(segment, segments, grad_z),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(weight.dtype),
+    )
+
+
+def embedding_layernorm_bwd_add(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See bert_fast/reference.py."""
+    return embedding_layernorm_bwd(*arguments)[1:]

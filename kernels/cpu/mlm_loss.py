@@ -58,3 +58,4 @@ def mlm_loss_fwd(
 
 
 mlm_loss_bwd = reference.mlm_loss_bwd
+mlm_loss_bwd_ = reference.mlm_loss_bwd_
