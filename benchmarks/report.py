@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 import gpu_results
+import step_aims
 import step_model
 from step_model import CASES, Ceilings, ceilings_of, markdown_table, operator_seconds
 from workload import model_config
@@ -133,16 +134,23 @@ def measured_gpu(results: Path) -> str:
 
 
 def step_model_text(results: Path) -> str:
-    """The prediction: every case, one case line by line, and the bytes that are kept."""
+    """The prediction: every case, the aims, what would change it, a case line by line, and the bytes that are kept."""
     stated = Ceilings()
     forward, backward = stated.attention_forward / 1e12, stated.attention_backward / 1e12
     return "\n\n".join(
         [
             f"At {stated.matmul / 1e12:.0f} TFLOP/s for products, {stated.copy / 1e12:.1f} TB/s read and written, "
             f"attention at {forward:.0f} TFLOP/s forward and {backward:.0f} backward, "
-            f"{1e6 * stated.between_kernels:.0f} us from one kernel to the next; 16-bit weights, LAMB, dropout 0.1, "
-            f"{step_model.TOKENS} real tokens a step. MFU counts the full formula of every real token.",
+            f"{stated.instructions / 1e12:.1f}e12 instructions/s of a lane, {1e6 * stated.between_kernels:.0f} us from "
+            f"one kernel to the next; captured, 16-bit weights, LAMB, dropout 0.1, {step_model.TOKENS} real tokens a "
+            'step. MFU counts the full formula of every real token, "executed" what is computed of it: the last layer '
+            "only where it is read.",
             step_model.summary(stated),
+            "Against the aims:",
+            step_aims.aims(stated),
+            "What would have to be true: changes of the code that save time by the same count, BERT-large at 512, each "
+            "alone and all together:",
+            step_aims.ifs(stated),
             'BERT-large at 512, full lengths, line by line. "avoidable" is the share of the bytes that the operator\'s '
             "inputs and outputs alone do not need:",
             step_model.detail("large", 512, "full", stated),

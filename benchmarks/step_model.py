@@ -4,14 +4,17 @@
 
 A prediction, not a measurement. Each operator is charged what its code moves and computes (its kernel's docstring),
 one launch after the other: products at the matrix-product rate, attention at the best published rates, everything else
-at the rate of a device-to-device copy. ``--results`` takes the ceilings from a file that ``benchmarks/gpu.py`` wrote.
+at the rate of a device-to-device copy, or of instructions where those take longer. ``--results`` takes the ceilings
+from a file that ``benchmarks/gpu.py`` wrote. benchmarks/step_aims.py says what follows for the project's aims.
 
 What the prediction leaves out, and by what a measurement will differ: products of other shapes than 8192^3 are slower
-than the rate they are charged at, kernels reach less than the copy rate, and clocks fall under load.
+than the rate they are charged at, kernels reach less than the copy rate, and clocks fall under load. Vectors of T or H
+elements and what stays in the L2 cache (sums of a few MB that programs leave for another kernel) are not charged.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from operators import masked_positions
 from workload import model_config, wikipedia_quantiles
 
+from bert_fast.data import capacities
 from bert_fast.flops import step_flops
 
 CASES = [(model, seq, kind) for model in ("base", "large") for seq in (128, 512) for kind in ("full", "wikipedia")]
@@ -30,22 +34,30 @@ TOKENS = 32768  # real tokens of a step
 WEIGHTS = ("bfloat16", "float32")  # float32: weights and residual stream in float32 under bfloat16 autocast
 MLM_CHUNK = 1024  # positions whose logits exist at a time (bert_fast.ops.mlm_loss)
 TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit dtypes at head size 64)
+# Instructions of one lane an element, counted in what the kernels compile to (docs/performance.md). Of attention's
+# inner loops on sm_90: what dropout adds to a computed score (Philox, the comparison), forward and in dq and dkv.
+DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 9.8, 8.8, 9.9
+GELU_FORWARD, GELU_BACKWARD = 40, 55
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of one device. FLOP/s, bytes/s read and written, seconds from one kernel of a graph to the next.
+    """Rates of one device: FLOP/s, bytes/s read and written, instructions/s of one lane, seconds.
 
     The defaults are for one H100 and come from elsewhere: a bfloat16 product of 8192^3 and a device-to-device copy as
     measured by others on such a device, attention as published for head size 64 and 512 tokens without dropout
-    (forward: Triton, backward: FlashAttention-3). The time between kernels is an assumption.
+    (forward: Triton, backward: FlashAttention-3); instructions from its datasheet, 132 multiprocessors of 128 lanes at
+    1.755 GHz. The time from one kernel of a graph to the next, and what the host takes to launch one from Python
+    (a PyTorch operator and a Triton kernel alike), are assumptions.
     """
 
     matmul: float = 798e12
     copy: float = 3.0e12
     attention_forward: float = 340e12
     attention_backward: float = 272e12
+    instructions: float = 132 * 128 * 1.755e9
     between_kernels: float = 1e-6
+    launch: float = 10e-6
 
 
 @dataclass(frozen=True)
@@ -53,21 +65,24 @@ class Entry:
     """One line of a step: ``times`` calls of ``operator``, each of ``flops``, ``bytes`` and ``kernels`` launches.
 
     ``direction`` is forward, backward or update; ``rate`` names the ceiling of the FLOPs. ``least`` are the bytes that
-    no implementation of the operator by itself can do without.
+    no implementation of the operator by itself can do without. ``instructions`` (of one lane) run while memory is
+    read and written. A call on some of the rows is a part of one of ``times``.
     """
 
     operator: str
     direction: str
-    times: int
+    times: float
     flops: float = 0
     bytes: float = 0
     least: float | None = None
     rate: str = "matmul"
     kernels: int = 1
+    instructions: float = 0
 
     def seconds(self, ceilings: Ceilings) -> float:
         """Of all ``times`` calls."""
         once = self.flops / getattr(ceilings, self.rate) + self.bytes / ceilings.copy
+        once = max(once, self.instructions / ceilings.instructions)
         return self.times * (once + self.kernels * ceilings.between_kernels)
 
 
@@ -95,73 +110,134 @@ def parameters(config) -> int:
     return config.num_hidden_layers * layer + tables + heads
 
 
-def step(config, lengths: Sequence[int], weights: str = "bfloat16", optimizer: str = "lamb") -> list[Entry]:
+def step(
+    config, lengths: Sequence[int], weights: str = "bfloat16", optimizer: str = "lamb", captured: bool = True
+) -> list[Entry]:
     """Every line of a packed training step of BertForPreTraining over sequences of ``lengths`` tokens.
 
-    ``weights``: the dtype of parameters and residual stream; products are bfloat16 in any case.
+    ``weights``: the dtype of parameters and residual stream; products are bfloat16 in any case. ``captured``: as
+    bert_fast.train.captured does it, where the tied table's two gradients meet in one buffer.
     """
+    lines = [*encoder(config, lengths, weights), *heads(config, lengths, weights, captured)]
+    return [*lines, *update(config, weights, optimizer)]
+
+
+def encoder(config, lengths: Sequence[int], weights: str) -> list[Entry]:
+    """The layers. The last one makes keys, values and attention for every token, and what follows only where its
+    output is read: at the masked positions and each [CLS]."""
     e, r = 2, 2 if weights == "bfloat16" else 4
     layers, h, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    tokens, masked, vocabulary = sum(lengths), masked_positions(lengths), config.vocab_size
-    th, ti, vh = tokens * h, tokens * inner, vocabulary * h
-    _, scores = tiled(lengths)
-    tables = r * h * (vocabulary + config.max_position_embeddings + config.type_vocab_size)
-    lines = [
-        # word row and out; backward: word row, d out, d z written in float32 and read by three sorted sums, tables
-        Entry("embedding_layernorm", "forward", 1, bytes=2 * th * r),
-        Entry(
-            "embedding_layernorm", "backward", 1, bytes=th * (2 * r + 16) + tables, least=2 * th * r + tables, kernels=9
-        ),
-    ]
-    products = {
-        "qkv": 3 * h * h,
-        "attention output": h * h,
-        "feed-forward in": h * inner,
-        "feed-forward out": h * inner,
-    }
-    for name, size in products.items():
-        lines.append(Entry(f"product {name}", "forward", layers, flops=2 * tokens * size))
-        lines.append(Entry(f"product {name}", "backward", layers, flops=4 * tokens * size, kernels=2))
+    tokens, read = sum(lengths), rows_read(lengths)
+    often = layers - 1 + read / tokens  # after attention, in layers of all tokens
+    th, ti, rh = tokens * h, tokens * inner, (read if read < tokens else 0) * h
+    lines = []
+    for name, size, times in (
+        ("qkv", 3 * h * h, layers), ("attention output", h * h, often), ("feed-forward in", h * inner, often),
+        ("feed-forward out", h * inner, often),
+    ):  # fmt: skip
+        lines.append(Entry(f"product {name}", "forward", times, flops=2 * tokens * size))
+        lines.append(Entry(f"product {name}", "backward", times, flops=4 * tokens * size, kernels=2))
     lines += [
         # q, k and v are three parameters: put together anew in each step (under autocast then rounded)
-        Entry(
-            "weights q, k, v in one", "forward", layers, bytes=3 * h * h * (2 * r + (0 if r == e else r + e)), least=0
-        ),
-        Entry("bias of q, k, v", "backward", layers, bytes=3 * th * e),
-        Entry("attention", "forward", layers, flops=4 * scores * h, rate="attention_forward"),
-        # seven products where five would do: dq and dkv each make scores and dP
-        Entry("attention", "backward", layers, flops=14 * scores * h, rate="attention_backward", kernels=2),
-        Entry("residual_layernorm", "forward", 2 * layers, bytes=th * (e + 3 * r)),
-        Entry("residual_layernorm", "backward", 2 * layers, bytes=th * (3 * r + e), kernels=2),
-        Entry("bias_gelu", "forward", layers, bytes=2 * ti * e),
-        Entry("bias_gelu", "backward", layers, bytes=3 * ti * e, kernels=2),
-    ]
+        Entry("weights q, k, v in one", "forward", layers, bytes=3 * h * h * (2 * r + (0 if r == e else r + e)),
+              least=0, kernels=2 if r == e else 4),
+        Entry("bias of q, k, v", "backward", layers, bytes=3 * th * e, least=0),
+        *attention(config, lengths),
+        Entry("residual_layernorm", "forward", 2 * often, bytes=th * (e + 3 * r)),
+        # without dropout the product's gradient is the residual's
+        Entry("residual_layernorm", "backward", 2 * often,
+              bytes=th * (3 * r + (e if config.hidden_dropout_prob or r != e else 0)), kernels=2),
+        # a layer's input and its first LayerNorm's output are read by a product and as a residual
+        Entry("sum of two gradients", "backward", layers + often, bytes=3 * th * r, least=th * r),
+        Entry("bias_gelu", "forward", often, bytes=2 * ti * e, instructions=GELU_FORWARD * ti),
+        Entry("bias_gelu", "backward", often, bytes=3 * ti * e, instructions=GELU_BACKWARD * ti, kernels=2),
+    ]  # fmt: skip
+    if rh:
+        lines += [
+            Entry("rows that are read", "forward", 1, bytes=2 * rh * (e + r), kernels=4),
+            # two times zeros of all rows, and sums into some; the head's and the pooler's part put together
+            Entry("rows that are read", "backward", 1, bytes=(th + 3 * rh) * (e + r) + 7 * rh * r,
+                  least=2 * rh * (e + r), kernels=9),
+        ]  # fmt: skip
     if r != e:
         weight = layers * (h * h + 2 * h * inner)
         lines += [
-            Entry("rounding of activations", "forward", 2 * layers, bytes=th * (r + e), least=0),
-            Entry("rounding of gradients", "backward", 2 * layers, bytes=th * (r + e), least=0),
+            Entry("rounding of activations", "forward", layers + often, bytes=th * (r + e), least=0),
+            Entry("rounding of gradients", "backward", layers + often, bytes=th * (r + e), least=0),
             Entry("rounding of weights", "forward", 1, bytes=weight * (r + e), least=0, kernels=3 * layers),
             Entry("rounding of weight gradients", "backward", 1, bytes=(weight + 3 * layers * h * h) * (r + e), least=0,
                   kernels=4 * layers),
         ]  # fmt: skip
-    mh, mv, chunks = masked * h, masked * vocabulary, -(-masked // MLM_CHUNK)
-    lines += [
-        # rows gathered for the head and the pooler; backward: two (T, H) of zeros, filled, and two sums
-        Entry("gather of masked rows", "forward", 2, bytes=mh * r),
-        Entry("gather of masked rows", "backward", 2, bytes=th * r + th * 3 * r + mh * r, least=mh * 2 * r, kernels=3),
-        Entry("MLM transform", "forward", 1, flops=2 * mh * h, bytes=mh * (2 * e + 2 * r), kernels=4),
-        Entry("MLM transform", "backward", 1, flops=4 * mh * h, bytes=mh * (5 * e + 2 * r), kernels=6),
-        # logits made, read twice and overwritten; sums of the bias; d word in float32, read and written per chunk
+    return lines
+
+
+def predicted_rows(lengths: Sequence[int]) -> int:
+    """Masked positions that a packed batch has room for; the MLM head computes them all."""
+    return capacities(sum(lengths), max(lengths), len(lengths)).masked
+
+
+def rows_read(lengths: Sequence[int]) -> int:
+    """Rows of the last layer that a head reads: masked positions and [CLS]; all, where those would be no fewer."""
+    return min(predicted_rows(lengths) + len(lengths), sum(lengths))
+
+
+def attention(config, lengths: Sequence[int]) -> list[Entry]:
+    """Both directions, and the random bits of dropout as if nothing hid them: the published rates are without."""
+    layers, h = config.num_hidden_layers, config.hidden_size
+    _, scores = tiled(lengths)
+    lines = [
+        Entry("attention", "forward", layers, flops=4 * scores * h, rate="attention_forward"),
+        # seven products where five would do: dq and dkv each make scores and dP
+        Entry("attention", "backward", layers, flops=14 * scores * h, rate="attention_backward", kernels=2),
+    ]
+    if config.attention_probs_dropout_prob:
+        drawn = scores * config.num_attention_heads
+        lines += [
+            Entry(f"attention{BITS}", direction, layers, instructions=count * drawn, kernels=0)
+            for direction, count in (("forward", DROPOUT_FORWARD), ("backward", DROPOUT_DQ + DROPOUT_DKV))
+        ]
+    return lines
+
+
+BITS = ": bits of dropout"
+
+
+def heads(config, lengths: Sequence[int], weights: str, captured: bool) -> list[Entry]:
+    """The embedding, the MLM and the NSP head with their losses, and the table that embedding and MLM head share."""
+    e, r = 2, 2 if weights == "bfloat16" else 4
+    h, vocabulary = config.hidden_size, config.vocab_size
+    tokens, masked = sum(lengths), predicted_rows(lengths)
+    th, mh, mv, vh, chunks = tokens * h, masked * h, masked * vocabulary, vocabulary * h, -(-masked // MLM_CHUNK)
+    tables = (config.max_position_embeddings + config.type_vocab_size) * h * r
+    # captured: the rows of the tokens that occur are read and written (benchmarks draw tokens uniformly); else all
+    # rows are written, most of them zeros
+    tables += (2 * -math.expm1(-tokens / vocabulary) if captured else 1) * vh * r
+    dense = h * h * (r + e) if r != e else 0  # a weight, or its gradient, rounded
+    rounded = dense + mh * (r + e) if r != e else 0
+    lines = [
+        # word row and out; backward: word row, d out, d z written in float32 and read by three sorted sums, tables
+        Entry("embedding_layernorm", "forward", 1, bytes=2 * th * r),
+        Entry("embedding_layernorm", "backward", 1, bytes=th * (2 * r + 16) + tables, least=2 * th * r + tables,
+              kernels=16),
+        # the product's output through GELU and LayerNorm
+        Entry("MLM transform", "forward", 1, flops=2 * mh * h, bytes=5 * mh * e + rounded, kernels=3),
+        Entry("MLM transform", "backward", 1, flops=4 * mh * h, bytes=6 * mh * e + rounded, kernels=6),
+        # a copy of the table; logits read and overwritten; sums of the bias; d word in float32, written by the first
+        # chunk, read and written by the others, and rounded; d hidden in float32, rounded
         Entry("mlm_loss", "forward", 1, flops=6 * mh * vocabulary,
-              bytes=mv * (3 * e + 2) + vh * (r + e) + 4 * vh * (2 * chunks - 1) + vh * (4 + r), least=4 * vh,
-              kernels=4 * chunks + 8),
-        Entry("mlm_loss", "backward", 1, bytes=2 * (mh * e + vh * r), least=0),
-        Entry("sum of the tied table's gradients", "backward", 1, bytes=3 * vh * r, least=0),
-        Entry("pooler and next sentence", "forward", 1, flops=2 * len(lengths) * h * (h + 2), kernels=6),
-        Entry("pooler and next sentence", "backward", 1, flops=4 * len(lengths) * h * (h + 2), kernels=12),
+              bytes=vh * (r + e) + mv * (2 * e + 2) + 4 * vh * (2 * chunks - 1) + (vh * (4 + r) if r != 4 else 0)
+              + mh * (4 + e), least=4 * vh, kernels=5 * chunks + 12),
+        # one launch that changes nothing where the loss's own gradient is one
+        Entry("mlm_loss", "backward", 1),
+        Entry("pooler and next sentence", "forward", 1, flops=2 * len(lengths) * h * (h + 2), bytes=dense, kernels=6),
+        Entry("pooler and next sentence", "backward", 1, flops=4 * len(lengths) * h * (h + 2), bytes=dense, kernels=12),
+        # the batch into the graph's buffers, keys of rows, checks of ids; the start of the backward
+        Entry("small operators", "forward", 1, kernels=35),
+        Entry("small operators", "backward", 1, kernels=5),
     ]  # fmt: skip
-    return [*lines, *update(config, weights, optimizer)]
+    if not captured:
+        lines.append(Entry("sum of the tied table's gradients", "backward", 1, bytes=3 * vh * r, least=0))
+    return lines
 
 
 def update(config, weights: str, optimizer: str) -> list[Entry]:
@@ -171,29 +247,36 @@ def update(config, weights: str, optimizer: str) -> list[Entry]:
     """
     n, g = parameters(config), 2 if weights == "bfloat16" else 4
     copy = 2 if weights == "bfloat16" else 0
-    lines = [Entry("gradient norm", "update", 1, bytes=n * g, kernels=2)]
+    lines = [
+        Entry("gradient norm", "update", 1, bytes=n * g, kernels=6),
+        # of two groups of parameters: those that decay, and the others
+        Entry("rates, clipping, skipping", "update", 1, kernels=45),
+    ]
     if optimizer == "adamw":
-        return [*lines, Entry("adamw", "update", 1, bytes=n * (g + 24 + copy))]
+        return [*lines, Entry("adamw", "update", 1, bytes=n * (g + 24 + copy), kernels=2)]
     # moments and the norms of weight and update; then the update again from the moments, and the weights written
     return [
         *lines,
-        Entry("lamb", "update", 1, bytes=n * ((g + 20) + (16 + copy)), least=n * (g + 24 + copy), kernels=3),
+        Entry("lamb", "update", 1, bytes=n * ((g + 20) + (16 + copy)), least=n * (g + 24 + copy), kernels=6),
     ]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step at the ceilings. ``mfu`` counts the full formula (bert_fast/flops.py) over the matrix-product rate."""
+    """A step at the ceilings. ``mfu`` counts the full formula (bert_fast/flops.py) over the matrix-product rate,
+    ``executed`` what is computed of it: the last layer only where it is read."""
 
     seconds: float
     sequences_per_s: float
     tokens_per_s: float
     mfu: float
+    executed: float
+    launches: float
     shares: dict[str, float]  # of the step, by kind of work
 
 
 KINDS = {"products": ("product", "MLM transform", "mlm_loss", "pooler"), "attention": ("attention",),
-         "optimiser": ("gradient norm", "lamb", "adamw")}  # fmt: skip
+         "optimiser": ("gradient norm", "rates", "lamb", "adamw")}  # fmt: skip
 
 
 def kind_of(entry: Entry) -> str:
@@ -203,23 +286,36 @@ def kind_of(entry: Entry) -> str:
 def predict(config, lengths: Sequence[int], lines: Sequence[Entry], ceilings: Ceilings) -> Prediction:
     """The step ``lines`` over sequences of ``lengths`` tokens."""
     seconds = sum(line.seconds(ceilings) for line in lines)
-    flops = step_flops(config, lengths, masked_positions(lengths), train=True)
+    masked = masked_positions(lengths)
+    full, executed = (
+        step_flops(config, lengths, masked, train=True, read=read) / seconds / ceilings.matmul
+        for read in (None, min(masked + len(lengths), sum(lengths)))
+    )
     shares = dict.fromkeys((*KINDS, "rest"), 0.0)
     for line in lines:
         shares[kind_of(line)] += line.seconds(ceilings) / seconds
-    return Prediction(
-        seconds, len(lengths) / seconds, sum(lengths) / seconds, flops / seconds / ceilings.matmul, shares
-    )
+    launches = sum(line.times * line.kernels for line in lines)
+    return Prediction(seconds, len(lengths) / seconds, sum(lengths) / seconds, full, executed, launches, shares)
 
 
 def operator_seconds(
     config, lengths: Sequence[int], operator: str, direction: str, ceilings: Ceilings, weights: str = "bfloat16"
 ) -> float:
-    """One call of an operator (a name of benchmarks/operators.py) forward or backward, at the ceilings."""
-    found = [x for x in step(config, lengths, weights) if (x.operator, x.direction) == (operator, direction)]
+    """One call of an operator (a name of benchmarks/operators.py) forward or backward, at the ceilings.
+
+    As it is measured alone: the graph is kept for the next call, so mlm_loss scales its gradients into new tensors.
+    """
+    found = [
+        x for x in step(config, lengths, weights, captured=False)
+        if x.operator.removesuffix(BITS) == operator and x.direction == direction
+    ]  # fmt: skip
     if not found:
         raise ValueError(f"the step has no line {operator!r} {direction!r}")
-    return sum(replace(line, times=1).seconds(ceilings) for line in found)
+    seconds = sum(replace(line, times=1).seconds(ceilings) for line in found)
+    if (operator, direction) == ("mlm_loss", "backward"):
+        masked, h = masked_positions(lengths), config.hidden_size  # the operator alone has no room to spare
+        seconds += 2 * h * (2 * masked + (2 if weights == "bfloat16" else 4) * config.vocab_size) / ceilings.copy
+    return seconds
 
 
 def activations(config, weights: str = "bfloat16") -> list[tuple[str, int, str]]:
@@ -263,11 +359,11 @@ def summary(ceilings: Ceilings, weights: str = "bfloat16", optimizer: str = "lam
     for model, seq, kind in CASES:
         config, lengths = model_config(model, dropout=0.1), lengths_of(kind, seq)
         p = predict(config, lengths, step(config, lengths, weights, optimizer), ceilings)
-        shares = [f"{100 * p.shares[key]:.0f} %" for key in ("products", "attention", "rest", "optimiser")]
+        parts = [p.mfu, p.executed, *(p.shares[key] for key in ("products", "attention", "rest", "optimiser"))]
         rows.append([f"{model} {seq}, {kind}", f"{len(lengths)}", f"{1e3 * p.seconds:.1f}", f"{p.sequences_per_s:.0f}",
-                     f"{p.tokens_per_s / 1e3:.0f}k", f"{100 * p.mfu:.0f} %", *shares])  # fmt: skip
-    header = ["BERT", "sequences", "step ms", "sequences/s", "tokens/s", "MFU", "products", "attention", "rest",
-              "optimiser"]  # fmt: skip
+                     f"{p.tokens_per_s / 1e3:.0f}k", *(f"{100 * part:.0f} %" for part in parts)])  # fmt: skip
+    header = ["BERT", "sequences", "step ms", "sequences/s", "tokens/s", "MFU", "executed", "products", "attention",
+              "rest", "optimiser"]  # fmt: skip
     return markdown_table(header, rows)
 
 
@@ -282,7 +378,7 @@ def detail(
     for x in lines:
         extra = "" if x.least is None or not x.bytes else f"{100 * (1 - x.least / x.bytes):.0f} %"
         ms, share = 1e3 * x.seconds(ceilings), x.seconds(ceilings) / total
-        rows.append([f"{x.operator}, {x.direction}", str(x.times), f"{x.times * x.flops / 1e12:.2f}",
+        rows.append([f"{x.operator}, {x.direction}", f"{x.times:.4g}", f"{x.times * x.flops / 1e12:.2f}",
                      f"{x.times * x.bytes / 1e9:.2f}", extra, f"{ms:.2f}", f"{100 * share:.1f} %"])  # fmt: skip
     header = ["operator", "calls", "TFLOP", "GB", "avoidable", "ms", "of the step"]
     return markdown_table(header, rows)

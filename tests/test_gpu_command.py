@@ -1,5 +1,5 @@
-"""`make gpu` without a GPU: every phase on the CPU, cut off in the middle, with phases and cases that fail; the step
-model against counts made otherwise; and the tables of docs/performance.md."""
+"""`make gpu` without a GPU: every phase on the CPU, cut off in the middle, with phases and cases that fail; and the
+tables of docs/performance.md."""
 
 import importlib.util
 import json
@@ -13,9 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig
 
-from bert_fast import BertForPreTraining, dispatch, flops, ops
+from bert_fast import dispatch, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -269,79 +268,6 @@ def test_a_phase_that_raises_is_recorded_with_its_traceback(tmp_path, monkeypatc
     options = SimpleNamespace(child=3, file=tmp_path / "r.json", until=0.0, smoke=True)
     assert gpu.child(options) == 1
     assert "ValueError: a silly reason" in json.loads((tmp_path / "r.json").read_text())["error_of_phase"]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The step model
-
-
-@pytest.mark.parametrize(("model", "seq"), [("base", 128), ("base", 512), ("large", 128), ("large", 512)])
-def test_the_step_models_flops_are_those_of_the_formula(model, seq):
-    step_model, operators = script("step_model"), script("operators")
-    config = script("workload").model_config(model, dropout=0.1)
-    lengths = [seq] * 8
-    lines = step_model.step(config, lengths)
-    twice = 6 * sum(s * s for s in lengths) * config.hidden_size * config.num_hidden_layers  # products made twice
-    counted = sum(line.times * line.flops for line in lines) - twice
-    assert counted == flops.step_flops(config, lengths, operators.masked_positions(lengths), train=True)
-    # and the published formula of a sequence, three times the forward
-    layers, h, s, p = config.num_hidden_layers, config.hidden_size, seq, operators.masked_positions(lengths) / 8
-    forward = 24 * layers * h * h * s + 4 * layers * h * s * s + p * (2 * h * h + 2 * h * 30522) + 2 * h * h + 4 * h
-    assert counted == pytest.approx(8 * 3 * forward, rel=1e-12)
-
-
-def test_the_step_model_counts_the_models_parameters():
-    config = script("workload").model_config("tiny", dropout=0.1)
-    assert script("step_model").parameters(config) == sum(p.numel() for p in BertForPreTraining(config).parameters())
-
-
-def kept_bytes(layers: int, tokens: int) -> int:
-    """Bytes that autograd keeps of a training forward, each storage once, parameters left out."""
-    config = BertConfig(hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=256,
-                        vocab_size=120)  # fmt: skip
-    model = BertForPreTraining(config).to(torch.bfloat16).train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes again
-        return tensor
-
-    batch = script("workload").random_batch([tokens // 2] * 2, 4, tokens // 2, "cpu", nsp=True, vocabulary=120).packed
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**batch)
-    return sum(size for size, _ in storages.values())
-
-
-def test_the_activations_kept_are_those_that_the_step_model_lists():
-    config = BertConfig(hidden_size=64, num_attention_heads=2, intermediate_size=256)
-    listed = sum(size for _, size, _ in script("step_model").activations(config))
-    one_layer = {tokens: kept_bytes(3, tokens) - kept_bytes(2, tokens) for tokens in (64, 128)}
-    assert (one_layer[128] - one_layer[64]) / 64 == listed
-
-
-def test_predictions_follow_their_ceilings():
-    step_model = script("step_model")
-    config, lengths = script("workload").model_config("base", dropout=0.1), [512] * 4
-    lines = step_model.step(config, lengths)
-    stated = step_model.predict(config, lengths, lines, step_model.Ceilings())
-    assert 0 < stated.mfu < 1
-    assert sum(stated.shares.values()) == pytest.approx(1)
-    measured = step_model.ceilings_of({"limits": {"matmul_tflops": {"bfloat16": 700.0}, "copy_gbs": 2800.0}})
-    assert (measured.matmul, measured.copy) == (700e12, 2.8e12)
-    assert measured.attention_forward == step_model.Ceilings().attention_forward
-    assert step_model.predict(config, lengths, lines, measured).seconds > stated.seconds
-    with pytest.raises(ValueError, match="no line 'softmax'"):
-        step_model.operator_seconds(config, lengths, "softmax", "forward", measured)
-
-
-def test_wasted_tiles():
-    tiled = script("step_model").tiled
-    assert tiled([128, 64]) == (128**2 + 64**2, 128**2 + 64**2)
-    assert tiled([65], 64, 64) == (65**2, 128**2)
-    assert tiled([65], 128, 64) == (65**2, 128 * 128)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,311 @@
+"""The step model against counts made otherwise: the formula, what PyTorch is called with, what autograd keeps, and by
+hand; and what it says of the aims."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BertConfig
+
+from bert_fast import BertForPreTraining, flops, ops
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts_as_modules(monkeypatch):
+    """benchmarks/ is a folder of scripts and no package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def script(name: str):
+    return importlib.import_module(name)
+
+
+def line(lines: list, operator: str, direction: str):
+    (found,) = [x for x in lines if (x.operator, x.direction) == (operator, direction)]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+@pytest.mark.parametrize(("model", "seq"), [("base", 128), ("base", 512), ("large", 128), ("large", 512)])
+def test_flops_are_those_of_the_formula(model, seq):
+    step_model = script("step_model")
+    config = script("workload").model_config(model, dropout=0.1)
+    lengths = [seq] * 8
+    lines = step_model.step(config, lengths)
+    twice = 6 * sum(s * s for s in lengths) * config.hidden_size * config.num_hidden_layers  # products made twice
+    counted = sum(x.times * x.flops for x in lines) - twice
+    predicted, read = step_model.predicted_rows(lengths), step_model.rows_read(lengths)
+    assert read == predicted + 8 < 8 * seq
+    assert counted == pytest.approx(flops.step_flops(config, lengths, predicted, train=True, read=read), rel=1e-12)
+    # and the published formula of a sequence, three times the forward, less what the last layer leaves out
+    layers, h, s, p = config.num_hidden_layers, config.hidden_size, seq, predicted / 8
+    forward = 24 * layers * h * h * s + 4 * layers * h * s * s + p * (2 * h * h + 2 * h * 30522) + 2 * h * h + 4 * h
+    assert counted == pytest.approx(8 * 3 * (forward - 18 * h * h * (s - p - 1)), rel=1e-12)
+
+
+def test_a_batch_whose_every_row_is_read_has_a_whole_last_layer():
+    step_model = script("step_model")
+    config = script("workload").model_config("base", dropout=0.1)
+    lines = step_model.step(config, [2] * 5)
+    assert step_model.rows_read([2] * 5) == 9 < 10
+    assert step_model.rows_read([1] * 5) == 5
+    whole = step_model.step(config, [1] * 5)
+    assert line(whole, "bias_gelu", "forward").times == 12
+    assert line(lines, "bias_gelu", "forward").times == pytest.approx(11.9)
+    assert not [x for x in whole if x.operator == "rows that are read"]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What a step of the model really calls
+
+
+CONFIG = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 256,
+          "vocab_size": 1200, "max_position_embeddings": 256}  # fmt: skip
+LENGTHS = [200, 100, 250, 200]
+
+
+class Calls(TorchDispatchMode):
+    """What is called, with the shapes and bytes of its tensors. Views are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = [[x for x in tree_leaves(found) if torch.is_tensor(x)] for found in ((args, kwargs), out)]
+            self.calls.append((function._schema.name, *([(x.shape, x.nbytes) for x in found] for found in tensors)))
+        return out
+
+
+def recorded(weights: str, captured: bool) -> list:
+    """The calls of a forward and backward of CONFIG over LENGTHS."""
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig(**CONFIG)).to(getattr(torch, weights)).train()
+    batch = script("workload").random_batch(LENGTHS, 112, 256, "cpu", nsp=True, vocabulary=1200).packed
+    calls = Calls()
+    with calls:
+        with torch.autocast("cpu", torch.bfloat16, enabled=weights == "float32"):
+            if captured:
+                with ops.one_table_gradient():
+                    loss = model(**batch).loss
+            else:
+                loss = model(**batch).loss
+        loss.backward()
+    return calls.calls
+
+
+def multiplied(calls: list) -> int:
+    """FLOPs of the products."""
+    total = 0
+    for name, inputs, outputs in calls:
+        if name in ("aten::mm", "aten::addmm"):
+            inner = inputs[-2][0][1]
+            total += 2 * outputs[0][0].numel() * inner
+    return total
+
+
+SMALL = 8192  # bytes: sizes, keys of rows, ids
+
+
+def moved(calls: list, *names: str) -> int:
+    """Bytes that the operators ``names`` read and write; of a row that is read or added to, that row alone."""
+    total = 0
+    for name, inputs, outputs in calls:
+        if name not in names or max(size for _, size in inputs + outputs) <= SMALL:
+            continue
+        if name == "aten::index_select":
+            total += 2 * outputs[0][1]
+        elif name == "aten::index_add":  # in place, where nobody looks on
+            total += 3 * inputs[-1][1]
+        elif name == "aten::new_zeros":
+            total += outputs[0][1]
+        elif name == "aten::slice_backward":  # zeros of all, and a part copied there
+            total += outputs[0][1] + 2 * inputs[0][1]
+        else:
+            total += sum(size for _, size in inputs + outputs)
+    return total
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_is_charged_beside_the_fused_operators_is_what_pytorch_is_called_with(weights, captured):
+    step_model = script("step_model")
+    config = BertConfig(**CONFIG)
+    lines = step_model.step(config, LENGTHS, weights, captured=captured)
+    calls = recorded(weights, captured)
+
+    def charged(*operators: str) -> float:
+        return sum(x.times * x.bytes for x in lines if x.operator in operators)
+
+    assert multiplied(calls) == pytest.approx(
+        sum(x.times * x.flops for x in lines if x.operator.startswith(("product", "MLM transform", "pooler"))),
+        rel=1e-12,
+    )
+    assert moved(calls, "aten::cat") == pytest.approx(2 * 3 * 3 * 64 * 64 * (2 if weights == "bfloat16" else 4), rel=0)
+    assert moved(calls, "aten::sum") == pytest.approx(charged("bias of q, k, v"), rel=0.01)
+    adds = charged("sum of two gradients", "sum of the tied table's gradients")
+    rows = step_model.rows_read(LENGTHS) * 64 * (2 if weights == "bfloat16" else 4)
+    assert moved(calls, "aten::add") == pytest.approx(adds + 3 * rows, rel=1e-9)
+    read = charged("rows that are read")
+    # of the line: rows read and given back, zeros of all rows and of the two parts
+    found = moved(calls, "aten::index_select", "aten::new_zeros", "aten::index_add", "aten::slice_backward")
+    assert found == pytest.approx(read - 3 * rows, rel=1e-9)
+    if weights == "float32":  # those of q, k and v, of the transform and of the pooler are charged where they are made
+        apart = (3 * 3 * 64 * 64 + 2 * (2 * 64 * 64 + step_model.predicted_rows(LENGTHS) * 64)) * (4 + 2)
+        roundings = charged(*(x.operator for x in lines if x.operator.startswith("rounding")))
+        assert roundings + apart == pytest.approx(moved(calls, "aten::_to_copy"), rel=1e-9)
+    else:
+        assert moved(calls, "aten::_to_copy") == 0
+
+
+def test_the_operators_bytes_by_hand():
+    """Two layers of 64 and 256, two sequences of 100 tokens: 31 masked positions and 2 [CLS] are read, of 200 rows."""
+    step_model = script("step_model")
+    config = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+                        vocab_size=1000, max_position_embeddings=128)  # fmt: skip
+    lines = step_model.step(config, [100, 100], captured=False)
+    rows = 200 + 33  # of the first layer, and of the last one
+
+    def total(operator: str, direction: str) -> float:
+        x = line(lines, operator, direction)
+        return x.times * x.bytes
+
+    assert total("bias_gelu", "forward") == pytest.approx(rows * 256 * 2 * 2)
+    assert total("bias_gelu", "backward") == pytest.approx(rows * 256 * 3 * 2)
+    assert total("residual_layernorm", "forward") == pytest.approx(2 * rows * 64 * 4 * 2)
+    assert total("residual_layernorm", "backward") == pytest.approx(2 * rows * 64 * 4 * 2)
+    assert total("embedding_layernorm", "forward") == 200 * 64 * (2 + 2)
+    # word row, d out; d z written and read three times in float32; three tables
+    assert total("embedding_layernorm", "backward") == 200 * 64 * (2 + 2 + 4 * 4) + (1000 + 128 + 2) * 64 * 2
+    # 31 positions are one chunk. The table copied; logits read and overwritten, sums of the bias's gradient; d word
+    # written in float32 and rounded, d hidden likewise
+    assert total("mlm_loss", "forward") == 64000 * 4 + 31000 * (4 + 2) + 64000 * 4 + 64000 * 6 + 31 * 64 * 6
+    assert total("sum of the tied table's gradients", "backward") == 3 * 64000 * 2
+    # attention of all rows: two tiles of 64 cover 100 queries, and 100 keys
+    assert line(lines, "attention", "forward").flops == 2 * 4 * 128 * 128 * 64
+    assert line(lines, "attention", "backward").flops == 2 * 14 * 128 * 128 * 64
+    bits = line(lines, "attention: bits of dropout", "forward")
+    assert bits.instructions == pytest.approx(9.8 * 2 * 2 * 128 * 128)
+    n = step_model.parameters(config)
+    assert total("gradient norm", "update") == 2 * n
+    assert total("lamb", "update") == n * (2 + 3 * 4 + 2 * 4 + 3 * 4 + 4 + 2)
+    assert line(step_model.update(config, "float32", "adamw"), "adamw", "update").bytes == 28 * n
+    # in a captured step the table's two gradients meet in one buffer
+    together = step_model.step(config, [100, 100])
+    assert not [x for x in together if x.operator == "sum of the tied table's gradients"]
+    without = BertConfig(**(config.to_dict() | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    lines = step_model.step(without, [100, 100])
+    assert total("residual_layernorm", "backward") == pytest.approx(2 * rows * 64 * 3 * 2)
+    assert not [x for x in lines if x.operator.startswith("attention:")]
+
+
+def test_time_is_that_of_what_takes_longest():
+    step_model = script("step_model")
+    ceilings = step_model.Ceilings(matmul=100.0, copy=10.0, instructions=50.0, between_kernels=0.5)
+    entry = step_model.Entry("x", "forward", 2, flops=200, bytes=30, instructions=100, kernels=3)
+    assert entry.seconds(ceilings) == 2 * (2 + 3 + 1.5)
+    assert step_model.replace(entry, instructions=500).seconds(ceilings) == 2 * (10 + 1.5)
+
+
+def test_parameters_are_those_of_the_model():
+    config = script("workload").model_config("tiny", dropout=0.1)
+    assert script("step_model").parameters(config) == sum(p.numel() for p in BertForPreTraining(config).parameters())
+
+
+def kept_bytes(layers: int, tokens: int) -> int:
+    """Bytes that autograd keeps of a training forward, each storage once, parameters left out."""
+    config = BertConfig(hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=256,
+                        vocab_size=120)  # fmt: skip
+    model = BertForPreTraining(config).to(torch.bfloat16).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes again
+        return tensor
+
+    batch = script("workload").random_batch([tokens // 2] * 2, 4, tokens // 2, "cpu", nsp=True, vocabulary=120).packed
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(size for size, _ in storages.values())
+
+
+def test_the_activations_kept_are_those_that_are_listed():
+    config = BertConfig(hidden_size=64, num_attention_heads=2, intermediate_size=256)
+    listed = sum(size for _, size, _ in script("step_model").activations(config))
+    one_layer = {tokens: kept_bytes(3, tokens) - kept_bytes(2, tokens) for tokens in (64, 128)}
+    assert (one_layer[128] - one_layer[64]) / 64 == listed
+
+
+def test_predictions_follow_their_ceilings():
+    step_model = script("step_model")
+    config, lengths = script("workload").model_config("base", dropout=0.1), [512] * 4
+    lines = step_model.step(config, lengths)
+    stated = step_model.predict(config, lengths, lines, step_model.Ceilings())
+    assert 0 < stated.mfu < 1
+    assert sum(stated.shares.values()) == pytest.approx(1)
+    measured = step_model.ceilings_of({"limits": {"matmul_tflops": {"bfloat16": 700.0}, "copy_gbs": 2800.0}})
+    assert (measured.matmul, measured.copy) == (700e12, 2.8e12)
+    assert measured.attention_forward == step_model.Ceilings().attention_forward
+    assert step_model.predict(config, lengths, lines, measured).seconds > stated.seconds
+    with pytest.raises(ValueError, match="no line 'softmax'"):
+        step_model.operator_seconds(config, lengths, "softmax", "forward", measured)
+
+
+def test_wasted_tiles():
+    tiled = script("step_model").tiled
+    assert tiled([128, 64]) == (128**2 + 64**2, 128**2 + 64**2)
+    assert tiled([65], 64, 64) == (65**2, 128**2)
+    assert tiled([65], 128, 64) == (65**2, 128 * 128)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The aims
+
+
+def test_each_if_saves_time_and_leaves_the_products_alone():
+    step_aims, step_model = script("step_aims"), script("step_model")
+    ceilings, lengths = step_model.Ceilings(), [512] * 32
+    built = step_aims.predicted("large", lengths, ceilings)
+    saved = {name: built.seconds - step_aims.predicted("large", lengths, ceilings, change).seconds
+             for name, change in step_aims.IFS.items()}  # fmt: skip
+    assert min(saved.values()) > 0, saved
+    every = step_aims.predicted("large", lengths, ceilings, *step_aims.IFS.values())
+    assert built.seconds > every.seconds >= built.seconds - sum(saved.values())
+    assert step_aims.predicted("large", lengths, ceilings, step_aims.slower).seconds > built.seconds
+    config = script("workload").model_config("large", dropout=0.1)
+    for change in step_aims.IFS.values():
+        for x in step_model.step(config, lengths):
+            if x.operator.startswith("product"):
+                assert change(x) == x
+
+
+def test_one_chunk_is_what_the_model_gives_for_a_chunk_of_all(monkeypatch):
+    step_aims, step_model = script("step_aims"), script("step_model")
+    config, lengths = script("workload").model_config("large", dropout=0.1), [512] * 64
+    changed = step_aims.one_chunk(line(step_model.step(config, lengths), "mlm_loss", "forward"))
+    monkeypatch.setattr(step_model, "MLM_CHUNK", 10**6)
+    assert changed == line(step_model.step(config, lengths), "mlm_loss", "forward")
+
+
+def test_the_aims_are_told_with_the_share_of_the_ceilings_that_they_need():
+    step_aims, step_model = script("step_aims"), script("step_model")
+    table = step_aims.aims(step_model.Ceilings())
+    rate, with_dropout = step_aims.attention_rates(step_model.Ceilings())
+    assert rate < 272e12 * 5 / 7  # by the time between kernels
+    assert rate == pytest.approx(272e12 * 5 / 7, rel=0.01)
+    assert 0 < with_dropout < 1
+    (line_of_it,) = [x for x in table.splitlines() if "attention's backward" in x]
+    assert f"{rate / 1e12:.0f} TFLOP/s ({100 * 250e12 / rate:.0f} %)" in line_of_it
