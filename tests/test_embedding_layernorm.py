@@ -143,6 +143,28 @@ def test_padding_idx_gets_no_gradient(backend, padding_idx):
     assert (result["d position"] != 0).any()
 
 
+@pytest.mark.parametrize("tokens", [0, 100])
+@pytest.mark.parametrize("padding_idx", [-1, 7])
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_added_in_place_with_the_bits_of_a_sum(backend, dtypes, padding_idx, tokens):
+    """embedding_layernorm_bwd_add is embedding_layernorm_bwd, and one addition of what that gives."""
+    table, _, out_dtype = DTYPES[dtypes]
+    indices, tables, keys = make_indices(tokens), list(make_tables(24, DTYPES[dtypes]).values())[:4], make_keys(tokens)
+    grad_out = torch.randn(tokens, 24, device=DEVICE).to(out_dtype)
+    statistics = (torch.rand(tokens, device=DEVICE), torch.rand(tokens, device=DEVICE))
+    held = torch.randn(WORDS, 24, device=DEVICE).to(table)
+    arguments = (grad_out, *indices, *tables, *statistics, *keys, 0.1, SITE, padding_idx)
+    with dispatch.use_backend(embedding_layernorm=backend):
+        word, *expected = torch.ops.bert_fast.embedding_layernorm_bwd(*arguments)
+        ours = held.clone()
+        others = torch.ops.bert_fast.embedding_layernorm_bwd_add(*arguments, ours)
+    assert torch.equal(ours, held + word)
+    assert torch.equal(ours[WORDS - 3 :], held[WORDS - 3 :])  # of words that no token is
+    assert torch.equal(ours[7], held[7]) == (padding_idx == 7 or tokens == 0)
+    assert all(torch.equal(a, b) for a, b in zip(others, expected, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_constant_rows_and_large_means(backend):
     indices, keys = make_indices(20), make_keys(20)
@@ -253,9 +275,10 @@ def test_opcheck(backend, p):
             torch.ops.bert_fast.embedding_layernorm_fwd, (*indices, *leaves, *keys, EPS, p, SITE, 0, FULL)
         )
         detached = [t.detach() for t in leaves[:4]]
+        arguments = (torch.randn(5, 16, device=DEVICE), *indices, *detached, *statistics, *keys, p, SITE, 0)
+        torch.library.opcheck(torch.ops.bert_fast.embedding_layernorm_bwd, arguments)
         torch.library.opcheck(
-            torch.ops.bert_fast.embedding_layernorm_bwd,
-            (torch.randn(5, 16, device=DEVICE), *indices, *detached, *statistics, *keys, p, SITE, 0),
+            torch.ops.bert_fast.embedding_layernorm_bwd_add, (*arguments, torch.randn_like(detached[0]))
         )
 
 

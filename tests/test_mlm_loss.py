@@ -175,6 +175,19 @@ def test_backward_scales(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1.0, -2.25, float("nan")])
+def test_backward_scales_in_place(backend, factor):
+    grads = [torch.randn(shape, device=DEVICE).to(d) for shape, d in
+             (((5, 9), torch.bfloat16), ((700, 9), torch.float32), ((700,), torch.bfloat16))]  # fmt: skip
+    grad_loss, ours = torch.tensor(factor, device=DEVICE), [g.clone() for g in grads]
+    with dispatch.use_backend(mlm_loss=backend):
+        torch.ops.bert_fast.mlm_loss_bwd_(grad_loss, *ours)
+        expected = torch.ops.bert_fast.mlm_loss_bwd(grad_loss, *grads)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_twice(backend):
     inputs = _inputs(37, 257, 32, torch.bfloat16)
     first = _run(backend, *inputs, None, -100, 16, True)
@@ -244,6 +257,9 @@ def test_opcheck(backend):
             torch.library.opcheck(
                 torch.ops.bert_fast.mlm_loss_fwd.default, (*arguments, labels, None, -100, 4, with_grads)
             )
+        grads = [torch.randn_like(t) for t in arguments]
+        for operator in (torch.ops.bert_fast.mlm_loss_bwd, torch.ops.bert_fast.mlm_loss_bwd_):
+            torch.library.opcheck(operator, (torch.tensor(2.5, device=DEVICE), *grads))
 
 
 @pytest.mark.parametrize("factor", [1.0, -2.25])
