@@ -1,6 +1,7 @@
 """What the commands that read a corpus share: their arguments, and how far they are."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 PACKED_SUFFIXES = {".gz", ".zst", ".zstd", ".parquet"}
@@ -21,11 +22,14 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def corpus_files(paths: list[str]) -> list[Path]:
-    """The files of the corpus; ValueError for one that is no text in UTF-8: programs, pictures, UTF-16."""
+def corpus_files(paths: list[str], *, without: Iterable[Path] = ()) -> list[Path]:
+    """The files of the corpus, but for those in ``without`` (see :func:`bert_fast.data.expand_paths`).
+
+    ValueError for one that is no text in UTF-8: programs, pictures, UTF-16.
+    """
     from bert_fast.data import expand_paths
 
-    files = expand_paths(paths)
+    files = expand_paths(paths, without=without)
     for path in files:
         if path.suffix.lower() in PACKED_SUFFIXES:
             continue  # their readers tell

@@ -1,7 +1,9 @@
 """``bert-fast prepare``: a corpus to token shards."""
 
 import argparse
+import sys
 
+from bert_fast.cli import INTERRUPTED, TERMINATED, Terminated
 from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, skipped_text
 from bert_fast.output import Output, add_command, writable_folder
 
@@ -14,8 +16,8 @@ def add_parser(subparsers) -> None:
         run,
         "turn a corpus into memory-mapped shards of token ids",
         details="Documents are split into sentences and encoded on all cores, in bounded memory; exact duplicates are "
-        "dropped and counted. A run that was killed goes on where it was when started again; machines share the work "
-        "by --shard in one common folder, with the same result as one machine.",
+        "dropped and counted. A run that was stopped or killed goes on where it was when started again; machines share "
+        "the work by --shard in one common folder, with the same result as one machine.",
         examples="""
 bert-fast prepare corpus/ --tokenizer tok --out data
 bert-fast prepare corpus.txt --tokenizer vocab.txt --uncased --out data
@@ -54,12 +56,21 @@ def _shard(text: str) -> tuple[int, int]:
     return index, of
 
 
-def run(options: argparse.Namespace) -> None:
-    """Makes the shards."""
+def run(options: argparse.Namespace) -> int:
+    """Makes the shards; a signal leaves those that are made."""
+    try:
+        _prepare(options)
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("bert-fast prepare: stopped; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> None:
     from bert_fast import data
 
     out = Output.of(options)
-    files = corpus_files(options.corpus)
+    files = corpus_files(options.corpus, without=data.prepared_files(options.out))
     lowercase = False if options.cased else True if options.uncased else None
     tokenizer = data.load_tokenizer(options.tokenizer, lowercase=lowercase)
     folder = writable_folder(options.out)

@@ -8,7 +8,7 @@ from bert_fast.data.masking import masked_count
 from bert_fast.data.packing import Capacities, capacities, plan_batches
 from bert_fast.data.prepare import prepare
 from bert_fast.data.sentences import split_sentences
-from bert_fast.data.shards import open_corpus, read_manifest
+from bert_fast.data.shards import open_corpus, prepared_files, read_manifest
 from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 
 # Imported when first asked for: torch takes seconds to import, and the processes of ``prepare`` need none of it.
@@ -45,6 +45,7 @@ __all__ = [
     "plan_batches",
     "plan_epoch",
     "prepare",
+    "prepared_files",
     "read_documents",
     "read_manifest",
     "save_tokenizer",

@@ -19,12 +19,14 @@ JSON_LINES = {".jsonl", ".ndjson", ".json"}
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
-def expand_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+def expand_paths(paths: str | Path | Iterable[str | Path], *, without: Iterable[Path] = ()) -> list[Path]:
     """The files that ``paths`` (files, folders, glob patterns) name, each once, sorted within a folder or pattern.
 
-    Hidden files of folders are left out. Raises FileNotFoundError for a path or pattern that matches nothing.
+    Of folders and patterns, hidden files in folders are left out, and the files and folders ``without``: results made
+    within the corpus. Raises FileNotFoundError for a path or pattern that matches nothing else.
     """
     files: dict[Path, None] = {}
+    without = {left_out.resolve() for left_out in without}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path)
         if path.is_dir():
@@ -34,10 +36,16 @@ def expand_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
             found = [path]
         else:
             found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        if without:
+            found = [p for p in found if p == path or not _within(p.resolve(), without)]
         if not found:
             raise FileNotFoundError(f"no corpus file at {str(path)!r}: give a file, a folder with files or a pattern")
         files.update(dict.fromkeys(found))
     return list(files)
+
+
+def _within(path: Path, those: set[Path]) -> bool:
+    return path in those or not those.isdisjoint(path.parents)
 
 
 def stream_documents(

@@ -2,17 +2,17 @@
 
 The corpus is read in order and dealt into units of about ``unit_bytes`` of text, whatever the number of workers or
 machines; each unit becomes one shard, written atomically. So a run that was killed makes only the shards that
-are missing, and machine I of N makes every N-th.
+are missing, and machine I of N makes every N-th. A shard says by a digest which text it was made from, and every run
+reads the whole corpus: one that changed meanwhile is noticed.
 """
 
 import hashlib
 import json
 import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,24 @@ from tokenizers import Tokenizer
 
 from bert_fast.data.corpus import expand_paths, stream_documents
 from bert_fast.data.encoding import SentenceEncoder
+from bert_fast.data.files import sole_writer, write_atomically
 from bert_fast.data.sentences import split_sentences
-from bert_fast.data.shards import finish, map_tensors, shard_counts, shard_path, write_atomically, write_shard
-from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer
+from bert_fast.data.shards import finish, map_tensors, prepared_files, shard_made, shard_path, write_shard
+from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+from bert_fast.data.workers import in_processes
 
+PARALLELISM = "TOKENIZERS_PARALLELISM"  # of the environment: whether `tokenizers` uses threads
 _encoder: SentenceEncoder | None = None  # of this process
+
+
+@dataclass
+class Unit:
+    """What becomes one shard: consecutive documents, what reading them counted, and the files they are from."""
+
+    number: int
+    documents: list[bytes] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+    files: list[Path] = field(default_factory=list)
 
 
 def prepare(
@@ -47,33 +60,40 @@ def prepare(
     ``units``, ``units_skipped`` (made before), ``bytes``, ``documents``, ``tokens``. ``workers`` defaults to all cores;
     above 1 the calling script needs the usual ``if __name__ == "__main__":``.
 
-    Memory, whatever the size of the corpus: with U = ``unit_bytes`` + 16 MiB (the longest document) at most 2 *
+    Raises :class:`FolderInUse` (a ValueError) where another process makes the same part in ``out``. Stopped by a signal
+    or an error, it kills its workers and leaves the shards that are made.
+
+    Memory, whatever the size of the corpus: with U = ``unit_bytes`` + 16 MiB (the longest document) at most
     ``workers`` + 3 units of U in the calling process, which reads, and 12 U + 128 MiB in each worker (text, sentences,
     ids and the shard's bytes, :class:`SentenceEncoder`'s words); a document counts 41 bytes more than its text. On top
-    of it come 16 bytes a document, or 128 MiB where that is less, and a byte a document while duplicates are looked
-    for, and the pages of the shards and of the index, which are mapped: the system takes those back when it needs them.
+    of it come, while duplicates are looked for, 92 bytes a document, or 184 MiB where that is less, and a byte a
+    document; about 1 KiB a file and a shard; and the pages of the shards, which are mapped to write the index from
+    them: the system takes those back when it needs them. The index is written as it is made.
 
     Counted in the manifest: ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` (documents from which
     they were removed), ``documents_cut``, ``invalid_json``. Raises FileNotFoundError for missing input, ValueError
-    for a damaged file, for a corpus without text, and where ``out`` holds shards of other input or settings.
+    for a damaged file, for a corpus without text, where ``out`` holds shards of other settings or of text that has
+    changed since (the modification time does not matter), and where a file changes while being read.
     """
     index, of = shard
     if not 0 <= index < of:
         raise ValueError(f"shard {index}/{of}: the first number must be 0 to {of - 1}")
-    out, files = Path(out), expand_paths(paths)
+    out, files = Path(out), expand_paths(paths, without=prepared_files(out))
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    special_ids(tokenizer)
+    stats = {path: path.stat() for path in files}
     made_by = {
-        "files": [[path.name, path.stat().st_size] for path in files],
+        "files": [[path.name, stats[path].st_size] for path in files],
         "tokenizer": hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest(),
         "language": language,
         "one_per_file": one_per_file,
         "text_field": text_field,
         "unit_bytes": unit_bytes,
     }
-    _same_settings(out / "settings.json", made_by)
-    save_tokenizer(tokenizer, out / "tokenizer")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     done: Counter = Counter()
+    elsewhere: list[tuple[int, str, list[Path]]] = []  # what other machines make: number, digest of its text, files
+    units = 0
 
     def report(counts: Counter, skipped: bool) -> None:
         done.update(
@@ -82,75 +102,103 @@ def prepare(
         if progress is not None:
             progress(dict(done))
 
-    units = 0
-    pool, started = None, False
-    running: set[Future] = set()
-    try:
-        for number, documents, counts in _units(files, one_per_file, text_field, unit_bytes):
+    def missing() -> Iterator[tuple]:
+        """The arguments of :func:`_make_shard` for what is to be made; what is there is checked and counted."""
+        nonlocal units
+        for unit in _units(files, one_per_file, text_field, unit_bytes):
             units += 1
-            if number % of != index:
-                continue
-            path = shard_path(out, number)
-            if path.is_file():
+            if unit.number % of != index:
+                elsewhere.append((unit.number, _digest(unit.documents, unit.counts), unit.files))
+            elif (path := shard_path(out, unit.number)).is_file():
                 map_tensors(path)
-                report(shard_counts(path), True)
-            elif workers <= 1:
-                if not started:
-                    _start_worker(tokenizer.to_str())
-                    started = True
-                report(_make_shard(out, number, documents, counts, language), False)
+                report(_same_text(path, _digest(unit.documents, unit.counts), unit.files), True)
             else:
-                if pool is None:
-                    pool = ProcessPoolExecutor(
-                        workers, get_context("spawn"), initializer=_start_process, initargs=(tokenizer.to_str(),)
-                    )
-                running.add(pool.submit(_make_shard, out, number, documents, counts, language))
-                if len(running) >= 2 * workers:
-                    ready, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in ready:
-                        report(future.result(), False)
-        for future in running:
-            report(future.result(), False)
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-    if not all(shard_path(out, number).is_file() for number in range(units)):
-        return None
-    return finish(out, units, made_by)
+                yield out, unit.number, unit.documents, unit.counts, language
+
+    with sole_writer(out, index, of):
+        _same_settings(out / "settings.json", made_by)
+        save_tokenizer(tokenizer, out / "tokenizer")
+        if workers <= 1:
+            made = _make_here(tokenizer.to_str(), missing())
+        else:
+            made = in_processes(workers, _start_process, (tokenizer.to_str(),), _make_shard, missing())
+        with closing(made):
+            for counts in made:
+                report(counts, False)
+        if not all(shard_path(out, number).is_file() for number in range(units)):
+            return None
+        for number, digest, within in elsewhere:
+            _same_text(shard_path(out, number), digest, within)
+        _same_settings(out / "settings.json", made_by)  # of machines that start at once, one wrote it last
+        if changed := [path for path in files if _version(path.stat()) != _version(stats[path])]:
+            raise ValueError(f"{_some(changed)} changed while being read: the same again compares it with what is made")
+        return finish(out, units, made_by)
 
 
 def _same_settings(path: Path, settings: dict) -> None:
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if differing := [key for key in settings if before.get(key) != settings[key]]:
-            what = "; ".join(f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in differing)
-            raise ValueError(f"{path.parent} holds shards made otherwise ({what}): use another folder")
-    else:
+    if not path.is_file():
         write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before == settings:
+        return
+    what = [f"{key} was {before.get(key)!r}, now {now!r}" for key, now in settings.items() if before.get(key) != now]
+    was, now = ([f"{name} ({size} bytes)" for name, size in about["files"]] for about in (before, settings))
+    if was != now:
+        gone, new = (", ".join(list(Counter(a) - Counter(b))[:3]) or "none" for a, b in ((was, now), (now, was)))
+        what[0] = f"of its {len(was)} files, other or gone: {gone}; of the {len(now)} now, new or other: {new}"
+    raise ValueError(f"{path.parent} holds shards made otherwise ({'; '.join(what)}): use another folder")
 
 
-def _units(
-    files: list[Path], one_per_file: bool, text_field: str, unit_bytes: int
-) -> Iterator[tuple[int, list[bytes], Counter]]:
-    """(number, documents, what reading them counted) for units of at least ``unit_bytes`` (the last may be less)."""
-    number, size = 0, 0
-    documents: list[bytes] = []
-    counts: Counter = Counter()
+def _same_text(path: Path, digest: str, files: list[Path]) -> Counter:
+    """The counts of a shard that is there; ValueError where it was made from another text than ``files`` hold now."""
+    counts, before = shard_made(path)
+    if before != digest:
+        made = path.stat().st_mtime_ns
+        changed = [file for file in files if file.stat().st_mtime_ns >= made] or files
+        raise ValueError(f"{_some(changed)} changed since shard {path} was made from it: use another folder")
+    return counts
+
+
+def _version(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _some(files: list[Path]) -> str:
+    names = ", ".join(str(file) for file in files[:3])
+    return names if len(files) <= 3 else f"{names} or others ({len(files)} files)"
+
+
+def _units(files: list[Path], one_per_file: bool, text_field: str, unit_bytes: int) -> Iterator[Unit]:
+    """Units of at least ``unit_bytes`` (the last may be less)."""
+    unit, size = Unit(0), 0
+    counts: Counter = Counter()  # the reader of a file goes on counting into it
     for path in files:
+        unit.files.append(path)
         for document in stream_documents(path, one_per_file=one_per_file, text_field=text_field, counts=counts):
-            documents.append(document)
+            unit.documents.append(document)
             size += len(document)
             if size >= unit_bytes:
-                yield number, documents, Counter(counts)
-                counts.clear()  # the reader of this file goes on counting into it
-                number, size, documents = number + 1, 0, []
-    if documents or counts:
-        yield number, documents, counts
+                unit.counts.update(counts)
+                counts.clear()
+                yield unit
+                unit, size = Unit(unit.number + 1, files=[path]), 0
+    if unit.documents or counts:
+        unit.counts.update(counts)
+        yield unit
+
+
+def _digest(documents: list[bytes], counts: Counter) -> str:
+    """SHA-256 (today's processors compute it in hardware) of documents and what reading them counted."""
+    digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode())
+    for document in documents:
+        digest.update(b"%d:" % len(document))
+        digest.update(document)
+    return digest.hexdigest()
 
 
 def _start_process(tokenizer: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the caller ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core does better than threads
+    os.environ[PARALLELISM] = "false"  # one process a core does better than threads
     _start_worker(tokenizer)
 
 
@@ -159,26 +207,45 @@ def _start_worker(tokenizer: str) -> None:
     _encoder = SentenceEncoder(Tokenizer.from_str(tokenizer))
 
 
+def _make_here(tokenizer: str, tasks: Iterator[tuple]) -> Iterator[Counter]:
+    """The shards made by this process, in one thread."""
+    global _encoder
+    for number, task in enumerate(tasks):
+        before = os.environ.get(PARALLELISM)
+        os.environ[PARALLELISM] = "false"
+        try:
+            if number == 0:
+                _start_worker(tokenizer)
+            counts = _make_shard(*task)
+        finally:
+            if before is None:
+                del os.environ[PARALLELISM]
+            else:
+                os.environ[PARALLELISM] = before
+        yield counts
+
+
 def _make_shard(out: Path, number: int, documents: list[bytes], counts: Counter, language: str) -> Counter:
     """Splits, encodes and writes one unit; returns its counts."""
+    text = _digest(documents, counts)
     sentences: list[str] = []
     numbers: list[int] = []  # of sentences, a document
     digests: list[bytes] = []
     for raw in documents:
         counts["bytes"] += len(raw)
         try:
-            text = raw.decode("utf-8").removeprefix("\ufeff")
+            content = raw.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError:
             counts["invalid_utf8"] += 1
             continue
-        if "\0" in text:
+        if "\0" in content:
             counts["nul_bytes"] += 1
-            text = text.replace("\0", "")
-        text = text.strip()
-        found = split_sentences(text, language)
+            content = content.replace("\0", "")
+        content = content.strip()
+        found = split_sentences(content, language)
         sentences += found
         numbers.append(len(found))
-        digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        digests.append(hashlib.blake2b(content.encode(), digest_size=16).digest())
     tokens, lengths = _encoder(sentences)
     before = np.concatenate([[0], np.cumsum(lengths > 0)])  # sentences with a token, before each
     last = np.cumsum(numbers, dtype=np.int64)
@@ -193,5 +260,5 @@ def _make_shard(out: Path, number: int, documents: list[bytes], counts: Counter,
         "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16)[full],
     }
     counts.update(documents=int(full.sum()), tokens=len(tokens))
-    write_shard(out, number, arrays, counts)
+    write_shard(out, number, arrays, counts, text)
     return counts

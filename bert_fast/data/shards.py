@@ -11,7 +11,6 @@ shards/00000000.safetensors ...   tokens (uint16 or uint32), sentence_lengths an
 import bisect
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +21,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from bert_fast.data.files import write_atomically, written_aside
+
 if TYPE_CHECKING:
     from bert_fast.data.pairs import Corpus
 
-DOCUMENTS_A_PASS = 1 << 23  # digests held in memory at a time while duplicates are looked for (16 bytes each)
+DOCUMENTS_A_PASS = 1 << 21  # documents of which digests are held in memory at a time while duplicates are looked for
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -33,23 +34,16 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / "shards" / f"{number:08d}.safetensors"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes aside, flushes to the disk and renames: ``path`` is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+def prepared_files(folder: str | Path) -> list[Path]:
+    """What ``prepare`` writes into ``folder``."""
+    names = ("manifest.json", "sentence_ends.npy", "documents.npy", "tokenizer", "shards", "settings.json")
+    return [Path(folder) / name for name in names]
 
 
-def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray], counts: Counter) -> None:
-    """Writes one shard with its ``counts`` in the header."""
-    write_atomically(shard_path(folder, number), save(arrays, metadata={"counts": json.dumps(counts, sort_keys=True)}))
+def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray], counts: Counter, text: str) -> None:
+    """Writes one shard, in its header its ``counts`` and ``text``, the digest of what it was made from."""
+    made = json.dumps({"counts": counts, "text": text}, sort_keys=True)  # one entry: safetensors orders them at random
+    write_atomically(shard_path(folder, number), save(arrays, metadata={"made": made}))
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -72,10 +66,14 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     return maps
 
 
-def shard_counts(path: Path) -> Counter:
-    """The counts in the header of a shard."""
+def shard_made(path: Path) -> tuple[Counter, str]:
+    """What the header of a shard says: its counts, and the digest of the text it was made from."""
     with safe_open(path, framework="np") as file:
-        return Counter(json.loads(file.metadata()["counts"]))
+        about = file.metadata() or {}
+    if "made" not in about:
+        raise ValueError(f"shard {path} does not say what it was made from: delete it and run prepare again")
+    made = json.loads(about["made"])
+    return Counter(made["counts"]), made["text"]
 
 
 class ShardedTokens:
@@ -104,17 +102,10 @@ def _index(path: Path, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
 
     Ordinary writes: into a memory map, a full disk would be SIGBUS, which ends the process without a word.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            about = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, about)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        about = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, about)
+        yield file
 
 
 def finish(folder: Path, shards: int, made_by: dict) -> dict:
@@ -124,7 +115,7 @@ def finish(folder: Path, shards: int, made_by: dict) -> dict:
     entries = []
     for path in paths:
         maps = map_tensors(path)
-        counts += shard_counts(path)
+        counts += shard_made(path)[0]
         with path.open("rb") as file:
             checksum = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         sizes = {name: len(maps[key]) for name, key in (("tokens", "tokens"), ("sentences", "sentence_lengths"))}
@@ -175,15 +166,16 @@ def _first_of_each(paths: list[Path], total: int) -> np.ndarray:
         digests, numbers, start = [], [], 0
         for path in paths:
             found = map_tensors(path)["digests"]
-            lead = found[:, 0].astype(np.int64) * 256 + found[:, 1]
+            lead = found[:, 0].astype(np.uint16) * np.uint16(256) + found[:, 1]
             here = np.flatnonzero((lead >= low) & (lead < high))
-            digests.append(found[here])
+            digests.append(found[here].view(np.uint64))
             numbers.append(start + here)
             start += len(found)
-        words = np.ascontiguousarray(np.concatenate(digests)).view(np.uint64)
-        number = np.concatenate(numbers)
-        order = np.lexsort((number, words[:, 1], words[:, 0]))
-        same = (words[order][1:] == words[order][:-1]).all(axis=1)
+        words, number = np.concatenate(digests), np.concatenate(numbers)
+        del digests, numbers
+        order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal ones stay in the order of the corpus
+        words = words[order]
+        same = (words[1:] == words[:-1]).all(axis=1)
         keep[number[order[1:][same]]] = False
     return keep
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from bert_fast.data.files import write_atomically
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -129,10 +131,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int 
     special_ids(tokenizer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     if [number for _, number in vocabulary] == list(range(len(vocabulary))):
-        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in vocabulary), encoding="utf-8")
+        write_atomically(folder / "vocab.txt", "".join(f"{token}\n" for token, _ in vocabulary).encode())
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     config = {
         "tokenizer_class": "BertTokenizerFast",
@@ -142,7 +144,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int 
         "model_max_length": max_length,
         **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
 
