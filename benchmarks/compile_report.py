@@ -8,11 +8,14 @@ for each target by Triton, and read with the cuobjdump of Triton's package. The 
     spills      no register is spilled (STL, LDL: stores to and loads from local memory)
     shared      shared memory fits the part's limit for one program, tensor memory its 512 columns
     products    a 16-bit kernel with matrix products uses its target's own tensor-core instruction
+    width       a row operator reads and writes memory by 16 bytes: "wide" is at least a half
     coverage    every kernel that the host launches is in some file's aot_cases
 
 Occupancy is computed from registers, shared memory and warps, not measured. "wasted" is the share of the scores that an
 attention kernel's tiles compute past the ends of sequences of Wikipedia's lengths at 512 and at 128 (a quarter of each
-length). Nothing here says how fast a kernel is.
+length). "wide" is the share of accesses to global memory of 16 bytes a thread or more, by the bytes that instructions
+name; each counts once, also one that reads a single number a row, and one for a tensor's last, masked piece. Nothing
+here says how fast a kernel is.
 """
 
 import argparse
@@ -55,6 +58,8 @@ TENSOR_MEMORY_COLUMNS = 512
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA", "IMMA", "IGMMA", "DMMA")
 BULK_COPY = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
 SPILL = ("STL", "LDL")
+GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
+ROW_OPERATORS = ("embedding_layernorm", "residual_layernorm", "bias_gelu")
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Row:
     occupancy: float  # share of the part's warps that can be resident
     tensor_core: dict[str, int]  # opcode -> instructions
     bulk_copies: int  # instructions
+    wide: float | None  # share of the bytes that accesses to global memory name in 16 bytes or more; None without any
     wasted: dict[int, float] = field(default_factory=dict)  # full length -> share of the computed scores
     broken: list[str] = field(default_factory=list)
 
@@ -101,6 +107,22 @@ def wasted_scores(block_m: int, block_n: int, seq: int) -> float:
     return 1 - useful / computed
 
 
+def access_bytes(instruction: str) -> int:
+    """Bytes a thread of a load or store, by its modifiers: LDG.E.128 is 16, LDG.E 4."""
+    sizes = [int(width) // 8 for width in re.findall(r"\.[US]?(8|16|64|128|256)\b", instruction)]
+    return sizes[-1] if sizes else 4
+
+
+def wide_share(instructions: Counter) -> float | None:
+    """See Row.wide; ``instructions`` with their modifiers."""
+    found = Counter()
+    for name, count in instructions.items():
+        if name.partition(".")[0] in GLOBAL_ACCESS:
+            size = access_bytes(name)
+            found[size >= 16] += count * size
+    return found[True] / found.total() if found else None
+
+
 def broken_rules(row: Row, part: Part, needs_tensor_core: bool, tensor_memory: int) -> list[str]:
     """What ``row`` breaks, in words."""
     broken = []
@@ -113,6 +135,10 @@ def broken_rules(row: Row, part: Part, needs_tensor_core: bool, tensor_memory: i
     if needs_tensor_core and part.tensor_core not in row.tensor_core:
         found = ", ".join(row.tensor_core) or "none"
         broken.append(f"products without {part.tensor_core} (tensor-core instructions: {found})")
+    if row.kernel.startswith(ROW_OPERATORS) and row.wide is not None and row.wide < 0.5:
+        broken.append(
+            f"{row.wide:.0%} of the bytes of global memory are read and written by 16, expected a half or more"
+        )
     return broken
 
 
@@ -124,14 +150,15 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, Counter]:
-    """Registers a thread, local bytes a thread (stack included), and how often each opcode occurs."""
+    """Registers a thread, local bytes a thread (stack included), and how often each instruction occurs, with its
+    modifiers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
     numbers = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")}
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], Counter(opcodes)
+    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], Counter(found)
 
 
 def compile_case(case: dict, capability: int) -> Row:
@@ -150,7 +177,10 @@ def compile_case(case: dict, capability: int) -> Row:
         options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]},
     )
     metadata = compiled.metadata
-    registers, local_bytes, opcodes = _disassemble(compiled.asm["cubin"])
+    registers, local_bytes, instructions = _disassemble(compiled.asm["cubin"])
+    opcodes = Counter()
+    for name, count in instructions.items():
+        opcodes[name.partition(".")[0]] += count
     warps = metadata.num_warps
     row = Row(
         kernel=case["name"],
@@ -163,6 +193,7 @@ def compile_case(case: dict, capability: int) -> Row:
         occupancy=occupancy(part, registers, metadata.shared, warps),
         tensor_core={name: opcodes[name] for name in TENSOR_CORE if opcodes[name]},
         bulk_copies=sum(opcodes[name] for name in BULK_COPY),
+        wide=wide_share(instructions),
         wasted={seq: wasted_scores(*case["score_tile"], seq) for seq in (512, 128) if "score_tile" in case},
     )
     sixteen_bits = any(kind in ("*bf16", "*fp16") for kind in signature.values())
@@ -219,6 +250,7 @@ HEADER = (
     "occup.",
     "tensor cores",
     "bulk",
+    "wide",
     "wasted",
 )
 
@@ -230,7 +262,8 @@ def table(rows: list[Row]) -> str:
         tensor_core = " ".join(f"{name} {count}" for name, count in row.tensor_core.items()) or "-"
         numbers = (row.warps, row.registers, row.spills, row.local_bytes, row.shared_bytes)
         wasted = " ".join(f"{seq}: {share:.0%}" for seq, share in row.wasted.items()) or "-"
-        last = (f"{row.occupancy:.0%}", tensor_core, str(row.bulk_copies or "-"), wasted)
+        wide = "-" if row.wide is None else f"{row.wide:.0%}"
+        last = (f"{row.occupancy:.0%}", tensor_core, str(row.bulk_copies or "-"), wide, wasted)
         cells.append((row.kernel, f"sm_{row.target}", *map(str, numbers), *last))
     widths = [max(len(line[i]) for line in cells) for i in range(len(HEADER))]
     left = (0, 1, 8)

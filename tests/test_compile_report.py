@@ -69,6 +69,27 @@ def aot_cases(capability):
              "divisible_by_16": ["a_ptr", "b_ptr", "out_ptr"], "dot": True}]
 """
 
+ROWS = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kernel(x_ptr, out_ptr, edge, N: tl.constexpr):
+    index = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out_ptr + index, tl.load(x_ptr + index, mask=index < EDGE, other=0.0) + 1.0, mask=index < EDGE)
+
+
+def launch(x, out):
+    _kernel[(1,)](x_ptr=x, out_ptr=out, edge=8, N=1024)
+
+
+def aot_cases(capability):
+    return [{"kernel": _kernel, "name": "NAME", "signature": {"x_ptr": "*bf16", "out_ptr": "*bf16", "edge": "i32"},
+             "constexprs": {"N": 1024}, "num_warps": 4, "num_stages": 1, "divisible_by_16": ["x_ptr", "out_ptr"],
+             "dot": False}]
+"""
+
 UNCOVERED = SPILLING.split("def aot_cases")[0]
 
 
@@ -131,6 +152,26 @@ def test_product_on_the_slow_path_is_reported(tmp_path):
     assert "HMMA" in report["rows"][0]["tensor_core"]
     assert done.returncode == 1, done.stdout + done.stderr
     assert "products without HGMMA" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "edge", "broken"), [
+    ("bias_gelu fwd", "2048", False), ("bias_gelu fwd", "edge", True), ("mlm_loss fwd", "edge", False),
+])  # fmt: skip
+def test_a_row_operator_that_reads_single_elements_is_reported(tmp_path, name, edge, broken):
+    """A mask whose edge is not known splits an access; other operators than the row ones are shown, not judged."""
+    done, report = _report_of(tmp_path, ROWS.replace("NAME", name).replace("EDGE", edge), 90)
+    assert done.returncode == int(broken), done.stdout + done.stderr
+    assert report["rows"][0]["wide"] == (1.0 if edge == "2048" else 0.0)
+    assert ("are read and written by 16" in done.stdout) == broken
+
+
+@pytest.mark.parametrize(
+    ("instruction", "size"),
+    [("LDG.E.128", 16), ("LDG.E", 4), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.EF.64", 8), ("STG.E.U8", 1),
+     ("LDG.E.ENL2.256", 32), ("LDGSTS.E.BYPASS.128", 16), ("LDGSTS.E.LTC128B.128", 16), ("LDG.E.LTC128B", 4)],
+)  # fmt: skip
+def test_bytes_of_an_access(instruction, size):
+    assert compile_report.access_bytes(instruction) == size
 
 
 def test_launched_kernel_without_a_case_is_reported(tmp_path):
