@@ -1,4 +1,4 @@
-"""prepare killed at random moments, without room or permission to write, and on one endless line."""
+"""prepare killed at random moments, without room to write, and on one endless line."""
 
 import errno
 import os
@@ -91,10 +91,8 @@ def test_full_disk_says_so_and_a_second_run_finishes(corpus_file, tokenizer, tmp
 
 
 def test_no_room_for_the_index(corpus_file, tokenizer, tmp_path):
-    """A limit on a file's size stops the index alone, as a full disk would, and the caller's settings stay."""
-    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    """A limit on a file's size stops the index alone, as a full disk would."""
     prepare(corpus_file, tokenizer, tmp_path, workers=1, unit_bytes=8_000)
-    assert os.environ.get("TOKENIZERS_PARALLELISM") == parallelism
     whole = contents(tmp_path)
     for name in ("manifest.json", "sentence_ends.npy", "documents.npy"):
         (tmp_path / name).unlink()
@@ -109,16 +107,6 @@ def test_no_room_for_the_index(corpus_file, tokenizer, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "settings.json", "shards", "tokenizer"]
     prepare(corpus_file, tokenizer, tmp_path, workers=1, unit_bytes=8_000)
     assert contents(tmp_path) == whole
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_folder(corpus_file, tokenizer, tmp_path):
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(PermissionError, match="out"):
-            prepare(corpus_file, tokenizer, tmp_path / "out", workers=1)
-    finally:
-        tmp_path.chmod(0o700)
 
 
 def test_output_that_is_a_file(corpus_file, tokenizer, tmp_path):
