@@ -9,6 +9,7 @@ CPU stays out: nothing in a step over packed batches depends on what a tensor ho
                     replay: the same keys, in the same order, as eager steps draw
     learning rate   one float32 element on the device, which the optimiser reads
     optimiser       clips, counts its steps and decides to skip one (gradients that are not finite) on the device
+    tied table      its two gradients meet in one buffer (bert_fast.ops.one_table_gradient)
 
 The first ``warmup`` steps run eagerly: they are training steps like the others, and what they build (compiled kernels,
 the optimiser's state, the libraries' workspaces) is not made again. Recording runs nothing. So steps with and without
