@@ -2,6 +2,12 @@
 
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import transformers
@@ -185,3 +191,73 @@ def test_output_folder_that_cannot_be_written(run, corpus, folder, tmp_path, com
     assert done.err.count("\n") == 1
     assert str(tmp_path / "file") in done.err
     assert (tmp_path / "file").read_text() == "kept"
+
+
+# The command itself, with units so small that there is something to stop.
+PREPARE = """
+import functools, sys
+from bert_fast import cli, data
+data.prepare = functools.partial(data.prepare, unit_bytes=4_000)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def start(folder, tmp_path):
+    """start() -> the command on 300 documents with two workers, as a process group of its own; tmp_path / "out"."""
+    lines = (folder / "corpus.jsonl").read_text().splitlines()
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(line.replace("the", f"the {n}", 3) for n in range(20) for line in lines))
+    argv = ["prepare", corpus, "--tokenizer", folder / "tok", "--out", tmp_path / "out", "--workers", 2, "--quiet"]
+    command = [sys.executable, "-c", PREPARE, *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return lambda: subprocess.Popen(command, **pipes, start_new_session=True)
+
+
+def wait_for(what, process=None):
+    """Until ``what()`` is true, and no longer than ``process`` lives."""
+    until = time.monotonic() + 100
+    while not what():
+        assert process is None or process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def group_is_gone(number):
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_prepare_and_the_same_command_finishes_it(start, folder, tmp_path, number, code):
+    out = tmp_path / "out"
+
+    def workers_are_starting():
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        return len(children.split()) > 1
+
+    def some_shards_are_made():
+        return len(list(out.glob("shards/*.safetensors"))) > 2
+
+    for moment in (workers_are_starting, some_shards_are_made):
+        process = start()
+        wait_for(moment, process)
+        os.killpg(process.pid, number)
+        assert process.communicate(timeout=100) == (
+            "",
+            "bert-fast prepare: stopped; the same command goes on from there\n",
+        )
+        assert process.returncode == code
+        wait_for(lambda group=process.pid: group_is_gone(group))
+        assert not (out / "manifest.json").exists()
+        assert not list(out.rglob("*.aside"))
+    process = start()
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+    data.prepare(tmp_path / "corpus.jsonl", folder / "tok", tmp_path / "whole", workers=1, unit_bytes=4_000)
+    whole = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")}
+    assert len(whole) > 20
+    assert whole == {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")}
