@@ -15,9 +15,18 @@ def pytest_configure(config):
 
 
 def pytest_runtest_logreport(report):
-    if _worker or (report.when != "call" and report.outcome == "passed"):
-        return
-    row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
+    if not _worker and (report.when == "call" or report.outcome != "passed"):
+        _append(report, round(report.duration, 3))
+
+
+def pytest_collectreport(report):
+    """A file that could not be imported is a failure too."""
+    if not _worker and report.outcome == "failed":
+        _append(report, 0.0)
+
+
+def _append(report, seconds: float) -> None:
+    row = {"test": report.nodeid, "outcome": report.outcome, "seconds": seconds}
     if report.outcome == "failed":
         lines = str(report.longrepr).strip().splitlines()
         row["message"] = next((line[4:] for line in lines if line.startswith("E   ")), lines[-1] if lines else "")[:300]

@@ -81,7 +81,8 @@ def furthest(results: Results) -> list[str]:
     shares: dict[str, float] = {}
     for row in results.data.get("operators", []):
         if row["contender"] == "bert_fast" and "failed" not in row and row["operator"] in KERNELS:
-            shares[row["operator"]] = min(row["share_of_limit"], shares.get(row["operator"], 1e9))
+            share = row["share_of_limit"] or 0.0  # None where its limit could not be measured
+            shares[row["operator"]] = min(share, shares.get(row["operator"], 1e9))
     return sorted(KERNELS, key=lambda operator: shares.get(operator, 0.0))
 
 

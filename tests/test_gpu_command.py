@@ -354,13 +354,55 @@ def test_the_order_of_work_and_who_is_left_out():
     assert {case[1:3] for case in order[: gpu_steps.CURVES_AFTER]} == {("large", 512), ("base", 512)}
 
 
-def test_pytest_outcomes_are_on_disk_at_once(tmp_path):
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
+def test_pytest_outcomes_are_on_disk_at_once(tmp_path, workers):
+    """Also that of a file that cannot be imported, and the others run all the same."""
     (tmp_path / "test_two.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
+    (tmp_path / "test_alone.py").write_text("import no_such_package\n")
     outcomes = tmp_path / "outcomes.jsonl"
     environment = os.environ | {"BERT_FAST_TEST_OUTCOMES": str(outcomes), "PYTHONPATH": str(BENCHMARKS)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_pytest", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [*script("gpu_parity").PYTEST, *workers, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     rows = [json.loads(line) for line in outcomes.read_text().splitlines()]
-    assert [row["outcome"] for row in rows] == ["passed", "failed"]
-    assert "assert 1 == 2" in rows[1]["message"]
+    assert [row["outcome"] for row in rows] == ["failed", "passed", "failed"]
+    assert "no_such_package" in rows[0]["detail"]
+    assert "assert 1 == 2" in rows[2]["message"]
+
+
+def test_a_report_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch):
+    gpu = script("gpu")
+    results = new_results(tmp_path / "r.json", steps=[{"variant": "bert_fast captured"}])  # a row without figures
+    gpu.write_report(results)
+    text = (tmp_path / "r.md").read_text()
+    assert "making this text failed" in text
+    assert "KeyError" in text
+    results.put("steps", [])
+
+    def broken(*_):
+        raise ValueError("no logarithm of 0")
+
+    monkeypatch.setattr(gpu, "pictures", broken)
+    gpu.write_report(results)
+    text = (tmp_path / "r.md").read_text()
+    assert "No pictures: ValueError: no logarithm of 0." in text
+    assert "Parity on the GPU: not run." in text
+
+
+def test_what_limits_could_not_be_measured_leaves_the_sweeps_an_order(tmp_path):
+    rows = [{"contender": "bert_fast", "operator": name, "share_of_limit": share}
+            for name, share in (("attention", 0.4), ("bias_gelu", None), ("mlm_loss", 0.2))]  # fmt: skip
+    found = script("gpu_tune").furthest(new_results(tmp_path / "r.json", operators=rows))
+    assert found.index("bias_gelu") < found.index("mlm_loss") < found.index("attention")
+
+
+def test_the_compiled_contenders_backward_runs_again_and_again(monkeypatch):
+    """Without Inductor, which needs a C++ compiler: what matters is what may be overwritten in a kept graph."""
+    gpu_operators, operators = script("gpu_operators"), script("operators")
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compile_(f, backend="aot_eager_decomp_partition", **more))
+    case = operators.build_case("residual_layernorm", "cpu", torch.float32, model="micro", seq=24, batch=2)
+    run = gpu_operators.calls(case, "backward", "compile", "residual_layernorm")
+    first, second = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
