@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system without locks answers
 
+ASIDE = f".*.{'[0-9a-f]' * 16}.aside"  # the names that `aside` makes
+
 
 class FolderInUse(ValueError):
     """Another process writes into the same folder."""
@@ -24,7 +26,10 @@ def aside(path: Path) -> Path:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; when the block ends without an error it is flushed to the disk and renamed to ``path``."""
+    """A file to write; when the block ends without an error it is flushed to the disk and renamed to ``path``.
+
+    An OSError that does not say where (a full disk) gets ``path`` as its file name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     other = aside(path)
     try:
@@ -33,6 +38,10 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(other, path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         other.unlink(missing_ok=True)
 
@@ -69,5 +78,5 @@ def sole_writer(folder: Path, part: int, of: int) -> Iterator[None]:
             yield
         finally:
             if whole:
-                for left in [*folder.glob(".*.aside"), *folder.glob("*/.*.aside")]:
+                for left in [*folder.glob(ASIDE), *folder.glob(f"*/{ASIDE}")]:
                     left.unlink(missing_ok=True)

@@ -81,9 +81,9 @@ def prepare(
     out, files = Path(out), expand_paths(paths, without=prepared_files(out))
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     special_ids(tokenizer)
-    stats = {path: path.stat() for path in files}
+    versions = {path: _version(path) for path in files}
     made_by = {
-        "files": [[path.name, stats[path].st_size] for path in files],
+        "files": [[path.name, size] for path, (size, _) in versions.items()],
         "tokenizer": hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest(),
         "language": language,
         "one_per_file": one_per_file,
@@ -130,7 +130,7 @@ def prepare(
         for number, digest, within in elsewhere:
             _same_text(shard_path(out, number), digest, within)
         _same_settings(out / "settings.json", made_by)  # of machines that start at once, one wrote it last
-        if changed := [path for path in files if _version(path.stat()) != _version(stats[path])]:
+        if changed := [path for path, before in versions.items() if _version(path) != before]:
             raise ValueError(f"{_some(changed)} changed while being read: the same again compares it with what is made")
         return finish(out, units, made_by)
 
@@ -146,7 +146,7 @@ def _same_settings(path: Path, settings: dict) -> None:
     was, now = ([f"{name} ({size} bytes)" for name, size in about["files"]] for about in (before, settings))
     if was != now:
         gone, new = (", ".join(list(Counter(a) - Counter(b))[:3]) or "none" for a, b in ((was, now), (now, was)))
-        what[0] = f"of its {len(was)} files, other or gone: {gone}; of the {len(now)} now, new or other: {new}"
+        what[0] = f"files gone or changed: {gone}; new or changed: {new}"
     raise ValueError(f"{path.parent} holds shards made otherwise ({'; '.join(what)}): use another folder")
 
 
@@ -160,8 +160,9 @@ def _same_text(path: Path, digest: str, files: list[Path]) -> Counter:
     return counts
 
 
-def _version(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_size, stat.st_mtime_ns
+def _version(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _some(files: list[Path]) -> str:

@@ -88,8 +88,9 @@ def _received(end: connection.Connection, process: BaseProcess) -> tuple:
 def _death(process: BaseProcess) -> ChildProcessError:
     process.join()
     code = process.exitcode
-    how = f"killed by {signal.Signals(-code).name}, perhaps for lack of memory" if code < 0 else f"exit code {code}"
-    return ChildProcessError(f"a worker process died ({how}): the same call goes on from there; fewer need less memory")
+    how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    memory = "; for lack of memory? Fewer workers need less" if code == -signal.SIGKILL else ""
+    return ChildProcessError(f"a worker process {how}{memory}: what is made is kept, the same call goes on from there")
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def test_full_disk_says_so_and_a_second_run_finishes(corpus_file, tokenizer, tmp
         real(number)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left.*/out/shards/00000002\.safetensors"):
         prepare(corpus_file, tokenizer, tmp_path / "out", workers=1, unit_bytes=100_000)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert len(list((tmp_path / "out" / "shards").iterdir())) == 2  # and nothing half written beside them
@@ -99,7 +99,7 @@ def test_no_room_for_the_index(corpus_file, tokenizer, tmp_path):
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=r"File too large.*\.npy"):
             shards.finish(tmp_path, len(whole) - 3, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

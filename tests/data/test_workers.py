@@ -65,7 +65,7 @@ def test_an_early_end_and_an_error_leave_no_process():
 
 
 def test_a_process_that_dies_is_an_error_that_says_how():
-    with pytest.raises(ChildProcessError, match="SIGKILL, perhaps for lack of memory"):
+    with pytest.raises(ChildProcessError, match="killed by SIGKILL; for lack of memory"):
         list(in_processes(2, begin, ("yes",), die, [(signal.SIGKILL,)]))
 
 
