@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch._functorch.config
 from gpu_results import Results
 from operators import DIRECTIONS, DROPOUT, OPERATORS, Case, Stopwatch, build_case
 from step_model import TOKENS, ceilings_of, lengths_of, operator_seconds, parameters, update
@@ -50,8 +49,6 @@ def calls(case: Case, direction: str, contender: str, operator: str) -> Callable
         return forward if direction == "forward" else with_peer(case.backward("bert_fast", forward()))
     forward = {"bert_fast": case.ours, "pytorch": case.torch, "compile": None}[contender]
     if contender == "compile":
-        # its backward runs again and again with the graph kept, which refuses buffers that it may overwrite
-        torch._functorch.config.donated_buffer = False
         forward = torch.compile(case.torch, dynamic=False)
     side = "bert_fast" if contender == "bert_fast" else "pytorch"
     return forward if direction == "forward" else case.backward(side, forward())

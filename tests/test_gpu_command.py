@@ -394,15 +394,3 @@ def test_what_limits_could_not_be_measured_leaves_the_sweeps_an_order(tmp_path):
             for name, share in (("attention", 0.4), ("bias_gelu", None), ("mlm_loss", 0.2))]  # fmt: skip
     found = script("gpu_tune").furthest(new_results(tmp_path / "r.json", operators=rows))
     assert found.index("bias_gelu") < found.index("mlm_loss") < found.index("attention")
-
-
-def test_the_compiled_contenders_backward_runs_again_and_again(monkeypatch):
-    """Without Inductor, which needs a C++ compiler: what matters is what may be overwritten in a kept graph."""
-    gpu_operators, operators = script("gpu_operators"), script("operators")
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **more: compile_(f, backend="aot_eager_decomp_partition", **more))
-    case = operators.build_case("residual_layernorm", "cpu", torch.float32, model="micro", seq=24, batch=2)
-    run = gpu_operators.calls(case, "backward", "compile", "residual_layernorm")
-    first, second = run(), run()
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
