@@ -7,6 +7,7 @@ Speed: every round runs both, for each number of workers on as many cores. `prep
 the start of its process to the manifest: it reads, splits sentences, encodes, drops duplicates, writes and flushes.
 `tokenizers` is timed over `encode_batch_fast` of the same documents alone, each whole, already in memory, in as many
 threads. "ratio" is the median over rounds of the time of tokenizers over that of `prepare`: above 1 ours is faster.
+"of processor time" is the same of the time that the processors spent on them, which other work on them disturbs less.
 
 Memory: one run, of which the resident memory of the process and its workers is read ten times a second.
 
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -56,18 +58,18 @@ def run_prepare(corpus: str, tokenizer: str, out: str, workers: int, unit_bytes:
     prepare(corpus, tokenizer, out, workers=workers, unit_bytes=unit_bytes)
 
 
-def run_tokenizers(corpus: str, tokenizer: str) -> float:
-    """Seconds that encoding all documents takes; RAYON_NUM_THREADS says in how many threads."""
+def run_tokenizers(corpus: str, tokenizer: str) -> tuple[float, float]:
+    """Seconds, and seconds of processors, that encoding all documents takes, in RAYON_NUM_THREADS threads."""
     from bert_fast.data import load_tokenizer, stream_documents
 
     tokenizer = load_tokenizer(tokenizer)
     documents = [document.decode("utf-8", "replace") for document in stream_documents(corpus)]
     batches = [documents[i : i + DOCUMENTS_A_BATCH] for i in range(0, len(documents), DOCUMENTS_A_BATCH)]
     tokenizer.encode_batch_fast(["Threads are started."] * 100, add_special_tokens=False)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     for batch in batches:
         tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 def child(*arguments, **environment) -> subprocess.Popen:
@@ -83,6 +85,16 @@ def finished(process: subprocess.Popen) -> str:
     return output
 
 
+def processor_time_of_children() -> float:
+    """Seconds, user and system, of the children that have ended, with theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def ratio(theirs: tuple[float, ...], ours: tuple[float, ...]) -> float:
+    return statistics.median(other / own for other, own in zip(theirs, ours, strict=True))
+
+
 def measure_speed(corpus: Path, tokenizer: Path, folder: Path, options: argparse.Namespace) -> list[dict]:
     """Medians and the ratio for each number of workers; the contenders take turns."""
     cores = sorted(os.sched_getaffinity(0))
@@ -91,18 +103,22 @@ def measure_speed(corpus: Path, tokenizer: Path, folder: Path, options: argparse
         for workers in options.workers:
             os.sched_setaffinity(0, cores[:workers])
             out = folder / f"out-{workers}-{number}"
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), processor_time_of_children()
             finished(child("prepare", str(corpus), str(tokenizer), str(out), workers, options.unit_bytes))
-            times["prepare", workers].append(time.perf_counter() - start)
+            busy = processor_time_of_children() - busy
+            times["prepare", workers].append((time.perf_counter() - start, busy))
             taken = child("tokenizers", str(corpus), str(tokenizer), RAYON_NUM_THREADS=str(workers))
-            times["tokenizers", workers].append(float(finished(taken)))
+            times["tokenizers", workers].append(tuple(json.loads(finished(taken))))
             os.sched_setaffinity(0, cores)
     size = corpus.stat().st_size / 1e6
     rows = []
     for workers in options.workers:
-        ours, theirs = times["prepare", workers], times["tokenizers", workers]
-        ratios = [other / own for own, other in zip(ours, theirs, strict=True)]
-        row = {"workers": workers, "prepare_s": ours, "tokenizers_s": theirs, "ratio": statistics.median(ratios)}
+        (ours, ours_busy), (theirs, theirs_busy) = (
+            zip(*times[name, workers], strict=True) for name in ("prepare", "tokenizers")
+        )
+        row = {"workers": workers, "prepare_s": ours, "tokenizers_s": theirs, "ratio": ratio(theirs, ours)}
+        row |= {"prepare_processor_s": ours_busy, "tokenizers_processor_s": theirs_busy}
+        row["processor_ratio"] = ratio(theirs_busy, ours_busy)
         row |= {"prepare_mb_s": size / statistics.median(ours), "tokenizers_mb_s": size / statistics.median(theirs)}
         rows.append(row)
     return rows
@@ -161,7 +177,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         name, *arguments = options.child
-        print(run_prepare(*arguments) if name == "prepare" else run_tokenizers(*arguments))
+        print(json.dumps(run_prepare(*arguments) if name == "prepare" else run_tokenizers(*arguments)))
         return 0
     cores = len(os.sched_getaffinity(0))
     if max(options.workers) > cores and not options.memory:
@@ -192,12 +208,13 @@ def report(folder: Path, options: argparse.Namespace) -> int:
     else:
         facts["speed"] = measure_speed(corpus, tokenizer, folder, options)
         lines = [f"{heading}, {options.rounds} interleaved rounds, medians"]
-        lines.append(f"{'workers':>8} {'prepare MB/s':>13} {'tokenizers MB/s':>16} {'ratio':>6}   of the rounds")
+        columns = f"{'workers':>8} {'prepare MB/s':>13} {'tokenizers MB/s':>16} {'ratio':>6} {'of processor time':>18}"
+        lines.append(f"{columns}   of the rounds")
         for row in facts["speed"]:
             pairs = zip(row["prepare_s"], row["tokenizers_s"], strict=True)
             rounds = " ".join(f"{theirs / ours:.2f}" for ours, theirs in pairs)
             rates = f"{row['prepare_mb_s']:13.2f} {row['tokenizers_mb_s']:16.2f}"
-            lines.append(f"{row['workers']:8} {rates} {row['ratio']:6.2f}   {rounds}")
+            lines.append(f"{row['workers']:8} {rates} {row['ratio']:6.2f} {row['processor_ratio']:18.2f}   {rounds}")
     print(json.dumps(facts) if options.json else "\n".join(lines))
     return 0
 

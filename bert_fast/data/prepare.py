@@ -60,20 +60,21 @@ def prepare(
     ``units``, ``units_skipped`` (made before), ``bytes``, ``documents``, ``tokens``. ``workers`` defaults to all cores;
     above 1 the calling script needs the usual ``if __name__ == "__main__":``.
 
-    Raises :class:`FolderInUse` (a ValueError) where another process makes the same part in ``out``. Stopped by a signal
-    or an error, it kills its workers and leaves the shards that are made.
+    Stopped by a signal or an error, it kills its workers and leaves the shards that are made.
 
     Memory, whatever the size of the corpus: with U = ``unit_bytes`` + 16 MiB (the longest document) at most
     ``workers`` + 3 units of U in the calling process, which reads, and 12 U + 128 MiB in each worker (text, sentences,
-    ids and the shard's bytes, :class:`SentenceEncoder`'s words); a document counts 41 bytes more than its text. On top
-    of it come, while duplicates are looked for, 92 bytes a document, or 184 MiB where that is less, and a byte a
-    document; about 1 KiB a file and a shard; and the pages of the shards, which are mapped to write the index from
-    them: the system takes those back when it needs them. The index is written as it is made.
+    ids and the shard's bytes, :class:`SentenceEncoder`'s words); a document counts 41 bytes more than its text. Reading
+    takes up to 8 times the longest JSON line (at most 64 MiB of it) or 256 rows of Parquet. At the end come the pages
+    of two shards, mapped one after another to write the index from them (the index itself is not mapped, but written),
+    92 bytes a document, or 184 MiB where that is less, while duplicates are looked for, and throughout a byte a
+    document and about 1 KiB a file and a shard.
 
     Counted in the manifest: ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` (documents from which
-    they were removed), ``documents_cut``, ``invalid_json``. Raises FileNotFoundError for missing input, ValueError
-    for a damaged file, for a corpus without text, where ``out`` holds shards of other settings or of text that has
-    changed since (the modification time does not matter), and where a file changes while being read.
+    they were removed), ``documents_cut``, ``invalid_json``. Raises FileNotFoundError for missing input; ValueError for
+    a damaged file, for a corpus without text, where another process makes the same part in ``out`` (``FolderInUse``),
+    where ``out`` holds shards of other settings or of text that has changed since (modification times do not matter),
+    and where a file changes while being read; ChildProcessError where a worker is killed.
     """
     index, of = shard
     if not 0 <= index < of:
