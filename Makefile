@@ -49,11 +49,13 @@ bench: setup
 
 test: setup
 	@echo "== Tests, fast tier"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not proof and not gpu" tests
 
 test-all: setup
 	@echo "== Tests, both tiers"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not proof" tests
+	@echo "== The proof that it learns (about 15 minutes on 2 cores)"
+	@$(BIN)/python -m pytest -s -m proof tests
 
 # On a GPU machine the Python that has torch with CUDA is used as it is: PYTHON=... chooses it.
 gpu-test:
