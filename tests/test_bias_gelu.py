@@ -71,7 +71,8 @@ def test_tails_and_special_values(backend):
     with dispatch.use_backend(bias_gelu=backend):
         out = ops.bias_gelu(u)
         (grad,) = torch.autograd.grad(out[:, :-1].sum(), u)
-    torch.testing.assert_close(out, F.gelu(u.detach()), rtol=1e-6, atol=0)
+    limits = torch.tensor([[0, 0, -5e-31, 0, 5e-31, 20, 200, math.inf]])  # on aarch64 torch's own is NaN at infinity
+    torch.testing.assert_close(out.cpu(), limits, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad[0, :-1].cpu(), torch.tensor([0, 0, 0.5, 0.5, 0.5, 1, 1]), rtol=1e-6, atol=1e-6)
 
 
