@@ -1,4 +1,4 @@
-"""prepare killed at random moments, without room to write, and on one endless line."""
+"""prepare killed at random moments, without room to write, on one endless line, and its memory on a long corpus."""
 
 import errno
 import os
@@ -124,3 +124,26 @@ def test_vocabulary_without_mask_and_single_sentence(tokenizer, tmp_path):
     assert not (tmp_path / "out" / "shards").exists()
     prepare(tmp_path / "text.txt", tokenizer, tmp_path / "out", workers=1)
     assert read_manifest(tmp_path / "out")["sentences"] == 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(documents, tokenizer, tmp_path):
+    """Peak resident memory of a run of one process, with units and documents so small that little is held."""
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    script = """
+import resource, sys
+from bert_fast.data import prepare
+prepare(sys.argv[1], "tokenizer", sys.argv[2], workers=1, unit_bytes=100_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
+"""
+    texts = [" ".join(document).replace("\n", " ") for document in documents]
+    peaks = []
+    for copies in (4, 32):
+        corpus = tmp_path / f"{copies}.txt"
+        with corpus.open("w") as file:
+            for copy in range(copies):
+                file.writelines(f"{copy}. {text}\n\n" for text in texts)
+        command = [sys.executable, "-c", script, str(corpus), str(tmp_path / f"out{copies}")]
+        peaks.append(int(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout))
+    assert corpus.stat().st_size > 12_000_000
+    assert peaks[1] - peaks[0] < 6_000
