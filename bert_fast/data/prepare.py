@@ -27,7 +27,7 @@ from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from bert_fast.data.workers import in_processes
 
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # of the environment: whether `tokenizers` uses threads
-_encoder: SentenceEncoder | None = None  # of this process
+_encoder: SentenceEncoder | None = None  # of a worker process
 
 
 @dataclass
@@ -104,7 +104,7 @@ def prepare(
             progress(dict(done))
 
     def missing() -> Iterator[tuple]:
-        """The arguments of :func:`_make_shard` for what is to be made; what is there is checked and counted."""
+        """What is to be made, as :func:`_make_shard` takes it; what is there is checked and counted."""
         nonlocal units
         for unit in _units(files, one_per_file, text_field, unit_bytes):
             units += 1
@@ -120,9 +120,9 @@ def prepare(
         _same_settings(out / "settings.json", made_by)
         save_tokenizer(tokenizer, out / "tokenizer")
         if workers <= 1:
-            made = _make_here(tokenizer.to_str(), missing())
+            made = _make_here(SentenceEncoder(tokenizer), missing())
         else:
-            made = in_processes(workers, _start_process, (tokenizer.to_str(),), _make_shard, missing())
+            made = in_processes(workers, _start_process, (tokenizer.to_str(),), _make_in_process, missing())
         with closing(made):
             for counts in made:
                 report(counts, False)
@@ -200,25 +200,22 @@ def _digest(documents: list[bytes], counts: Counter) -> str:
 
 
 def _start_process(tokenizer: str) -> None:
-    os.environ[PARALLELISM] = "false"  # one process a core does better than threads
-    _start_worker(tokenizer)
-
-
-def _start_worker(tokenizer: str) -> None:
     global _encoder
+    os.environ[PARALLELISM] = "false"  # one process a core does better than threads
     _encoder = SentenceEncoder(Tokenizer.from_str(tokenizer))
 
 
-def _make_here(tokenizer: str, tasks: Iterator[tuple]) -> Iterator[Counter]:
-    """The shards made by this process, in one thread."""
-    global _encoder
-    for number, task in enumerate(tasks):
+def _make_in_process(*task) -> Counter:
+    return _make_shard(_encoder, *task)
+
+
+def _make_here(encoder: SentenceEncoder, tasks: Iterator[tuple]) -> Iterator[Counter]:
+    """Makes the shards in this process, in one thread, and leaves its environment as it is."""
+    for task in tasks:
         before = os.environ.get(PARALLELISM)
         os.environ[PARALLELISM] = "false"
         try:
-            if number == 0:
-                _start_worker(tokenizer)
-            counts = _make_shard(*task)
+            counts = _make_shard(encoder, *task)
         finally:
             if before is None:
                 del os.environ[PARALLELISM]
@@ -227,7 +224,9 @@ def _make_here(tokenizer: str, tasks: Iterator[tuple]) -> Iterator[Counter]:
         yield counts
 
 
-def _make_shard(out: Path, number: int, documents: list[bytes], counts: Counter, language: str) -> Counter:
+def _make_shard(
+    encoder: SentenceEncoder, out: Path, number: int, documents: list[bytes], counts: Counter, language: str
+) -> Counter:
     """Splits, encodes and writes one unit; returns its counts."""
     text = _digest(documents, counts)
     sentences: list[str] = []
@@ -248,7 +247,7 @@ def _make_shard(out: Path, number: int, documents: list[bytes], counts: Counter,
         sentences += found
         numbers.append(len(found))
         digests.append(hashlib.blake2b(content.encode(), digest_size=16).digest())
-    tokens, lengths = _encoder(sentences)
+    tokens, lengths = encoder(sentences)
     before = np.concatenate([[0], np.cumsum(lengths > 0)])  # sentences with a token, before each
     last = np.cumsum(numbers, dtype=np.int64)
     document_sentences = before[last] - before[last - np.array(numbers, dtype=np.int64)]

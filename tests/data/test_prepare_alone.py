@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_fast.data import open_corpus, prepare, save_tokenizer
+from bert_fast.data import open_corpus, prepare, save_tokenizer, train_tokenizer
 from bert_fast.data.files import FolderInUse, aside, sole_writer
 
 # Writes part I of N of a folder until its input is closed or it is killed.
@@ -110,6 +110,22 @@ sys.exit(len(os.listdir("/proc/self/task")) - len(before))
     done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0  # threads more than before
     assert done.stdout == "true\n"
+
+
+def test_two_in_one_process_keep_their_tokenizers_apart(text, tokenizer, tmp_path):
+    """The one begins while the other is at work, as in two threads."""
+    other = train_tokenizer([text.read_text()], 60)
+    alone = [tmp_path / "alone", tmp_path / "other alone"]
+    for out, which in zip(alone, (tokenizer, other), strict=True):
+        prepare(text, which, out, workers=1, unit_bytes=500)
+
+    def progress(state):
+        if state["units"] == 1:
+            prepare(text, other, tmp_path / "other", workers=1, unit_bytes=500)
+
+    prepare(text, tokenizer, tmp_path / "out", workers=1, unit_bytes=500, progress=progress)
+    for out, same in zip(alone, (tmp_path / "out", tmp_path / "other"), strict=True):
+        assert (out / "manifest.json").read_bytes() == (same / "manifest.json").read_bytes()
 
 
 @pytest.mark.parametrize("setting", [None, "true"])
