@@ -115,6 +115,7 @@ def finetune(
     warmup: float = 0.1,
     weight_decay: float = 0.01,
     max_length: int | None = None,
+    dropout: float | None = None,
     seed: int = 0,
     precision: str = "fp32",
     device: str = "cpu",
@@ -127,10 +128,13 @@ def finetune(
     Examples are cut to ``max_length`` tokens (None: 128, or the model's positions if fewer). Returns {"accuracy",
     "loss", "majority", "examples", "labels", "epochs"} on ``validation``; "majority" is the accuracy of always
     saying ``train``'s most frequent label. ``out`` gets the model and the tokenizer, as a Hugging Face folder.
-    ``from_scratch`` keeps the architecture and the tokenizer, with random weights: what pre-training is worth is the
-    difference. ``precision`` is "fp32" or "bf16" (autocast). ``on_step(step, steps, loss)`` is called after every
-    update, ``on_epoch`` with the measures after every epoch. The same seed gives the same weights.
+    ``dropout`` is that of hidden states and attention (None: the model's own). ``from_scratch`` keeps the
+    architecture and the tokenizer, with random weights: what pre-training is worth is the difference. ``precision``
+    is "fp32" or "bf16" (autocast). ``on_step(step, steps, loss)`` is called after every update, ``on_epoch`` with the
+    measures after every epoch. The same seed gives the same weights.
     """
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
     labels = label_names(train)
@@ -139,7 +143,7 @@ def finetune(
     if len({example.pair is None for example in (*train, *validation)}) > 1:
         raise ValueError("some examples are pairs and others are not")
     torch.manual_seed(seed)
-    network, tokenizer = _network(model, labels, from_scratch)
+    network, tokenizer = _network(model, labels, dropout, from_scratch)
     positions = network.config.max_position_embeddings
     max_length = min(128, positions) if max_length is None else max_length
     if not 8 <= max_length <= positions:
@@ -190,11 +194,12 @@ def finetune(
     }
 
 
-def _network(model: str | Path, labels: list[str], from_scratch: bool):
+def _network(model: str | Path, labels: list[str], dropout: float | None, from_scratch: bool):
     """The classifier with a new head (or all new), and the tokenizer as ``transformers`` has it."""
+    rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     network, _, _ = load_model(
         BertForSequenceClassification, model, optional=("classifier.", "bert.pooler."), num_labels=len(labels),
-        ignore_mismatched_sizes=True,
+        ignore_mismatched_sizes=True, **rates,
     )  # fmt: skip
     config = network.config
     config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}

@@ -33,6 +33,7 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
     parser.add_argument("--lr", metavar="LR", type=float, default=3e-5, help="highest learning rate")
     parser.add_argument("--warmup", metavar="SHARE", type=float, default=0.1, help="share of updates to warm up")
     parser.add_argument("--seq", metavar="N", type=int, help="cut examples to N tokens (default: 128)")
+    parser.add_argument("--dropout", metavar="P", type=float, help="dropout while it learns (default: the model's)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the new weights, the order and dropout")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products")
     parser.add_argument("--from-scratch", action="store_true", help="random weights in place of the model's")
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
             learning_rate=options.lr,
             warmup=options.warmup,
             max_length=options.seq,
+            dropout=options.dropout,
             seed=options.seed,
             precision=options.precision,
             device=chosen_device(options),

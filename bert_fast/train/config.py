@@ -49,6 +49,10 @@ class PretrainConfig:
         None, "model", "go on from a BERT checkpoint of transformers (folder or name on the Hub)", "MODEL"
     )
     dropout: float | None = option(None, "model", "dropout of hidden states and attention [default: the model's]", "P")
+    initializer_range: float | None = option(
+        None, "model", "standard deviation of new weights; narrow models learn sooner with 0.05 [default: the model's, "
+        "which is 0.02 where nothing is said]", "STD",
+    )  # fmt: skip
 
     steps: int = option(1_000_000, "updates", "updates in all", "N")
     batch_size: int = option(256, "updates", "sequences an update, over all processes", "N")
@@ -123,6 +127,7 @@ class PretrainConfig:
             _require(self, name, 0 <= getattr(self, name) < float("inf"), "a number of at least 0")
         for name in ("short_seq_prob", "dropout"):
             _require(self, name, getattr(self, name) is None or 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        _require(self, "initializer_range", self.initializer_range is None or self.initializer_range > 0, "above 0")
         for name in ("validation", "beta1", "beta2"):
             _require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         _require(self, "eps", self.eps > 0, "above 0")

@@ -49,6 +49,8 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, longest: int) -> 
         raise ConfigError(f"sequences of {longest} tokens, but the model has {made.max_position_embeddings} positions")
     if config.dropout is not None:
         made.hidden_dropout_prob = made.attention_probs_dropout_prob = config.dropout
+    if config.initializer_range is not None:
+        made.initializer_range = config.initializer_range
     return made
 
 

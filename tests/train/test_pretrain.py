@@ -15,7 +15,7 @@ from training_runs import losses, train, weights
 
 import bert_fast
 from bert_fast.data import PretrainingDataset, load_tokenizer, open_corpus, pad_samples
-from bert_fast.train import checkpoint, metrics, pretrain
+from bert_fast.train import checkpoint, metrics, modelling, pretrain
 from bert_fast.train.checkpoint import CheckpointError
 from bert_fast.train.config import ConfigError, resolve
 from bert_fast.train.pretrain import NotTheSameRun
@@ -322,6 +322,16 @@ def test_continued_pre_training_from_a_checkpoint(configure, prepared, tmp_path,
     told = capsys.readouterr().err
     assert "cls.seq_relationship.weight" in told
     assert "drawn at random" in told
+
+
+def test_new_weights_have_the_spread_that_was_asked_for(configure, prepared):
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    for asked, spread in ((None, 0.02), (0.05, 0.05)):
+        config = configure(initializer_range=asked, dropout=0.25)
+        made = modelling.model_config(config, tokenizer, 32)
+        model, _ = modelling.new_model(config, made, 0)
+        assert model.bert.embeddings.word_embeddings.weight[1:].std().item() == pytest.approx(spread, rel=0.1)
+        assert (model.config.hidden_dropout_prob, model.config.attention_probs_dropout_prob) == (0.25, 0.25)
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(configure, tmp_path, prepared):
