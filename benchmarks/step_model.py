@@ -111,14 +111,14 @@ def parameters(config) -> int:
 
 
 def step(
-    config, lengths: Sequence[int], weights: str = "bfloat16", optimizer: str = "lamb", captured: bool = True
+    config, lengths: Sequence[int], weights: str = "bfloat16", optimizer: str = "lamb", joined: bool = True
 ) -> list[Entry]:
     """Every line of a packed training step of BertForPreTraining over sequences of ``lengths`` tokens.
 
-    ``weights``: the dtype of parameters and residual stream; products are bfloat16 in any case. ``captured``: as
-    bert_fast.train.captured does it, where the tied table's two gradients meet in one buffer.
+    ``weights``: the dtype of parameters and residual stream; products are bfloat16 in any case. ``joined``: the
+    tied table's two gradients meet in one buffer, as in every forward that is not compiled.
     """
-    lines = [*encoder(config, lengths, weights), *heads(config, lengths, weights, captured)]
+    lines = [*encoder(config, lengths, weights), *heads(config, lengths, weights, joined)]
     return [*lines, *update(config, weights, optimizer)]
 
 
@@ -202,16 +202,16 @@ def attention(config, lengths: Sequence[int]) -> list[Entry]:
 BITS = ": bits of dropout"
 
 
-def heads(config, lengths: Sequence[int], weights: str, captured: bool) -> list[Entry]:
+def heads(config, lengths: Sequence[int], weights: str, joined: bool) -> list[Entry]:
     """The embedding, the MLM and the NSP head with their losses, and the table that embedding and MLM head share."""
     e, r = 2, 2 if weights == "bfloat16" else 4
     h, vocabulary = config.hidden_size, config.vocab_size
     tokens, masked = sum(lengths), predicted_rows(lengths)
     th, mh, mv, vh, chunks = tokens * h, masked * h, masked * vocabulary, vocabulary * h, -(-masked // MLM_CHUNK)
     tables = (config.max_position_embeddings + config.type_vocab_size) * h * r
-    # captured: the rows of the tokens that occur are read and written (benchmarks draw tokens uniformly); else all
+    # joined: the rows of the tokens that occur are read and written (benchmarks draw tokens uniformly); else all
     # rows are written, most of them zeros
-    tables += (2 * -math.expm1(-tokens / vocabulary) if captured else 1) * vh * r
+    tables += (2 * -math.expm1(-tokens / vocabulary) if joined else 1) * vh * r
     dense = h * h * (r + e) if r != e else 0  # a weight, or its gradient, rounded
     rounded = dense + mh * (r + e) if r != e else 0
     lines = [
@@ -235,7 +235,7 @@ def heads(config, lengths: Sequence[int], weights: str, captured: bool) -> list[
         Entry("small operators", "forward", 1, kernels=35),
         Entry("small operators", "backward", 1, kernels=5),
     ]  # fmt: skip
-    if not captured:
+    if not joined:
         lines.append(Entry("sum of the tied table's gradients", "backward", 1, bytes=3 * vh * r, least=0))
     return lines
 
@@ -306,7 +306,7 @@ def operator_seconds(
     As it is measured alone: the graph is kept for the next call, so mlm_loss scales its gradients into new tensors.
     """
     found = [
-        x for x in step(config, lengths, weights, captured=False)
+        x for x in step(config, lengths, weights, joined=False)
         if x.operator.removesuffix(BITS) == operator and x.direction == direction
     ]  # fmt: skip
     if not found:

@@ -1,4 +1,4 @@
-"""One gradient of a tied word table: the ordinary one's bits in one buffer, and ordinary gradients everywhere else."""
+"""One gradient of a tied word table: the bits of two that autograd adds, in one buffer, and still autograd's own."""
 
 import contextlib
 import copy
@@ -46,12 +46,20 @@ def packed(masked: int = 3) -> dict:
     return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
+@contextlib.contextmanager
+def apart():
+    """Forwards in here have two gradients of the table, as traced ones have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "one_table_gradient", contextlib.nullcontext)
+        yield
+
+
 def gradients(model, batch, autocast=None, one: bool = True, scale: float = 1.0) -> dict[str, torch.Tensor]:
     """The loss and every parameter's gradient; dropout is on, its masks the same each time."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(2)
     products = contextlib.nullcontext() if autocast is None else torch.autocast(DEVICE, autocast)
-    with products, ops.one_table_gradient() if one else contextlib.nullcontext():
+    with products, contextlib.nullcontext() if one else apart():
         loss = model(**batch).loss
     (loss if scale == 1.0 else loss * scale).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -77,14 +85,14 @@ def test_the_bits_of_two_gradients_made_apart(backend, dtypes):
     dtype, autocast = DTYPES[dtypes]
     model, batch = build(dtype), packed()
     with dispatch.use_backend(embedding_layernorm=backend, mlm_loss=backend):
-        apart = gradients(model, batch, autocast, one=False)
+        two = gradients(model, batch, autocast, one=False)
         ours = gradients(model, batch, autocast)
-        assert_same_bits(ours, apart)
+        assert_same_bits(ours, two)
         assert_same_bits(gradients(model, batch, autocast), ours)
     exact = build(torch.float64)
     exact.load_state_dict(model.state_dict())
     truth = gradients(exact, batch, one=False)
-    assert_near_truth("d table", table_of(ours), table_of(apart), table_of(truth), factor=1.0)
+    assert_near_truth("d table", table_of(ours), table_of(two), table_of(truth), factor=1.0)
     assert_same_bits(gradients(exact, batch), truth)
     assert float((table_of(truth)[7]).abs().max()) > 0
 
@@ -126,13 +134,13 @@ def test_captured_steps_make_one_buffer(autocast):
     step(batch, 0.0, seed=2)
     assert large_blocks(lambda: step(batch, 0.0, seed=2), WORDS * COLUMNS * 4) == 1
     found = model.bert.embeddings.word_embeddings.weight.grad
-    apart = gradients(model, {**batch, "max_length_q": LONGEST}, autocast, one=False)
-    assert torch.equal(found, table_of(apart))
+    two = gradients(model, {**batch, "max_length_q": LONGEST}, autocast, one=False)
+    assert torch.equal(found, table_of(two))
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "Lamb"])
 @pytest.mark.parametrize("dtypes", ["autocast-bf16", "bf16"])
-def test_training_does_not_notice(kind, dtypes, monkeypatch):
+def test_training_does_not_notice(kind, dtypes):
     dtype, autocast = DTYPES[dtypes]
     batch = packed()
 
@@ -144,9 +152,9 @@ def test_training_does_not_notice(kind, dtypes, monkeypatch):
         return losses, [p.detach().clone() for p in model.parameters()]
 
     ours, ours_parameters = trained()
-    monkeypatch.setattr(ops, "one_table_gradient", contextlib.nullcontext)
-    apart, parameters = trained()
-    assert all(torch.equal(a, b) for a, b in zip(ours, apart, strict=True))
+    with apart():
+        two, parameters = trained()
+    assert all(torch.equal(a, b) for a, b in zip(ours, two, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(ours_parameters, parameters, strict=True))
     assert float(ours[4]) < float(ours[0])
 
@@ -164,33 +172,52 @@ def test_hooks_see_the_whole_gradient_once(one):
     assert all(torch.equal(grad, expected) for grad in seen)
 
 
-def test_outside_nothing_is_joined():
-    """Ordinary forwards have two ways from the loss to the table, in every thread but the one that asked for one."""
+def ways(loss, word) -> int:
+    """How many gradients autograd adds up for the table ``word``."""
+    found, seen, todo = 0, set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            found += getattr(following, "variable", None) is word
+            if following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return found
+
+
+def test_forwards_are_joined_and_operators_alone_and_traced_ones_are_not():
     model, batch = build(), packed()
+    word = model.bert.embeddings.word_embeddings.weight
+    assert ways(model(**batch).loss, word) == 1
+    with apart():
+        assert ways(model(**batch).loss, word) == 2
+    assert ways(torch.compile(model, backend="aot_eager")(**batch).loss, word) == 1  # one function, its sum inside
+    ids = torch.arange(4, device=DEVICE)
+    row = torch.zeros(COLUMNS, device=DEVICE)
+    table = torch.zeros(4, COLUMNS, device=DEVICE)
+    hidden = ops.embedding_layernorm(ids, ids, ids, word, table, table, row, row, eps=1e-12)
+    assert ways(ops.mlm_loss(hidden, word, torch.zeros(WORDS, device=DEVICE), ids), word) == 2
 
-    def ways(loss):
-        """How many gradients autograd adds up for the table."""
-        word, found, seen, todo = model.bert.embeddings.word_embeddings.weight, 0, set(), [loss.grad_fn]
-        while todo:
-            node = todo.pop()
-            for following, _ in node.next_functions:
-                if following is None:
-                    continue
-                found += getattr(following, "variable", None) is word
-                if following not in seen:
-                    seen.add(following)
-                    todo.append(following)
-        return found
 
-    assert ways(model(**batch).loss) == 2
-    with ops.one_table_gradient():
-        assert ways(model(**batch).loss) == 1
-        other = []
-        thread = threading.Thread(target=lambda: other.append(ways(model(**batch).loss)))
+def test_threads_do_not_meet():
+    """A forward in another thread, while one is between its embedding and its loss here, joins its own alone."""
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # torch has one generator
+    model, other, batch = build(**still), build(**still), packed()
+    found = []
+
+    def elsewhere(*_):
+        thread = threading.Thread(target=lambda: found.append(gradients(other, batch)))
         thread.start()
         thread.join()
-        assert other == [2]
-    assert ways(model(**batch).loss) == 2
+
+    with_hook = model.bert.encoder.register_forward_pre_hook(lambda *_: None)  # layers with hooks take another path
+    expected = gradients(model, batch)
+    with_hook.remove()
+    model.bert.encoder.register_forward_pre_hook(elsewhere)
+    assert_same_bits(gradients(model, batch), expected)
+    assert_same_bits(found[0], gradients(other, batch))
 
 
 @pytest.mark.parametrize(
@@ -223,19 +250,19 @@ def test_cases(case):
         batch.pop("next_sentence_label")
     tied = model.cls.predictions.decoder.weight is embeddings.word_embeddings.weight
     assert tied == (case != "untied")
-    apart = gradients(model, batch, one=False, scale=scale)
-    assert_same_bits(gradients(model, batch, scale=scale), apart)
-    assert len(apart) > 1
+    two = gradients(model, batch, one=False, scale=scale)
+    assert_same_bits(gradients(model, batch, scale=scale), two)
+    assert len(two) > 1
 
 
 def test_gradients_of_micro_batches_add_up():
-    """Two forwards in one context, and two backwards of the first."""
+    """Two forwards, and two backwards of the first."""
     model, batches = build(), [packed(3), packed(2)]
 
     def accumulated(one):
         model.zero_grad(set_to_none=True)
         torch.manual_seed(2)
-        with ops.one_table_gradient() if one else contextlib.nullcontext():
+        with contextlib.nullcontext() if one else apart():
             losses = [model(**batch).loss for batch in batches]
         losses[0].backward(retain_graph=True)
         for loss in losses:

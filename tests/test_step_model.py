@@ -1,6 +1,7 @@
 """The step model against counts made otherwise: the formula, what PyTorch is called with, what autograd keeps, and by
 hand; and what it says of the aims."""
 
+import contextlib
 import importlib
 from pathlib import Path
 
@@ -87,19 +88,18 @@ class Calls(TorchDispatchMode):
         return out
 
 
-def recorded(weights: str, captured: bool) -> list:
+def recorded(weights: str, joined: bool) -> list:
     """The calls of a forward and backward of CONFIG over LENGTHS."""
     torch.manual_seed(0)
     model = BertForPreTraining(BertConfig(**CONFIG)).to(getattr(torch, weights)).train()
     batch = script("workload").random_batch(LENGTHS, 112, 256, "cpu", nsp=True, vocabulary=1200).packed
     calls = Calls()
     with calls:
-        with torch.autocast("cpu", torch.bfloat16, enabled=weights == "float32"):
-            if captured:
-                with ops.one_table_gradient():
-                    loss = model(**batch).loss
-            else:
-                loss = model(**batch).loss
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=weights == "float32")
+        with autocast, pytest.MonkeyPatch.context() as patch:
+            if not joined:
+                patch.setattr(ops, "one_table_gradient", contextlib.nullcontext)
+            loss = model(**batch).loss
         loss.backward()
     return calls.calls
 
@@ -137,12 +137,12 @@ def moved(calls: list, *names: str) -> int:
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
-@pytest.mark.parametrize("captured", [False, True])
-def test_what_is_charged_beside_the_fused_operators_is_what_pytorch_is_called_with(weights, captured):
+@pytest.mark.parametrize("joined", [False, True])
+def test_what_is_charged_beside_the_fused_operators_is_what_pytorch_is_called_with(weights, joined):
     step_model = script("step_model")
     config = BertConfig(**CONFIG)
-    lines = step_model.step(config, LENGTHS, weights, captured=captured)
-    calls = recorded(weights, captured)
+    lines = step_model.step(config, LENGTHS, weights, joined=joined)
+    calls = recorded(weights, joined)
 
     def charged(*operators: str) -> float:
         return sum(x.times * x.bytes for x in lines if x.operator in operators)
@@ -173,7 +173,7 @@ def test_the_operators_bytes_by_hand():
     step_model = script("step_model")
     config = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
                         vocab_size=1000, max_position_embeddings=128)  # fmt: skip
-    lines = step_model.step(config, [100, 100], captured=False)
+    lines = step_model.step(config, [100, 100], joined=False)
     rows = 200 + 33  # of the first layer, and of the last one
 
     def total(operator: str, direction: str) -> float:
@@ -200,7 +200,7 @@ def test_the_operators_bytes_by_hand():
     assert total("gradient norm", "update") == 2 * n
     assert total("lamb", "update") == n * (2 + 3 * 4 + 2 * 4 + 3 * 4 + 4 + 2)
     assert line(step_model.update(config, "float32", "adamw"), "adamw", "update").bytes == 28 * n
-    # in a captured step the table's two gradients meet in one buffer
+    # the table's two gradients meet in one buffer
     together = step_model.step(config, [100, 100])
     assert not [x for x in together if x.operator == "sum of the tied table's gradients"]
     without = BertConfig(**(config.to_dict() | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))

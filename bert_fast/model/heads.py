@@ -1,5 +1,7 @@
 """BERT with its heads: same names, arguments, outputs and checkpoint keys as transformers' classes."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -89,6 +91,12 @@ def _masked_language_modelling(
     return loss, logits
 
 
+def _tied_table() -> contextlib.AbstractContextManager:
+    """Around the encoder and the MLM loss: the tied table's two gradients meet in one. A traced forward has both."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return contextlib.nullcontext() if traced else ops.one_table_gradient()
+
+
 def _wants_logits(model: nn.Module, has_labels: bool, return_logits, kwargs: dict) -> bool:
     if return_logits is None:
         return_logits = getattr(model.config, "return_logits", False)
@@ -128,11 +136,12 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
         has_labels = places is not None or next_sentence_label is not None
         want_logits = _wants_logits(self, has_labels, return_logits, kwargs)
         rows = Rows(read=read, places=None if want_logits else _nowhere(source) if places is None else places)
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, rows=rows, **{**kwargs, "return_dict": True},
-        )  # fmt: skip
-        loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs)
+        with _tied_table():
+            outputs = self.bert(
+                input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+                inputs_embeds=inputs_embeds, rows=rows, **{**kwargs, "return_dict": True},
+            )  # fmt: skip
+            loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs)
         nsp_logits = self.cls.seq_relationship(outputs.pooler_output)
         if next_sentence_label is not None:
             count = kwargs.get("num_sequences_in_batch")
@@ -175,12 +184,13 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
         places, targets = _masked_positions(labels, kwargs)
         want_logits = _wants_logits(self, places is not None, return_logits, kwargs)
         rows = Rows(read=read, places=None if want_logits else places)
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask, rows=rows, **{**kwargs, "return_dict": True},
-        )  # fmt: skip
-        loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs)
+        with _tied_table():
+            outputs = self.bert(
+                input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+                inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask, rows=rows, **{**kwargs, "return_dict": True},
+            )  # fmt: skip
+            loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs)
         output = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -9,7 +9,6 @@ CPU stays out: nothing in a step over packed batches depends on what a tensor ho
                     replay: the same keys, in the same order, as eager steps draw
     learning rate   one float32 element on the device, which the optimiser reads
     optimiser       clips, counts its steps and decides to skip one (gradients that are not finite) on the device
-    tied table      its two gradients meet in one buffer (bert_fast.ops.one_table_gradient)
 
 The first ``warmup`` steps run eagerly: they are training steps like the others, and what they build (compiled kernels,
 the optimiser's state, the libraries' workspaces) is not made again. Recording runs nothing. So steps with and without
@@ -21,8 +20,6 @@ Source of the method: PyTorch's notes on CUDA graphs, "Whole-network capture".
 import contextlib
 
 import torch
-
-from bert_fast import ops
 
 Tensor = torch.Tensor
 
@@ -141,7 +138,7 @@ class CapturedStep:
     def _step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         context = contextlib.nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
-        with context, ops.one_table_gradient():
+        with context:
             loss = self.model(**self._inputs, max_length_q=self.max_length, return_logits=False).loss
         loss.backward()
         self.optimizer.step()
