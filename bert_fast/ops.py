@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 
@@ -226,10 +225,13 @@ class _EmbeddingLayerNormAndTable(torch.autograd.Function):
         return output[0], inputs[3].detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_word):
         if grad_word is None:
             return _embedding_layernorm_backward(ctx, grad_out)
+        if torch.is_grad_enabled() and grad_out is not None:  # create_graph: the operator refuses a second derivative
+            grads = list(_embedding_layernorm_backward(ctx, grad_out))
+            grads[3] = grads[3] + grad_word
+            return tuple(grads)
         grad_word, grads = grad_word.contiguous(), (None,) * 4
         if grad_out is not None:
             grads = torch.ops.bert_fast.embedding_layernorm_bwd_add(

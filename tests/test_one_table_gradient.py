@@ -286,3 +286,22 @@ def test_the_table_alone():
         return torch.autograd.grad(loss, word)[0]
 
     assert torch.equal(gradient(True), gradient(False))
+
+
+def test_a_second_derivative_is_refused_as_ever():
+    """A penalty on the table's gradient must not be dropped in silence."""
+    word, row = torch.randn(WORDS, COLUMNS, device=DEVICE, requires_grad=True), torch.randn(4, COLUMNS, device=DEVICE)
+    ids = torch.arange(4, device=DEVICE)
+
+    def gradient(one, create_graph):
+        with ops.one_table_gradient() if one else contextlib.nullcontext():
+            x = ops.embedding_layernorm(ids, ids, ids, word, row, row, row[0], row[1], eps=1e-12)
+            loss = ops.mlm_loss(x, word, torch.zeros(WORDS, device=DEVICE), ids)
+        return loss, torch.autograd.grad(loss, word, create_graph=create_graph)[0]
+
+    expected = gradient(False, False)[1]
+    for one in (False, True):
+        loss, grad = gradient(one, True)
+        assert torch.equal(grad, expected)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            (loss + grad.square().sum()).backward()
