@@ -193,10 +193,12 @@ def test_output_folder_that_cannot_be_written(run, corpus, folder, tmp_path, com
     assert (tmp_path / "file").read_text() == "kept"
 
 
-# The command itself, with units so small that there is something to stop.
+# The command itself, with units so small that there is something to stop. A shell's background jobs, and what they
+# start, ignore SIGINT: not here.
 PREPARE = """
-import functools, sys
+import functools, signal, sys
 from bert_fast import cli, data
+signal.signal(signal.SIGINT, signal.default_int_handler)
 data.prepare = functools.partial(data.prepare, unit_bytes=4_000)
 sys.exit(cli.main(sys.argv[1:]))
 """
