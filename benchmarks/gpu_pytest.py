@@ -1,17 +1,23 @@
-"""A pytest plugin that appends every test's outcome to a file at once, so that a run that is cut off loses nothing.
+"""A pytest plugin that appends every test's outcome to a file at once, so that a run that is cut off loses nothing, and
+that ends with the process that started it: tests that go on would disturb what is timed next.
 
 Loaded with ``-p gpu_pytest``; the file is named by BERT_FAST_TEST_OUTCOMES, one JSON object a line.
 """
 
+import ctypes
 import json
 import os
+import signal
+import sys
 
 _worker = False
 
 
 def pytest_configure(config):
     global _worker
-    _worker = hasattr(config, "workerinput")  # xdist's workers report to the process that started them
+    _worker = hasattr(config, "workerinput")  # xdist's workers report to the process that started them, and end with it
+    if not _worker and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def pytest_runtest_logreport(report):

@@ -370,6 +370,25 @@ def test_pytest_outcomes_are_on_disk_at_once(tmp_path, workers):
     assert "assert 1 == 2" in rows[2]["message"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent died")
+def test_tests_end_with_the_phase_that_started_them(tmp_path):
+    """Whatever killed it: it had no time to end them."""
+    (tmp_path / "test_long.py").write_text("import time\ndef test(): open('begun', 'w').close(); time.sleep(300)\n")
+    command = [*script("gpu_parity").PYTEST, str(tmp_path)]
+    phase = f"import subprocess; subprocess.run({command!r}, start_new_session=True)"
+    environment = os.environ | {"BERT_FAST_TEST_OUTCOMES": str(tmp_path / "o"), "PYTHONPATH": str(BENCHMARKS)}
+    process = subprocess.Popen([sys.executable, "-c", phase], env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "begun").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    assert children_with(str(tmp_path)) != []
+    process.kill()
+    process.wait()
+    while (left := children_with(str(tmp_path))) and time.time() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
 def test_a_report_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch):
     gpu = script("gpu")
     results = new_results(tmp_path / "r.json", steps=[{"variant": "bert_fast captured"}])  # a row without figures
