@@ -187,13 +187,12 @@ def ways(loss, word) -> int:
     return found
 
 
-def test_forwards_are_joined_and_operators_alone_and_traced_ones_are_not():
+def test_forwards_are_joined_and_operators_alone_are_not():
     model, batch = build(), packed()
     word = model.bert.embeddings.word_embeddings.weight
     assert ways(model(**batch).loss, word) == 1
     with apart():
         assert ways(model(**batch).loss, word) == 2
-    assert ways(torch.compile(model, backend="aot_eager")(**batch).loss, word) == 1  # one function, its sum inside
     ids = torch.arange(4, device=DEVICE)
     row = torch.zeros(COLUMNS, device=DEVICE)
     table = torch.zeros(4, COLUMNS, device=DEVICE)
