@@ -88,26 +88,25 @@ def pack_samples(samples: Sequence[Sample], size: Capacities, *, pad_id: int) ->
             raise ValueError(f"{has} {what} do not fit the packed capacity of {limit}")
     cu = np.concatenate([[0], np.cumsum(lengths)])
     total, count = int(cu[-1]), len(samples)
+    masked = np.concatenate([s.masked_positions for s in samples])
+    masked += np.repeat(cu[:-1], [len(s.masked_positions) for s in samples])
 
-    def filled(capacity, parts, tail):
+    def filled(capacity, values, tail):
         out = np.full(capacity, tail, dtype=np.int64)
-        values = np.concatenate(parts) if len(parts) else parts
         out[: len(values)] = values
         return torch.from_numpy(out)
 
     cu_seqlens = torch.full((size.sequences + 1,), total, dtype=torch.int32)
     cu_seqlens[: count + 1] = torch.from_numpy(cu.astype(np.int32))
     return {
-        "input_ids": filled(size.tokens, [s.input_ids for s in samples], pad_id)[None],
-        "token_type_ids": filled(size.tokens, [s.token_type_ids for s in samples], 0)[None],
-        "position_ids": filled(size.tokens, [np.arange(n) for n in lengths], 0)[None],
+        "input_ids": filled(size.tokens, np.concatenate([s.input_ids for s in samples]), pad_id)[None],
+        "token_type_ids": filled(size.tokens, np.concatenate([s.token_type_ids for s in samples]), 0)[None],
+        "position_ids": filled(size.tokens, np.arange(total) - np.repeat(cu[:-1], lengths), 0)[None],
         "cu_seq_lens_q": cu_seqlens,
         "max_length_q": int(lengths.max()),
-        "masked_positions": filled(
-            size.masked, [s.masked_positions + start for s, start in zip(samples, cu[:-1], strict=True)], 0
-        ),
-        "masked_labels": filled(size.masked, [s.masked_labels for s in samples], IGNORED),
-        "cls_positions": filled(size.sequences, [cu[:-1]], 0),
-        "next_sentence_label": filled(size.sequences, [[s.next_sentence_label for s in samples]], IGNORED),
-        "sample_ids": filled(size.sequences, [[s.index for s in samples]], 0),
+        "masked_positions": filled(size.masked, masked, 0),
+        "masked_labels": filled(size.masked, np.concatenate([s.masked_labels for s in samples]), IGNORED),
+        "cls_positions": filled(size.sequences, cu[:-1], 0),
+        "next_sentence_label": filled(size.sequences, [s.next_sentence_label for s in samples], IGNORED),
+        "sample_ids": filled(size.sequences, [s.index for s in samples], 0),
     }

@@ -13,27 +13,45 @@ def masked_count(real_tokens):
     return np.maximum(1, np.rint(MASKED_FRACTION * np.asarray(real_tokens))).astype(np.int64)
 
 
-def choose_positions(real: np.ndarray, continues: np.ndarray | None, keys: np.ndarray) -> np.ndarray:
-    """The positions to predict, ascending int64, among ``real`` (n,), the positions of real tokens.
+def choose_tokens(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """bool (tokens,): the tokens to predict of samples of ``counts`` (n,) real tokens each, one after another.
 
-    ``keys`` (n,) are independent uniform integers; the smallest win. Without ``continues`` exactly
-    ``masked_count(n)`` single tokens are taken. ``continues`` (n,) bool marks pieces that continue the word of the
-    piece before: then whole words are taken in random order while they fit in that count, so it may be a little
-    less, and none where every word is longer than the count.
+    ``keys`` (tokens,) are independent uniform integers; in a sample the ``masked_count`` smallest win, of equal ones
+    the first.
     """
-    wanted = int(masked_count(len(real)))
-    if continues is None:
-        return np.sort(real[np.argsort(keys, kind="stable")[:wanted]])
-    apart = np.diff(real, prepend=real[0] - 2) != 1  # a piece cut off from its word starts one
-    starts = np.flatnonzero(~continues | apart)
-    sizes = np.diff(starts, append=len(real))
-    chosen: list[int] = []
-    for word in np.argsort(keys[starts], kind="stable"):
-        if len(chosen) + sizes[word] <= wanted:
-            chosen.extend(range(starts[word], starts[word] + sizes[word]))
-            if len(chosen) == wanted:
-                break
-    return np.sort(real[np.array(chosen, dtype=np.int64)])
+    wanted = masked_count(counts)
+    inside = np.arange(counts.max()) < counts[:, None]
+    table = np.full(inside.shape, np.iinfo(np.uint64).max, dtype=np.uint64)
+    table[inside] = keys
+    largest = np.take_along_axis(np.sort(table, axis=1), wanted[:, None] - 1, axis=1)
+    chosen = (table <= largest) & inside
+    for row in np.flatnonzero(chosen.sum(axis=1) > wanted):  # equal keys, which hardly ever happens
+        chosen[row] = False
+        chosen[row, np.argsort(table[row, : counts[row]], kind="stable")[: wanted[row]]] = True
+    return chosen[inside]
+
+
+def choose_words(keys: np.ndarray, counts: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """As :func:`choose_tokens`, but whole words: those that begin where ``begins`` (tokens,) bool is true.
+
+    Words are taken in random order (the key of their first piece) while they fit in ``masked_count``, so it may be a
+    little less, and none where every word is longer than the count.
+    """
+    chosen = np.zeros(len(keys), dtype=bool)
+    end = 0
+    for count, wanted in zip(counts.tolist(), masked_count(counts).tolist(), strict=True):
+        begin, end = end, end + count
+        starts = begin + np.flatnonzero(begins[begin:end])
+        sizes = np.diff(starts, append=end).tolist()
+        order = np.argsort(keys[starts], kind="stable").tolist()
+        starts = starts.tolist()
+        for word in order:
+            if sizes[word] <= wanted:
+                chosen[starts[word] : starts[word] + sizes[word]] = True
+                wanted -= sizes[word]
+                if not wanted:
+                    break
+    return chosen
 
 
 def replace_tokens(tokens: np.ndarray, bits: np.ndarray, mask_id: int, vocab_size: int) -> np.ndarray:

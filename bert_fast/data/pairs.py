@@ -52,6 +52,11 @@ class Plan:
     def __len__(self) -> int:
         return len(self.length)
 
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """(n, 5): a_start, a_end, b_start, b_end and label of samples ``indices`` (n,), what they are made from."""
+        columns = (self.a_start, self.a_end, self.b_start, self.b_end, self.label)
+        return np.stack([column[indices] for column in columns], axis=1)
+
 
 def plan_epoch(
     corpus: Corpus, *, seed: int, epoch: int, max_length: int, short_seq_prob: float = 0.1, nsp: bool = True
@@ -139,10 +144,11 @@ def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.lexsort((low, high))
 
 
-def truncated_lengths(a: int, b: int, capacity: int) -> tuple[int, int]:
+def truncated_lengths(a: np.ndarray, b: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Lengths of A and B once tokens went one by one from the longer (B where equal) until both fit ``capacity``."""
-    if a + b <= capacity:
-        return a, b
-    if capacity - min(a, b) >= min(a, b):
-        return (a, capacity - a) if a <= b else (capacity - b, b)
-    return (capacity + 1) // 2, capacity // 2
+    a, b = np.asarray(a), np.asarray(b)
+    half = capacity // 2
+    a_kept = np.where(a <= b, np.minimum(a, capacity - half), np.maximum(capacity - b, capacity - half))
+    b_kept = np.where(a <= b, np.maximum(capacity - a, half), np.minimum(b, half))
+    fits = a + b <= capacity
+    return np.where(fits, a, a_kept), np.where(fits, b, b_kept)

@@ -88,7 +88,8 @@ class ShardedTokens:
     def __getitem__(self, which: slice) -> np.ndarray:
         shard = bisect.bisect_right(self.ends, which.start)
         if shard not in self.maps:
-            self.maps[shard] = map_tensors(self.paths[shard])["tokens"]
+            tokens = map_tensors(self.paths[shard])["tokens"]
+            self.maps[shard] = tokens.view(np.ndarray)  # still mapped; slices of a memmap cost ten times as much
         begin = self.ends[shard - 1] if shard else 0
         return self.maps[shard][which.start - begin : which.stop - begin]
 

@@ -44,19 +44,6 @@ class Work:
     batches: list[dict]
 
 
-class _Excerpt:
-    """Some rows of a data Plan, addressed by the numbers of their samples."""
-
-    def __init__(self, indices: np.ndarray, rows: np.ndarray):
-        numbers = indices.tolist()
-        self.count = 1 + max(numbers)
-        for column, name in enumerate(("a_start", "a_end", "b_start", "b_end", "label")):
-            setattr(self, name, dict(zip(numbers, rows[:, column].tolist(), strict=True)))
-
-    def __len__(self) -> int:
-        return self.count
-
-
 class BatchMaker(Dataset):
     """Makes the packed batch of an :class:`Order`; travels to worker processes without plan or corpus.
 
@@ -71,13 +58,13 @@ class BatchMaker(Dataset):
         dataset = self.dataset
         if dataset.corpus is None:
             dataset.corpus = open_corpus(self.folder)
-        dataset.max_length = order.seq
+        turns = np.argsort(order.epochs, kind="stable")
         samples = []
         for epoch in np.unique(order.epochs).tolist():
-            here = np.flatnonzero(order.epochs == epoch)
-            dataset.epoch, dataset.plan = epoch, _Excerpt(order.indices[here], order.rows[here])
-            samples += [dataset[order.indices[i]]._replace(index=int(order.slots[i])) for i in here]
+            here = turns[order.epochs[turns] == epoch]
+            samples += dataset.make(epoch, order.indices[here], order.rows[here], order.seq)
         batch = pack_samples(samples, order.size, pad_id=dataset.special.pad)
+        batch["sample_ids"][: len(samples)] = torch.from_numpy(order.slots[turns])
         if not dataset.nsp:
             del batch["next_sentence_label"]
         return batch

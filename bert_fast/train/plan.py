@@ -72,8 +72,7 @@ class Stream:
                 self._turn_to(epoch)
             indices = self.order[position : position + missing]
             plan = self.dataset.plan
-            rows = [column[indices] for column in (plan.a_start, plan.a_end, plan.b_start, plan.b_end, plan.label)]
-            taken.append((np.full(len(indices), epoch), indices, plan.length[indices], np.stack(rows, axis=1)))
+            taken.append((np.full(len(indices), epoch), indices, plan.length[indices], plan.rows(indices)))
             position, missing = position + len(indices), missing - len(indices)
         self.place = Place(epoch, position)
         epochs, indices, lengths, rows = (np.concatenate(column) for column in zip(*taken, strict=True))

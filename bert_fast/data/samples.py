@@ -1,0 +1,106 @@
+"""From planned pairs to masked samples, many at a time: every step but the reading of text is one NumPy operation."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bert_fast.data.batches import Sample
+from bert_fast.data.masking import choose_tokens, choose_words, masked_count, replace_tokens
+from bert_fast.data.pairs import NO_LABEL, Corpus, truncated_lengths
+from bert_fast.data.tokenizer import SpecialIds
+
+COIN, KEY, BITS = range(3)  # what a sample's random words are for, in this order
+
+
+@dataclass
+class SampleMaker:
+    """Makes samples of ``corpus``; each is a function of (seed, epoch, index) and its row of the plan.
+
+    ``continues`` (vocabulary,) bool are the pieces that continue a word, for whole-word masking; else None.
+    """
+
+    corpus: Corpus
+    seed: int
+    nsp: bool
+    special: SpecialIds
+    vocab_size: int
+    continues: np.ndarray | None
+
+    def __call__(self, epoch: int, indices: np.ndarray, rows: np.ndarray, max_length: int) -> list[Sample]:
+        """Samples ``indices`` (n,) of ``epoch``, from ``rows`` (n, 5) of its plan (see ``Plan.rows``)."""
+        texts = 2 if self.nsp else 1  # A and B, or one run
+        bounds = np.asarray(self.corpus.sentence_ends[rows[:, :4]])
+        begin, full = bounds[:, 0::2], bounds[:, 1::2] - bounds[:, 0::2]
+        kept = np.stack(truncated_lengths(*full.T, max_length - texts - 1), axis=1)
+        cut, real = full - kept, kept.sum(axis=1)
+        needs = np.stack([(cut.sum(axis=1) + 63) // 64, real, masked_count(real)], axis=1)
+        words = random_words(self.seed, epoch, indices, needs.sum(axis=1))
+        use = np.repeat(np.tile(np.arange(3, dtype=np.int8), len(needs)), needs.ravel())
+
+        # a coin for each token that is cut: 1 cuts in front, 0 at the end
+        heads = _before(np.unpackbits(words[use == COIN].astype("<u8").view(np.uint8)))
+        first = 64 * _before(needs[:, COIN])[:-1]
+        between = first + cut[:, 0]
+        front = np.stack([heads[between] - heads[first], heads[between + cut[:, 1]] - heads[between]], axis=1)
+        starts = (begin + front)[:, :texts].ravel()
+        spans = zip(starts.tolist(), (starts + kept[:, :texts].ravel()).tolist(), strict=True)
+
+        # [CLS] A [SEP] B [SEP] of all samples, one after another
+        lengths = real + texts + 1
+        offsets = _before(lengths)
+        cls, after_a, last = offsets[:-1], offsets[:-1] + kept[:, 0] + 1, offsets[1:] - 1
+        ids = np.empty(offsets[-1], dtype=np.int64)
+        is_real = np.ones(len(ids), dtype=bool)
+        for place, token in ((cls, self.special.cls), (after_a, self.special.sep), (last, self.special.sep)):
+            ids[place], is_real[place] = token, False
+        places = np.flatnonzero(is_real)
+        ids[places] = np.concatenate([self.corpus.tokens[start:end] for start, end in spans])
+        segments = (np.arange(len(ids)) > np.repeat(after_a, lengths)).astype(np.int64)
+
+        if self.continues is None:
+            chosen = choose_tokens(words[use == KEY], real)
+        else:  # a piece cut off from its word starts one
+            begins = ~self.continues[ids[places]] | (np.diff(places, prepend=-1) != 1)
+            chosen = choose_words(words[use == KEY], real, begins)
+        masked = places[chosen]
+        labels = ids[masked]
+        ends = _before(chosen)[_before(real)]
+        predicted = np.diff(ends)
+        number = np.arange(len(masked)) + np.repeat(_before(needs[:, BITS])[:-1] - ends[:-1], predicted)
+        ids[masked] = replace_tokens(labels, words[use == BITS][number], self.special.mask, self.vocab_size)
+        masked -= np.repeat(cls, predicted)
+
+        nsp_labels = rows[:, 4].tolist() if self.nsp else [NO_LABEL] * len(rows)
+        offsets, ends = offsets.tolist(), ends.tolist()
+        return [
+            Sample(ids[begin:end], segments[begin:end], masked[first:last], labels[first:last], label, index)
+            for begin, end, first, last, label, index in zip(
+                offsets[:-1], offsets[1:], ends[:-1], ends[1:], nsp_labels, indices.tolist(), strict=True
+            )
+        ]
+
+
+def random_words(seed: int, epoch: int, indices: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """uint64 (counts.sum(),): the first ``counts`` (n,) words that Philox 4x64 keyed (seed, epoch, index) gives.
+
+    Raw words of the bit generator: its stream is fixed for ever, those of NumPy's distributions are not. One generator
+    turned to key after key, for making one costs more than drawing from it.
+    """
+    source = np.random.Philox(key=0)
+    state = source.state
+    state["state"]["counter"] = state["buffer"] = (0, 0, 0, 0)  # plain numbers are read faster than arrays
+    words = np.empty(counts.sum(), dtype=np.uint64)
+    begin = 0
+    for index, count in zip(indices.tolist(), counts.tolist(), strict=True):
+        state["state"]["key"] = (seed % 2**64, epoch << 32 | index)
+        source.state = state
+        words[begin : begin + count] = source.random_raw(count)
+        begin += count
+    return words
+
+
+def _before(counts: np.ndarray) -> np.ndarray:
+    """int64 (n + 1,): the sum of ``counts`` (n,) before each, and of all at the end."""
+    sums = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
