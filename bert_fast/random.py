@@ -46,7 +46,7 @@ def dropout_scale(p: float) -> float:
 
 
 def philox(key: torch.Tensor, c0, c1, c2, c3) -> tuple[torch.Tensor, ...]:
-    """Four 32-bit words (int64 tensors in 0 .. 2**32-1) of Philox 4x32-10; counters broadcast together."""
+    """Four 32-bit words (int64 in 0 .. 2**32-1) of Philox 4x32-10; counters, tensors or arrays, broadcast together."""
     k0 = key & MASK32
     k1 = (key >> 32) & MASK32
     for _ in range(10):

@@ -10,12 +10,12 @@ sentence that is left alone in its document starts no pair (in other epochs the 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from bert_fast.random import philox
 
 IS_NEXT, NOT_NEXT, NO_LABEL = 0, 1, -100
 WORD = 1 << 32
+BLOCK = 1 << 20  # samples of which the random words are held at a time
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,15 @@ def plan_epoch(
             position_after = a_end
         tokens = ends[a_end] - begin + ends[b_end] - ends[b_start]
         length = np.minimum(tokens, capacity) + max_length - capacity
-        steps.append(np.stack([document, position, a_end, b_document, b_start, b_end, label, length]))
+        steps.append((document, position, a_end, b_document, b_start, b_end, label, length))
         position = position_after
         step += 1
     if not steps:
         raise ValueError("no document has two sentences, so there is no pair: go without NSP" if nsp else "no text")
-    table = np.concatenate(steps, axis=1)
-    return Plan(*table[:, np.lexsort((table[1], table[0]))])
+    columns = list(zip(*steps, strict=True))
+    del steps
+    order = np.lexsort((np.concatenate(columns[1]), np.concatenate(columns[0])))
+    return Plan(*(np.concatenate(columns.pop(0))[order] for _ in range(len(columns))))  # one at a time: they are large
 
 
 def _random_b(corpus: Corpus, document, target, draws) -> tuple[np.ndarray, ...]:
@@ -125,11 +127,12 @@ def _random_b(corpus: Corpus, document, target, draws) -> tuple[np.ndarray, ...]
     return other, start, np.clip(np.searchsorted(corpus.sentence_ends, goal), start + 1, last[other])
 
 
-def _draw(seed: int, step: int, document: np.ndarray, epoch: int, stream: int) -> list[np.ndarray]:
+def _draw(seed: int, step: int, document: np.ndarray, epoch: int, stream: int) -> tuple[np.ndarray, ...]:
     """Four independent uniform words (0 .. 2**32 - 1) for every document."""
-    one = torch.ones(1, dtype=torch.int64)
-    words = philox(one * seed, one * step, torch.from_numpy(document), one * epoch, one * (0x5041 << 8 | stream))
-    return [word.numpy() for word in words]
+    seed, step, epoch, stream = (
+        np.array([number], dtype=np.int64) for number in (seed, step, epoch, 0x5041 << 8 | stream)
+    )
+    return philox(seed, step, document, epoch, stream)
 
 
 def _below(word: np.ndarray, bound) -> np.ndarray:
@@ -139,9 +142,12 @@ def _below(word: np.ndarray, bound) -> np.ndarray:
 
 def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
     """int64 (count,): the order in which an epoch goes through its samples, a function of (seed, epoch) alone."""
-    index = np.arange(count)
-    high, low, *_ = _draw(seed, 0, index, epoch, 2)
-    return np.lexsort((low, high))
+    keys = np.empty(count, dtype=np.uint64)
+    for begin in range(0, count, BLOCK):
+        index = np.arange(begin, min(begin + BLOCK, count))
+        high, low, *_ = _draw(seed, 0, index, epoch, 2)
+        keys[index] = high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
+    return np.argsort(keys, kind="stable")
 
 
 def truncated_lengths(a: np.ndarray, b: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:

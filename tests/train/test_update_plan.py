@@ -60,6 +60,27 @@ def test_a_stream_goes_on_from_any_place(dataset):
         assert [update.step for update in rest] == list(range(cut, 60))
 
 
+def test_the_next_epoch_is_planned_meanwhile_and_its_errors_are_told(dataset, monkeypatch):
+    stream = Stream(dataset, SEQ, Place())
+    stream.take(0, len(stream.order) // 2 - 1)
+    assert stream.next is None  # nothing is planned for a run that may not need it
+    stream.take(1, 2)
+    planned, order = stream.next.result()
+    second = of_epoch(dataset, 1)
+    assert planned.epoch == 1
+    assert order.tolist() == second.order().tolist()
+    assert planned.plan.a_start.tolist() == second.plan.a_start.tolist()
+    stream.take(2, len(stream.order) // 2 + 1)
+    assert stream.dataset is planned
+
+    def fails(self, epoch):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(PretrainingDataset, "set_epoch", fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        stream.take(3, 2 * len(stream.order))
+
+
 def test_an_update_larger_than_an_epoch(dataset):
     size = len(dataset)
     update = Stream(dataset, SEQ, Place()).take(0, 2 * size)
