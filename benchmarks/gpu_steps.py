@@ -19,6 +19,9 @@ from workload import Batch, Workload, model_config, random_batch
 import bert_fast
 from bert_fast.data import PretrainingDataset, capacities, pack_samples, pad_samples, special_ids
 from bert_fast.flops import step_flops
+from bert_fast.train.captured import Recorder
+from bert_fast.train.distributed import Ranks
+from bert_fast.train.step import Outcome, Step
 
 DROPOUT = 0.1
 SECONDS_OF_TIMING = 3
@@ -70,10 +73,32 @@ def autocast(device: str, weights: str, smoke: bool):
     return torch.autocast(device, torch.bfloat16)
 
 
-def our_step(variant: Variant, config, batch: Batch, options) -> Callable[[], torch.Tensor]:
-    """A function that trains one step of ours and returns its loss."""
+def trainer(model, optimizer, batch: Batch, *, products: bool, capture: bool) -> Callable[..., Outcome]:
+    """What `bert-fast pretrain` trains with, as ``train(batch, rate, seed)``, for batches of the shapes of ``batch``.
+
+    ``products`` multiplies in bfloat16 under autocast.
+    """
+
+    def packed(batch: Batch) -> dict:
+        return {**batch.packed, "max_length_q": batch.seq}
+
+    def refuse(reason: str) -> None:
+        raise RuntimeError(reason)  # what is called captured is
+
+    recorder = Recorder(model.parameters()) if capture else None
+    ranks = Ranks(0, 1, next(model.parameters()).device)
+    step = Step(model, optimizer, ranks, bf16=products, recorder=recorder, tell=refuse)
+    step.prepare([packed(batch)])
+
+    def train(batch: Batch, rate: float, seed: int) -> Outcome:
+        return step([packed(batch)], seed=seed, lr=rate, predicted=batch.predicted, sequences=len(batch.lengths))
+
+    return train
+
+
+def our_step(variant: Variant, config, batch: Batch, options) -> Callable[[], Outcome]:
+    """A function that trains one step of ours."""
     from bert_fast import optim
-    from bert_fast.train.captured import CapturedStep
 
     torch.manual_seed(0)
     kind = torch.float32 if options.smoke or variant.weights == "float32" else torch.bfloat16
@@ -81,16 +106,12 @@ def our_step(variant: Variant, config, batch: Batch, options) -> Callable[[], to
         model = bert_fast.BertForPreTraining(config).to(kind).train()
     groups = optim.parameter_groups(model, weight_decay=0.01)
     optimizer = {"adamw": optim.AdamW, "lamb": optim.Lamb}[variant.optimizer](groups, lr=1e-4, max_grad_norm=1.0)
-    products = None if options.smoke or variant.weights == "bfloat16" else torch.bfloat16
-    capture = variant.captured and options.device == "cuda"
-    step = CapturedStep(model, optimizer, batch.packed, max_length=batch.seq, autocast=products, capture=capture)
-
-    def run() -> torch.Tensor:
-        return step(batch.packed, 1e-4)
-
-    while capture and not step.captured:
-        run()
-    return run
+    train = trainer(
+        model, optimizer, batch, products=not options.smoke and variant.weights == "float32",
+        capture=variant.captured and options.device == "cuda",
+    )  # fmt: skip
+    seeds = itertools.count()
+    return lambda: train(batch, 1e-4, next(seeds))
 
 
 def their_step(variant: Variant, config, batch: Batch, options) -> Callable[[], torch.Tensor]:
@@ -112,7 +133,7 @@ def their_step(variant: Variant, config, batch: Batch, options) -> Callable[[], 
     return run
 
 
-def timed_steps(run: Callable[[], torch.Tensor], device: str, smoke: bool) -> list[float]:
+def timed_steps(run: Callable[[], object], device: str, smoke: bool) -> list[float]:
     """Seconds of each of several steps, by the device's clock where it has one."""
     run()
     if device != "cuda":
@@ -164,7 +185,8 @@ def measure_batch(variant: Variant, config, seq: int, lengths: list[int], option
     batch = random_batch(lengths, predicted, seq, options.device, nsp=True, vocabulary=config.vocab_size)
     with PeakMemory(options.device) as peak:
         run = (our_step if ours else their_step)(variant, config, batch, options)
-        loss = float(run())
+        first = run()
+        loss = float(first.scalars[:2].sum() if ours else first)
     times = timed_steps(run, options.device, options.smoke)
     del run
     release()
@@ -261,7 +283,6 @@ def curve(name: str, model: str, batches: list[Batch], options) -> list[float]:
     import transformers
 
     from bert_fast import optim
-    from bert_fast.train.captured import CapturedStep
 
     config = model_config(model, dropout=DROPOUT)
     config.vocab_size = max(config.vocab_size, 30522)
@@ -272,21 +293,17 @@ def curve(name: str, model: str, batches: list[Batch], options) -> list[float]:
         module = bert_fast.BertForPreTraining(config).to(options.device).train()
         module.load_state_dict(reference.state_dict())
         reference = module
-    products = None if options.smoke else torch.bfloat16
     optimizer = optim.AdamW(
         optim.parameter_groups(reference, weight_decay=0.01), lr=1e-4, max_grad_norm=1.0
     )  # fmt: skip
-    step = None
     if ours:
-        step = CapturedStep(
-            reference, optimizer, batches[0].packed, max_length=batches[0].seq, autocast=products,
-            capture=options.device == "cuda",
-        )  # fmt: skip
+        capture = options.device == "cuda"
+        train = trainer(reference, optimizer, batches[0], products=not options.smoke, capture=capture)
     losses = []
     for number, batch in enumerate(batches):
         rate = 1e-4 * min(1.0, (number + 1) / 50)
         if ours:
-            losses.append(step(batch.packed, rate).clone())
+            losses.append(float(train(batch, rate, number).scalars[:2].sum()))
             continue
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -295,5 +312,5 @@ def curve(name: str, model: str, batches: list[Batch], options) -> list[float]:
             loss = reference(**{k: v.to(options.device) for k, v in batch.padded.items()}).loss
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach().float())
-    return torch.stack(losses).tolist()
+        losses.append(float(loss.detach()))
+    return losses

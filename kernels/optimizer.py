@@ -14,6 +14,7 @@ be captured in a graph. No float atomics: a program writes its sums to its own p
 """
 
 import functools
+from collections import OrderedDict
 
 import torch
 import triton
@@ -245,12 +246,33 @@ def _copied(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return pinned, pinned.to(device, non_blocking=True)
 
 
-@functools.lru_cache(maxsize=64)
+def _cached(make):
+    """Keeps what ``make`` gave for its last 64 arguments; what it gave while a graph was being recorded it keeps not:
+    that is written when the graph is replayed, which may be never."""
+    kept: OrderedDict = OrderedDict()
+
+    @functools.wraps(make)
+    def cached(*args):
+        found = kept.get(args)
+        if found is not None:
+            kept.move_to_end(args)
+        else:
+            found = make(*args)
+            if not (args[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                kept[args] = found
+                if len(kept) > 64:
+                    kept.popitem(last=False)
+        return found
+
+    return cached
+
+
+@_cached
 def _table(values: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     return _copied(torch.tensor(values, dtype=torch.int64), device)
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def _plan(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
     """Tables of tensors of ``sizes`` elements: the sizes; each chunk's tensor and piece; each tensor's first chunk.
 

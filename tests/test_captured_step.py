@@ -1,6 +1,5 @@
-"""CapturedStep: the bits of plain steps, batches that do not fit, and nothing that waits for the device."""
+"""Recorded steps: the bits of eager ones, on a GPU from graphs and on a CPU from their stand-in; nothing that waits."""
 
-import contextlib
 import copy
 
 import pytest
@@ -8,154 +7,222 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import BertConfig
 
-from bert_fast import BertForPreTraining
+from bert_fast import BertForPreTraining, dispatch, optim
 from bert_fast.data import Capacities, Sample, pack_samples
-from bert_fast.train.captured import CapturedStep
+from bert_fast.train.captured import Recorder, recordable
+from bert_fast.train.distributed import Ranks
+from bert_fast.train.step import Step
 from tests.parity import DEVICE
+from tests.train.recorded_runs import Rerun
 
-optim = pytest.importorskip("bert_fast.optim")
-
-SIZE = Capacities(tokens=96, sequences=6, masked=20)
+SIZES = (Capacities(tokens=96, sequences=6, masked=20), Capacities(tokens=128, sequences=8, masked=24))
 LONGEST = 32
 CONFIG = BertConfig(
     vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
     max_position_embeddings=LONGEST,
 )  # fmt: skip
+UPDATES = (1, 3, 2, 1, 2, 4)  # micro-batches of each
 
 
-def batches(count: int) -> list[dict]:
-    """Packed batches of different lengths, with unused tails in all capacities."""
-    generator = torch.Generator().manual_seed(0)
+def batches(update: int, nsp: bool = True) -> list[dict]:
+    """An update's packed batches, of different lengths and one size, with unused tails in all capacities."""
+    generator = torch.Generator().manual_seed(update)
     packed = []
-    for number in range(count):
+    for number in range(UPDATES[update]):
         samples = []
         for index in range(3 + number % 2):
             n = int(torch.randint(8, 24, (1,), generator=generator))
             ids = torch.randint(5, CONFIG.vocab_size, (n,), generator=generator).numpy()
             at = torch.randperm(n - 2, generator=generator)[:3].sort().values.numpy() + 1
             samples.append(Sample(ids, ids % 2, at, ids[at], index % 2, 10 * number + index))
-        packed.append(pack_samples(samples, SIZE, pad_id=0))
+        batch = {**pack_samples(samples, SIZES[update % 2], pad_id=0), "max_length_q": LONGEST}
+        if not nsp:
+            del batch["next_sentence_label"]
+        packed.append(batch)
     return packed
 
 
-def trained(step, model, count: int) -> list[torch.Tensor]:
-    """Losses and final parameters of ``count`` steps with a changing learning rate."""
-    torch.manual_seed(3)
-    losses = [step(batch, 1e-2 / (1 + i)).clone() for i, batch in enumerate(batches(count))]
-    return [*losses, *(p.detach().clone() for p in model.parameters())]
-
-
-def build(kind: str = "AdamW", dtype: torch.dtype = torch.float32):
+def build(
+    kind: str = "AdamW", bf16: bool = False, dtype: torch.dtype = torch.float32, recorder=None, **options
+) -> Step:
     torch.manual_seed(0)
     model = BertForPreTraining(copy.deepcopy(CONFIG)).to(DEVICE, dtype).train()
-    groups = optim.parameter_groups(model, weight_decay=0.01)
-    return model, getattr(optim, kind)(groups, lr=1.0, max_grad_norm=1.0)
+    optimizer = getattr(optim, kind)(optim.parameter_groups(model, weight_decay=0.01), lr=1.0, max_grad_norm=1.0)
+    place = Ranks(0, 1, next(model.parameters()).device)
+    return Step(model, optimizer, place, bf16=bf16, recorder=recorder and recorder(model.parameters()), **options)
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "Lamb"])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize(
-    "capture", [False, pytest.param(True, marks=pytest.mark.skipif(DEVICE != "cuda", reason="no GPU"))]
-)
-def test_the_same_bits_as_plain_steps(kind, autocast, capture):
-    model, optimizer = build(kind)
-    rate = torch.zeros((), device=DEVICE)
+def recorders() -> list:
+    return [Rerun, pytest.param(Recorder, marks=pytest.mark.skipif(DEVICE != "cuda", reason="no GPU"))]
 
-    def plain(batch, learning_rate):
-        for group in optimizer.param_groups:
-            group["lr"] = rate.fill_(learning_rate)
-        model.zero_grad(set_to_none=True)
-        on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        context = contextlib.nullcontext() if autocast is None else torch.autocast(DEVICE, autocast)
-        with context:
-            loss = model(**{**on_device, "max_length_q": LONGEST}).loss
-        loss.backward()
-        optimizer.step()
-        return loss.detach().float()
 
-    expected = trained(plain, model, 6)
-    again, optimizer = build(kind)
-    step = CapturedStep(
-        again, optimizer, batches(1)[0], max_length=LONGEST, autocast=autocast, capture=capture, warmup=2
+def prepare(step: Step, nsp: bool = True) -> Step:
+    step.prepare([batches(1, nsp)[0], batches(0, nsp)[0]])
+    return step
+
+
+def apply(step: Step, update: int, nsp: bool = True, **changes):
+    made = batches(update, nsp)
+    predicted = sum(int((batch["masked_labels"] >= 0).sum()) for batch in made)
+    given = {"seed": update, "lr": 1e-2 / (1 + update), "predicted": predicted, "sequences": 4 * len(made) * nsp}
+    return step(made, **{**given, **changes})
+
+
+def trained(step: Step, nsp: bool = True) -> list[torch.Tensor]:
+    """What the updates told, and what they left: parameters, moments, steps."""
+    outcomes = [apply(step, update, nsp) for update in range(len(UPDATES))]
+    told = [t for outcome in outcomes for t in (outcome.scalars.clone(), outcome.finite.clone())]
+    states = [t for p in step.parameters for t in step.optimizer.state[p].values()]
+    return [*told, *(p.detach().clone() for p in step.parameters), *(t.clone() for t in states)]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Bit for bit, the sign of zero too."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.cpu().numpy().tobytes() == y.cpu().numpy().tobytes() for x, y in zip(a, b, strict=True)
     )
-    found = trained(step, again, 6)
-    assert step.captured == capture
-    assert len(expected) == len(found)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert float(expected[5]) < float(expected[0])
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
-def test_the_graph_is_recorded_again_where_its_addresses_are_gone():
-    model, optimizer = build()
-    step = CapturedStep(model, optimizer, batches(1)[0], max_length=LONGEST, warmup=1)
-    for batch in batches(3):
-        step(batch, 1e-3)
-    assert step.captured
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    step(batches(1)[0], 1e-3)
-    assert not step.captured
-    before = [p.clone() for p in model.parameters()]
-    step(batches(1)[0], 1e-3)
-    assert step.captured
-    assert any(not torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+@pytest.mark.parametrize("recorder", recorders())
+@pytest.mark.parametrize(
+    ("kind", "bf16", "dtype"),
+    [("AdamW", False, torch.float32), ("Lamb", True, torch.float32), ("Lamb", False, torch.bfloat16)],
+)
+def test_the_same_bits_as_eager(kind, bf16, dtype, recorder):
+    nsp = dtype == torch.float32
+    expected = [t.float() for t in trained(build(kind, bf16, dtype), nsp)]
+    step = prepare(build(kind, bf16, dtype, recorder=recorder, tell=pytest.fail), nsp)
+    assert same([t.float() for t in trained(step, nsp)], expected)
+    # whole updates of one size, and first and last parts of either, and middle ones of the larger
+    assert step.captured == 7
+    assert expected[-1].isfinite().all()
+    assert float(step.optimizer.skipped) == 0
+    assert all(p.grad is None or p.grad is step._gradients[p] for p in step.parameters)
 
 
-def test_a_loaded_optimizer_gets_the_learning_rate_of_the_step():
-    model, optimizer = build()
-    step = CapturedStep(model, optimizer, batches(1)[0], max_length=LONGEST, capture=False)
-    step(batches(1)[0], 1e-3)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    before = [p.detach().clone() for p in model.parameters()]
-    step(batches(1)[0], 0.0)
-    assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+@pytest.mark.parametrize("recorder", recorders())
+def test_preparing_trains_nothing(recorder):
+    step, untouched = build(recorder=recorder), build()
+    before = torch.get_rng_state()
+    prepare(step)
+    assert torch.equal(before, torch.get_rng_state())
+    assert same([p.detach() for p in step.parameters], [p.detach() for p in untouched.parameters])
+    states = [step.optimizer.state[p] for p in step.parameters]
+    assert all(not state[key].any() for state in states for key in ("step", "exp_avg", "exp_avg_sq"))
+    assert int(step.optimizer.skipped) == 0
+    assert all(p.grad is None for p in step.parameters)
 
 
-def test_a_seed_fixes_the_masks():
-    model, optimizer = build()
-    step = CapturedStep(model, optimizer, batches(1)[0], max_length=LONGEST, capture=False)
-    losses = [float(step(batches(1)[0], 0.0, seed=seed)) for seed in (1, 1, 2)]
+@pytest.mark.parametrize("broken", range(7))
+def test_where_recording_fails_the_run_goes_on_eagerly_to_the_same_bits(broken, monkeypatch):
+    """The recording of each kind of function fails: alone, first, middle and last of an update, of either size."""
+    expected = trained(build())
+    monkeypatch.setattr(Rerun, "broken", (broken,))
+    told = []
+    step = prepare(build(recorder=Rerun, tell=told.append))
+    recorder = step.recorder
+    assert same(trained(step), expected)
+    assert recorder.recordings == broken + 1
+    assert step.recorder is None
+    assert step.captured == 0
+    (message,) = told
+    assert "could not be recorded as a CUDA graph: RuntimeError: operation not permitted" in message
+    assert "--no-capture" in message
+
+
+def test_batches_of_other_shapes_run_eagerly():
+    expected = trained(build())
+    step = build(recorder=Rerun)
+    step.prepare([batches(0)[0]])  # one size of two
+    assert same(trained(step), expected)
+    assert step.captured == 3
+    assert step.recorder is not None
+
+
+def test_an_update_that_is_not_finite_is_decided_inside():
+    found = []
+    for recorder in (None, Rerun):
+        step = prepare(build(recorder=recorder))
+        apply(step, 1)
+        before = [p.detach().clone() for p in step.parameters]
+        outcome = apply(step, 2, predicted=0)  # a sum divided by nothing
+        assert not bool(outcome.scalars.isfinite().all())
+        assert same(before, [p.detach() for p in step.parameters])
+        assert int(step.optimizer.skipped) == 1
+        found.append(trained(step))
+    assert same(*found)
+
+
+@pytest.mark.parametrize("recorder", recorders())
+def test_recorded_again_where_addresses_are_gone(recorder):
+    """The optimiser's state was loaded, as when a run goes on."""
+    found = []
+    for kind in (None, recorder):
+        step = prepare(build(recorder=kind))
+        apply(step, 0)
+        step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
+        apply(step, 3)
+        found.append(trained(step))
+        assert step.captured == (7 if kind else 0)
+    assert same(*found)
+
+
+def test_the_seed_fixes_the_masks():
+    step = prepare(build(recorder=Rerun))
+    losses = [float(apply(step, 0, seed=seed, lr=0.0).scalars[0]) for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_batches_that_do_not_fit_are_refused_before_anything_changes():
-    model, optimizer = build()
-    good = batches(1)[0]
-    step = CapturedStep(model, optimizer, good, max_length=LONGEST, capture=False)
-    before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"input_ids is \(1, 95\).*expected \(1, 96\)"):
-        step({**good, "input_ids": good["input_ids"][:, :95]}, 1e-3)
-    with pytest.raises(ValueError, match=r"masked_labels is .*int32"):
-        step({**good, "masked_labels": good["masked_labels"].int()}, 1e-3)
-    with pytest.raises(ValueError, match="sequence of 33 tokens, more than max_length 32"):
-        step({**good, "max_length_q": 33}, 1e-3)
-    with pytest.raises(ValueError, match=r"expected .*sample_ids"):
-        step({k: v for k, v in good.items() if k != "sample_ids"}, 1e-3)
-    assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+def test_what_cannot_be_recorded():
+    assert not recordable(Ranks(0, 1, torch.device("cpu")))
+    assert not recordable(Ranks(0, 2, torch.device("cuda", 0)))
+    assert recordable(Ranks(0, 1, torch.device("cuda", 0)))
+    with pytest.raises(ValueError, match="the parameters are on cpu, and only a GPU has CUDA graphs"):
+        Recorder([torch.zeros(1)])
 
 
-def test_what_cannot_be_captured_is_said():
-    model, optimizer = build()
-    if DEVICE == "cpu":
-        with pytest.raises(ValueError, match="only a GPU has CUDA graphs"):
-            CapturedStep(model, optimizer, batches(1)[0], max_length=LONGEST)
-    with pytest.raises(ValueError, match="warmup is 0"):
-        CapturedStep(model, optimizer, batches(1)[0], max_length=LONGEST, capture=False, warmup=0)
+@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_hook_that_waits_for_the_gpu_costs_the_graph_alone(where):
+    """A recording that really breaks: the generator draws, the allocator serves and graphs are recorded after it."""
+
+    def hooked(step: Step) -> Step:
+        layer = step.model.bert.encoder.layer[1].output
+        if where == "forward":
+            layer.register_forward_hook(lambda module, given, out: out * (1.0 if float(out.sum()) < 1e30 else 0.0))
+        else:
+            layer.dense.weight.register_hook(lambda grad: grad * (1.0 if float(grad.sum()) < 1e30 else 0.0))
+        return step
+
+    expected = trained(hooked(build()))
+    told = []
+    step = prepare(hooked(build(recorder=Recorder, tell=told.append)))
+    assert same(trained(step), expected)
+    assert len(told) == 1
+    assert step.recorder is None
+    torch.rand(4, device=DEVICE)
+    torch.cuda.empty_cache()
+    after = prepare(build(recorder=Recorder, tell=pytest.fail))
+    assert same(trained(after), trained(build()))
+    assert after.captured == 7
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_model_reads_no_value_of_a_packed_batch(autocast):
-    """Fake tensors have shapes and no values: whatever would wait for a GPU raises here."""
-    batch = batches(1)[0]
-    with FakeTensorMode(allow_non_fake_inputs=True):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_update_reads_no_value(bf16):
+    """Fake tensors have shapes and no values: whatever would wait for a GPU raises here. The optimiser is the plain
+    one, as kernels need addresses."""
+    made = batches(1)
+    with FakeTensorMode(allow_non_fake_inputs=True), dispatch.use_backend(optimizer="reference"):
         model = BertForPreTraining(copy.deepcopy(CONFIG)).train()
-        fake = {k: torch.empty_like(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**fake).loss
-        loss.backward()
+        optimizer = optim.Lamb(optim.parameter_groups(model), lr=1.0, max_grad_norm=1.0)
+        step = Step(model, optimizer, Ranks(0, 1, torch.device("cpu")), bf16=bf16)
+        fake = [
+            {k: torch.empty_like(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in made
+        ]
+        outcome = step(fake, seed=1, lr=1e-3, predicted=30, sequences=12)
         with pytest.raises(DataDependentOutputException):  # the check itself works
-            float(loss.detach())
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+            float(outcome.scalars[0])
+    assert outcome.finite.shape == (3,)
 
 
 class _Launch:

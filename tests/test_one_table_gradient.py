@@ -11,7 +11,9 @@ from transformers import BertConfig
 
 from bert_fast import BertForMaskedLM, BertForPreTraining, dispatch, ops
 from bert_fast.data import Capacities, Sample, pack_samples
-from bert_fast.train.captured import CapturedStep
+from bert_fast.train.captured import Recorder
+from bert_fast.train.distributed import Ranks
+from bert_fast.train.step import Step
 from tests.parity import DEVICE, assert_near_truth, available_backends
 
 optim = pytest.importorskip("bert_fast.optim")
@@ -125,14 +127,30 @@ class _NoUpdate(optim.AdamW):
     def step(self, closure=None, *, grad_norm=None):
         return None
 
+    def zero_grad(self, set_to_none=True):
+        return None
+
+
+def step_of(model, optimizer, autocast, recorder=None) -> Step:
+    """A step like pre-training's, of the whole batch at once."""
+    place = Ranks(0, 1, next(model.parameters()).device)
+    return Step(model, optimizer, place, bf16=autocast == BRAIN, recorder=recorder)
+
+
+def apply(step: Step, batch: dict, lr: float, seed: int) -> torch.Tensor:
+    """The loss, as the mean over what is predicted."""
+    batch = {**batch, "max_length_q": LONGEST}
+    predicted = int((batch["masked_labels"] >= 0).sum())
+    labelled = int((batch["next_sentence_label"] >= 0).sum()) if "next_sentence_label" in batch else 0
+    return step([batch], seed=seed, lr=lr, predicted=predicted, sequences=labelled).scalars[:2].sum()
+
 
 @pytest.mark.parametrize("autocast", [None, BRAIN])
 def test_captured_steps_make_one_buffer(autocast):
     model, batch = build(), packed()
-    step = CapturedStep(model, _NoUpdate(model.parameters()), batch, max_length=LONGEST, autocast=autocast,
-                        capture=False)  # fmt: skip
-    step(batch, 0.0, seed=2)
-    assert large_blocks(lambda: step(batch, 0.0, seed=2), WORDS * COLUMNS * 4) == 1
+    step = step_of(model, _NoUpdate(model.parameters()), autocast)
+    apply(step, batch, 0.0, 2)
+    assert large_blocks(lambda: apply(step, batch, 0.0, 2), WORDS * COLUMNS * 4) == 1
     found = model.bert.embeddings.word_embeddings.weight.grad
     two = gradients(model, {**batch, "max_length_q": LONGEST}, autocast, one=False)
     assert torch.equal(found, table_of(two))
@@ -147,8 +165,9 @@ def test_training_does_not_notice(kind, dtypes):
     def trained():
         model = build(dtype)
         optimizer = getattr(optim, kind)(optim.parameter_groups(model), lr=1.0, max_grad_norm=1.0)
-        step = CapturedStep(model, optimizer, batch, max_length=LONGEST, autocast=autocast, capture=DEVICE == "cuda")
-        losses = [step(batch, 1e-2, seed=i).clone() for i in range(5)]
+        step = step_of(model, optimizer, autocast, Recorder(model.parameters()) if DEVICE == "cuda" else None)
+        step.prepare([{**batch, "max_length_q": LONGEST}])
+        losses = [apply(step, batch, 1e-2, i).clone() for i in range(5)]
         return losses, [p.detach().clone() for p in model.parameters()]
 
     ours, ours_parameters = trained()

@@ -96,6 +96,9 @@ class PretrainConfig:
         "auto", "device", "bf16: products in bfloat16, weights in float32; auto: bf16 where the device multiplies it",
         choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
+    capture: bool = option(
+        True, "device", "record the step as CUDA graphs, on a GPU that trains alone; the numbers are the same without"
+    )
     peak_tflops: float | None = option(
         None, "device", "peak that MFU is taken against [default: a matrix product timed at the start]", "T"
     )

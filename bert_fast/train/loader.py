@@ -3,19 +3,21 @@
 import copy
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bert_fast.data import Capacities, open_corpus, pack_samples
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.train.plan import Place, Stream, Update, deal, micro_batches
 from bert_fast.train.schedule import Phase
+from bert_fast.train.sizes import fitted, rounded
 
 ROUND_TOKENS, ROUND_MASKED = 64, 16  # capacities are multiples of these: few different shapes, hardly any waste
 
@@ -23,8 +25,9 @@ ROUND_TOKENS, ROUND_MASKED = 64, 16  # capacities are multiples of these: few di
 class Order(NamedTuple):
     """A micro-batch to be made: all that a worker must know, so that it needs no plan of the epoch.
 
-    ``slots`` (n,) are the sequences' numbers in their update, under which the model keys their dropout masks; the
-    other fields are those of Update, of these sequences.
+    ``slots`` (n,) are the sequences' numbers in their update, under which the model keys their dropout masks;
+    ``longest`` is what the batch calls the length of its longest sequence, None for what it is. The other fields are
+    those of Update, of these sequences.
     """
 
     seq: int
@@ -33,6 +36,7 @@ class Order(NamedTuple):
     indices: np.ndarray
     rows: np.ndarray
     size: Capacities
+    longest: int | None = None
 
 
 @dataclass
@@ -42,6 +46,44 @@ class Work:
     update: Update
     slots: list[np.ndarray]
     batches: list[dict]
+
+
+@dataclass
+class Parcel:
+    """A batch as one block of bytes: a worker hands over one tensor, and one is pinned, in place of ten."""
+
+    block: Tensor
+    contents: dict[str, tuple[int, torch.dtype, torch.Size] | int]  # offset, dtype, shape; or a number as it is
+
+    ALIGNMENT = 16
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor | int]) -> "Parcel":
+        contents, size = {}, 0
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                contents[name] = size, value.dtype, value.shape
+                size += rounded(value.nbytes, cls.ALIGNMENT)
+            else:
+                contents[name] = value
+        parcel = cls(torch.empty(size, dtype=torch.uint8), contents)
+        for name, value in parcel.opened().items():
+            if isinstance(value, Tensor):
+                value.copy_(batch[name])
+        return parcel
+
+    def opened(self) -> dict[str, Tensor | int]:
+        """The batch, its tensors views of the block."""
+        return {
+            name: self._view(*about) if isinstance(about, tuple) else about for name, about in self.contents.items()
+        }
+
+    def _view(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        return self.block[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def pin_memory(self) -> "Parcel":
+        """For DataLoader, which calls it in its thread."""
+        return Parcel(self.block.pin_memory(), self.contents)
 
 
 class BatchMaker(Dataset):
@@ -67,7 +109,7 @@ class BatchMaker(Dataset):
         batch["sample_ids"][: len(samples)] = torch.from_numpy(order.slots[turns])
         if not dataset.nsp:
             del batch["next_sentence_label"]
-        return batch
+        return batch if order.longest is None else {**batch, "max_length_q": order.longest}
 
     def __getstate__(self) -> dict:
         if self.folder is None:
@@ -92,25 +134,29 @@ def updates(dataset: PretrainingDataset, phases: list[Phase], step: int, place: 
 
 
 def load_updates(
-    maker: BatchMaker, stream: Iterable[Update], *, rank: int, ranks: int, tokens: int, workers: int, pin: bool
-) -> Iterator[Work]:
+    maker: BatchMaker, stream: Iterable[Update], *, rank: int, ranks: int, tokens: int, workers: int, pin: bool,
+    sizes: Mapping[tuple[int, int], Sequence[Capacities]] | None = None,
+) -> Iterator[Work]:  # fmt: skip
     """This rank's work of each update, made ahead by ``workers`` processes (0: in this one), pinned with ``pin``.
 
-    ``tokens`` is the budget of a micro-batch.
+    ``tokens`` is the budget of a micro-batch. ``sizes``, by the updates' (longest sequence, number of sequences), are
+    the only capacities that micro-batches have (bert_fast/train/sizes.py; of one rank); without them each has its own.
     """
     ordered: deque[tuple[Update, list[np.ndarray]]] = deque()
 
     def orders() -> Iterator[Order]:
         for update in stream:
-            parts = micro_batches(update.lengths, deal(update.lengths, ranks)[rank], max(tokens, update.seq))
+            size, longest = None, None
+            if sizes is None:
+                parts = micro_batches(update.lengths, deal(update.lengths, ranks)[rank], max(tokens, update.seq))
+            else:
+                (parts, size), longest = fitted(update, sizes[update.seq, len(update)]), update.seq
             ordered.append((update, parts))
             for slots in parts:
-                size = Capacities(
-                    _rounded(update.lengths[slots].sum(), ROUND_TOKENS),
-                    len(slots),
-                    _rounded(update.masked[slots].sum(), ROUND_MASKED),
-                )
-                yield Order(update.seq, slots, update.epochs[slots], update.indices[slots], update.rows[slots], size)
+                yield Order(
+                    update.seq, slots, update.epochs[slots], update.indices[slots], update.rows[slots],
+                    size or _own_size(update, slots), longest,
+                )  # fmt: skip
 
     batches = iter(
         DataLoader(
@@ -119,17 +165,20 @@ def load_updates(
             sampler=orders(),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
+            collate_fn=Parcel.of,
             pin_memory=pin,
             worker_init_fn=_start_worker,
         )
     )
     for first in batches:
         update, slots = ordered.popleft()
-        yield Work(update, slots, [first, *(next(batches) for _ in slots[1:])])
+        parcels = [first, *(next(batches) for _ in slots[1:])]
+        yield Work(update, slots, [parcel.opened() for parcel in parcels])
 
 
-def _rounded(count: int, multiple: int) -> int:
-    return -(-int(count) // multiple) * multiple
+def _own_size(update: Update, slots: np.ndarray) -> Capacities:
+    tokens, masked = int(update.lengths[slots].sum()), int(update.masked[slots].sum())
+    return Capacities(rounded(tokens, ROUND_TOKENS), len(slots), rounded(masked, ROUND_MASKED))
 
 
 def _start_worker(number: int) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import hashlib
 import importlib.util
 import json
 import signal
@@ -13,11 +12,11 @@ import torch
 
 from bert_fast.data import load_tokenizer, open_corpus, read_manifest
 from bert_fast.data.dataset import PretrainingDataset
-from bert_fast.data.shards import write_atomically
+from bert_fast.data.files import write_atomically
 from bert_fast.flops import step_flops
 from bert_fast.output import Output
-from bert_fast.train import checkpoint, modelling
-from bert_fast.train.config import ConfigError, PretrainConfig, flag
+from bert_fast.train import captured, checkpoint, modelling
+from bert_fast.train.config import ConfigError, PretrainConfig
 from bert_fast.train.devices import has_matrix_unit, matmul_peak
 from bert_fast.train.distributed import Ranks, started
 from bert_fast.train.export import export
@@ -28,16 +27,13 @@ from bert_fast.train.optimizer import build_optimizer, load_state, owned, state_
 from bert_fast.train.plan import Place
 from bert_fast.train.plot import plot_runs
 from bert_fast.train.process import Stop, locked, stop_on_signals
-from bert_fast.train.schedule import learning_rate, phase_of, phases
+from bert_fast.train.resume import identity, last_checkpoint
+from bert_fast.train.schedule import Phase, learning_rate, phase_of, phases
+from bert_fast.train.sizes import example, sizes_of_phases
 from bert_fast.train.step import Outcome, Step, derived_seed
 from bert_fast.train.validation import Validation, hold_out
 
 DONE, NOT_FINITE = 0, 3
-SAMPLES = ("seed", "nsp", "whole_word", "short_seq_prob", "validation", "validation_data")  # decide what is trained on
-
-
-class NotTheSameRun(ValueError):
-    """The folder holds a run of other data, tokenizer or model; the message names what differs."""
 
 
 def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
@@ -87,8 +83,8 @@ class _Run:
 
         longest = max(phase.seq for phase in self.phases)
         made = modelling.model_config(config, self.tokenizer, longest)
-        self.identity = self._identity(made)
-        before = self._last_checkpoint()
+        self.identity = identity(config, self.tokenizer, made)
+        before = last_checkpoint(config, self.identity, self.total, ranks, output)
         model_seed = derived_seed(config.seed, "weights")
         if before is None:
             if config.init_from:
@@ -105,7 +101,14 @@ class _Run:
             self._go_on_from(before)
         if ranks.first:
             write_atomically(self.folder / "config.json", (json.dumps(config.as_dict(), indent=1) + "\n").encode())
-        self.update = Step(self.model, self.optimizer, ranks, bf16=self.bf16)
+        recordable = captured.recordable(ranks)
+        # recorded or not: shapes decide the last bits of a product on a GPU
+        self.sizes = sizes_of_phases(self.dataset, self.phases, self.tokens) if recordable else None
+        self.prepared: Phase | None = None  # whose shapes the step is ready to record
+        self.update = Step(
+            self.model, self.optimizer, ranks, bf16=self.bf16, tell=output.warn,
+            recorder=captured.Recorder(self.model.parameters()) if recordable and config.capture else None,
+        )  # fmt: skip
 
     @property
     def precision(self) -> str:
@@ -152,16 +155,30 @@ class _Run:
             BatchMaker(self.dataset, config.data),
             updates(self.dataset, self.phases, self.step, self.place),
             rank=self.ranks.rank, ranks=self.ranks.world, tokens=self.tokens, workers=workers, pin=cuda,
+            sizes=self.sizes,
         )  # fmt: skip
+
+    def _prepare(self, phase: Phase) -> None:
+        """The step gets to know the phase's shapes."""
+        self.prepared = phase
+        if self.sizes is None:
+            return
+        with self.meter.paused():
+            pad = self.dataset.special.pad
+            sizes = self.sizes[phase.seq, phase.batch_size]
+            self.update.prepare([example(size, phase.seq, nsp=self.config.nsp, pad_id=pad) for size in sizes[::-1]])
 
     def _one_update(self, work: Work, stopping: bool) -> tuple[Outcome, float]:
         config, step = self.config, work.update.step
         phase = self.phases[phase_of(step, self.phases)]
+        if phase is not self.prepared:
+            self._prepare(phase)
         lr = learning_rate(step, phase, schedule=config.schedule, power=config.power)
         predicted: int | torch.Tensor = int(work.update.masked.sum())
         if config.whole_word:  # words that do not fit leave a few tokens less: only the batches know
-            own = sum(int((batch["masked_labels"] >= 0).sum()) for batch in work.batches)
-            predicted = self.ranks.sum(torch.tensor(own, device=self.ranks.device))
+            predicted = sum(int((batch["masked_labels"] >= 0).sum()) for batch in work.batches)
+            if self.ranks.world > 1:
+                predicted = self.ranks.sum(torch.full((), predicted, device=self.ranks.device))
         outcome = self.update(
             work.batches,
             seed=derived_seed(config.seed, "dropout", step),
@@ -255,76 +272,6 @@ class _Run:
             "identity": self.identity,
             "options": self.config.as_dict(),
         }
-
-    # going on
-
-    def _identity(self, made) -> dict:
-        manifest = (Path(self.config.data) / "manifest.json").read_bytes()
-        return {
-            "data": hashlib.blake2b(manifest, digest_size=16).hexdigest(),
-            "tokenizer": hashlib.blake2b(self.tokenizer.to_str().encode(), digest_size=16).hexdigest(),
-            "model": modelling.comparable(made),
-            "samples": {name: getattr(self.config, name) for name in SAMPLES},
-            "optimizer": self.config.optimizer,
-        }
-
-    def _last_checkpoint(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint to go on from; the first process looks for it, and all take the same."""
-        found = None
-        if self.ranks.first:
-            if self.config.resume == "never" and (self.folder / "config.json").exists():
-                raise NotTheSameRun(f"{self.folder} has a run already (--resume never): choose another --out")
-            found, complaints = checkpoint.newest(self.folder)
-            for complaint in complaints:
-                self.output.warn(complaint)
-            if found is None:
-                self._same_options_if_begun()
-        name = self.ranks.broadcast("" if found is None else str(found.folder))
-        if not name:
-            return None
-        if found is None:
-            state = json.loads((Path(name) / "state.json").read_text(encoding="utf-8"))
-            found = checkpoint.Checkpoint(Path(name), state)
-        self._same_run(found)
-        return found
-
-    def _same_options_if_begun(self) -> None:
-        """A run that was killed before its first checkpoint begins anew, but not with other data or model."""
-        path = self.folder / "config.json"
-        if not path.exists():
-            return
-        before, now = json.loads(path.read_text(encoding="utf-8")), self.config.as_dict()
-        differing = [flag(name) for name in ("data", "model", "init_from") if before.get(name) != now.get(name)]
-        if differing:
-            raise NotTheSameRun(f"{self.folder} has a run with another {', '.join(differing)}: choose another --out")
-
-    def _same_run(self, found: checkpoint.Checkpoint) -> None:
-        before, now = found.state["identity"], json.loads(json.dumps(self.identity))
-        differing = []
-        if before["data"] != now["data"]:
-            differing.append(f"the data (the manifest of {self.config.data} is not the one it was trained on)")
-        if before["tokenizer"] != now["tokenizer"]:
-            differing.append("the tokenizer")
-        if before["optimizer"] != now["optimizer"]:
-            differing.append(f"--optimizer (was {before['optimizer']}, now {now['optimizer']})")
-        for part, what in (("model", "the model's "), ("samples", "")):
-            for key in sorted(set(before[part]) | set(now[part])):
-                was, wanted = before[part].get(key), now[part].get(key)
-                if was != wanted:
-                    differing.append(f"{what or ''}{key if what else flag(key)} (was {was!r}, now {wanted!r})")
-        if differing:
-            raise NotTheSameRun(
-                f"{self.folder} holds a run that differs in {'; '.join(differing)}: choose another --out, or the "
-                "options that it was started with"
-            )
-        if found.step > self.total:
-            raise ConfigError(f"{self.folder} is at update {found.step} already, beyond the {self.total} asked for")
-        before, now = found.state["options"], self.config.as_dict()
-        silent = ("out", "data", "steps", "keep", "resume", "workers", "log_every", "peak_tflops", "device")
-        changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k) and k not in silent]
-        if changed:
-            listed = ", ".join(f"{flag(k)} (was {before.get(k)}, now {now.get(k)})" for k in changed)
-            self.output.warn(f"going on with other options than before: {listed}")
 
     def _go_on_from(self, before: checkpoint.Checkpoint) -> None:
         state = before.state

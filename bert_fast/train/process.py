@@ -7,11 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bert_fast.data.files import FolderInUse
 from bert_fast.train.distributed import Ranks
-
-
-class FolderInUse(ValueError):
-    """Another process trains in the same folder."""
 
 
 class Stop:

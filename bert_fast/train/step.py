@@ -3,12 +3,17 @@
 Accumulation over micro-batches and ranks gives the update of the large batch: losses are sums divided by the number
 of predicted tokens and sequences of the *whole update*, so gradients simply add up. Dropout is keyed by the seed
 set before every forward and by the sequence's slot in the update, so it is the same however the update is dealt.
+
+With a recorder (bert_fast/train/captured.py) micro-batches of known shapes are replayed from CUDA graphs, the last
+one's with the norm, the clipping and the optimiser in it. What is recorded is the function that runs eagerly, so the
+bits are the same. What changes from update to update is in tensors that stay where they are: the batch, the counts, the
+learning rate, and the gradients that one micro-batch leaves for the next.
 """
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -16,19 +21,44 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bert_fast import optim
 from bert_fast.model.losses import cross_entropy
+from bert_fast.train.captured import Recorder
 from bert_fast.train.distributed import Ranks
 
+Tensor = torch.Tensor
 
-class Outcome(NamedTuple):
-    """What an update did, as tensors on the device (reading them waits for it).
+
+class Outcome:
+    """What an update did. On a GPU it is on its way to the host: who reads it waits for this update, for none after it.
 
     scalars  float64 (4,): MLM loss, NSP loss (both of the whole update), how many ranks asked to stop, and the
              gradient norm before clipping; the update was applied where all are finite
     finite   bool (micro-batches,): whether the loss of each micro-batch of this rank was
     """
 
-    scalars: torch.Tensor
-    finite: torch.Tensor
+    def __init__(self, scalars: Tensor, finite: Tensor):
+        self._arrived = None
+        if scalars.is_cuda:  # copied behind the update: reading the device's tensors would wait for later ones too
+            scalars, finite = (
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for t in (scalars, finite)
+            )
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        self._scalars, self._finite = scalars, finite
+
+    @property
+    def scalars(self) -> Tensor:
+        self._wait()
+        return self._scalars
+
+    @property
+    def finite(self) -> Tensor:
+        self._wait()
+        return self._finite
+
+    def _wait(self) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
 
 
 def derived_seed(*parts) -> int:
@@ -38,10 +68,19 @@ def derived_seed(*parts) -> int:
 
 
 class Step:
-    """Applies updates to ``model`` (BertForPreTraining on the ranks' device)."""
+    """Applies updates to ``model`` (a pre-training model of bert_fast on the ranks' device).
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bf16: bool):
+    ``bf16`` computes products in bfloat16 under autocast, else in the parameters' dtype. With a ``recorder`` updates of
+    the shapes given to :meth:`prepare` are replayed from graphs; where recording fails, ``tell`` gets the reason, and
+    this update and all after it run eagerly, to the same bits.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bf16: bool,
+        recorder: Recorder | None = None, tell: Callable[[str], None] = warnings.warn,
+    ):  # fmt: skip
         self.model, self.optimizer, self.ranks, self.bf16 = model, optimizer, ranks, bf16
+        self.recorder, self.tell = recorder, tell
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.parallel: nn.Module = model
         if ranks.world > 1:
@@ -50,8 +89,17 @@ class Step:
                 model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
 
+        def scalar(dtype: torch.dtype) -> Tensor:
+            return torch.zeros((), dtype=dtype, device=ranks.device)
+
+        self._counts = {name: scalar(torch.float32) for name in ("num_items_in_batch", "num_sequences_in_batch")}
+        self._totals = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        self._finite, self._norm = scalar(torch.bool), scalar(torch.float32)
+        self._rate = scalar(torch.float64) if recorder else None  # float64: exactly the number
+        self._forget()
+
     def __call__(
-        self, batches: Sequence[dict], *, seed: int, lr: float, predicted: int | torch.Tensor, sequences: int,
+        self, batches: Sequence[dict], *, seed: int, lr: float, predicted: int | Tensor, sequences: int,
         stop: bool = False,
     ) -> Outcome:  # fmt: skip
         """One update of this rank's packed ``batches`` (on any device).
@@ -60,35 +108,77 @@ class Step:
         all ranks. ``stop`` is this rank's wish, which the others learn with the losses. Where the loss or the
         gradient norm is not finite, the weights stay as they are.
         """
-        device = self.ranks.device
+        if self._stale():
+            self.prepare(list(self._inputs.values()))
         self.model.train()
-        counts = {
-            "num_items_in_batch": _on_device(predicted, device),
-            "num_sequences_in_batch": _on_device(sequences, device),
-        }
-        totals, finite = torch.zeros(3, dtype=torch.float64, device=device), []
-        totals[2] = stop
+        for count, number in zip(self._counts.values(), (predicted, sequences), strict=True):
+            _set(count, number)
+        self._totals[2:].fill_(float(stop))
+        self._set_rate(lr)
+        shapes = [_shape(batch) for batch in batches] if self.recorder else []
+        known = bool(shapes) and all(shape in self._inputs for shape in shapes)
+        finite = []
         for number, batch in enumerate(batches):
-            batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-            last = number == len(batches) - 1
-            quiet = contextlib.nullcontext() if last or self.ranks.world == 1 else self.parallel.no_sync()
-            with quiet:
-                torch.manual_seed(seed)
-                loss, parts = self._forward(batch, counts)
-                # DistributedDataParallel averages gradients over ranks, which are to be summed
-                (loss * self.ranks.world).backward()
-            totals[:2] += parts
-            finite.append(torch.isfinite(parts).all())
-        self.ranks.sum(totals)
-        norm = optim.grad_norm(self.parameters)
-        norm = torch.where(torch.isfinite(totals).all(), norm, torch.nan)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step(grad_norm=norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(torch.cat([totals, norm.double().reshape(1)]), torch.stack(finite))
+            place = number == 0, number == len(batches) - 1
+            run = self._recorded(batch, shapes[number], *place) if known and self.recorder else None
+            if run is None:
+                batch = _moved(batch, self.ranks.device)
+            torch.manual_seed(seed)
+            if run is None:
+                self._micro_batch(batch, *place)
+            else:
+                run()
+            finite.append(self._finite.clone())
+        return Outcome(torch.cat([self._totals, self._norm.double().reshape(1)]), torch.stack(finite))
 
-    def _forward(self, batch: dict, counts: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare(self, examples: Sequence[dict]) -> None:
+        """Gets ready to record updates of batches like ``examples``, packed, and of no others; trains nothing.
+
+        Nothing is done without a recorder. What was recorded before is forgotten: its shapes run eagerly from now on.
+        """
+        self._forget()
+        if not self.recorder:
+            return
+        self.recorder.forget()
+        self.model.train()
+        for count in self._counts.values():
+            count.fill_(1.0)
+        self._set_rate(0.0)
+        skipped, device = self.optimizer.skipped.clone(), self.ranks.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for batch in examples:
+                inputs = _moved(batch, device, copy=True)
+                self._inputs[_shape(batch)] = inputs
+                for _ in range(2):
+                    self.recorder.warm(lambda inputs=inputs: self._rehearse(inputs))
+        self.optimizer.skipped.copy_(skipped)
+        self._address = self.parameters[0].data_ptr()
+
+    @property
+    def captured(self) -> int:
+        """How many functions have been recorded for the shapes prepared."""
+        return len(self._graphs)
+
+    def _micro_batch(self, batch: dict, first: bool, last: bool) -> None:
+        """A micro-batch forward and backward, and after the ``last`` of an update the optimiser: what is recorded."""
+        if first:
+            self._totals[:2].zero_()
+            self._set_gradients(None)
+        quiet = contextlib.nullcontext() if last or self.ranks.world == 1 else self.parallel.no_sync()
+        with quiet:
+            loss, parts = self._forward(batch, self._counts)
+            # DistributedDataParallel averages gradients over ranks, which are to be summed
+            (loss * self.ranks.world).backward()
+        self._totals[:2] += parts
+        self._finite.copy_(torch.isfinite(parts).all())
+        if last:
+            self.ranks.sum(self._totals)
+            norm = optim.grad_norm(self.parameters)
+            self._norm.copy_(torch.where(torch.isfinite(self._totals).all(), norm, torch.nan))
+            self.optimizer.step(grad_norm=self._norm)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _forward(self, batch: dict, counts: dict) -> tuple[Tensor, Tensor]:
         """The batch's part of the update's loss, and the same as (MLM, NSP), float32 (2,) without gradient."""
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.parallel(**batch, **counts)
@@ -99,7 +189,101 @@ class Step:
             nsp = cross_entropy(logits, labels, counts["num_sequences_in_batch"])
         return loss, torch.stack([loss.detach() - nsp, nsp])
 
+    def _set_rate(self, lr: float) -> None:
+        if self._rate is not None:
+            self._rate.fill_(lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr if self._rate is None else self._rate
 
-def _on_device(count: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``count`` as a float32 scalar, filled in on the device: copying a number there would wait for it."""
-    return count if torch.is_tensor(count) else torch.full((), count, dtype=torch.float32, device=device)
+    # recorded
+
+    def _forget(self) -> None:
+        self._inputs: dict[tuple, dict] = {}  # what a graph reads, by the shapes of batches
+        self._graphs: dict[tuple, Callable[[], None]] = {}  # by shapes, first, last
+        self._gradients: dict[Tensor, Tensor] | None = None  # between two micro-batches
+        self._trained: list[Tensor] = []
+        self._address = None
+
+    def _stale(self) -> bool:
+        """Whether the model was moved or the optimiser's state loaded since: graphs read addresses."""
+        return bool(self._inputs) and (
+            self._address != self.parameters[0].data_ptr()
+            or any(group["lr"] is not self._rate for group in self.optimizer.param_groups)
+        )
+
+    def _rehearse(self, inputs: dict) -> None:
+        """Does everything once that will be recorded, and changes nothing: the optimiser skips a norm of NaN."""
+        self._set_gradients(None)
+        loss, _ = self._forward(inputs, self._counts)
+        loss.backward()
+        self._trained = [p for p in self.parameters if p.grad is not None]
+        optim.grad_norm(self.parameters)
+        self._norm.fill_(torch.nan)
+        self.optimizer.step(grad_norm=self._norm)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _recorded(self, batch: dict, shape: tuple, first: bool, last: bool) -> Callable[[], None] | None:
+        """What runs the micro-batch from a graph, its inputs in place; None where it cannot be recorded."""
+        if (shape, first, last) not in self._graphs:
+            try:
+                self._record(shape, first, last)
+            except Exception as error:  # whatever it is, the same micro-batch runs eagerly next and shows it if it must
+                self._give_up(error)
+                return None
+        for name, buffer in self._inputs[shape].items():
+            if isinstance(buffer, Tensor):
+                buffer.copy_(batch[name], non_blocking=True)
+        return self._graphs[shape, first, last]
+
+    def _record(self, shape: tuple, first: bool, last: bool) -> None:
+        """Gradients begin as autograd makes them, without a buffer of zeros that they would be added to, and where the
+        update is not at its end they are left where the next micro-batch finds them."""
+        if not last and self._gradients is None:
+            self._gradients = {p: torch.empty_like(p) for p in self._trained}
+        if not first:
+            self._set_gradients(self._gradients)
+        inputs, kept = self._inputs[shape], self._gradients
+
+        def function() -> None:
+            self._micro_batch(inputs, first, last)
+            if first and not last:
+                torch._foreach_copy_(list(kept.values()), [p.grad for p in kept])
+
+        self._graphs[shape, first, last] = self.recorder.record(function)
+
+    def _set_gradients(self, gradients: dict[Tensor, Tensor] | None) -> None:
+        for p in self.parameters:
+            p.grad = gradients.get(p) if gradients else None
+
+    def _give_up(self, error: Exception) -> None:
+        """Eager from here on. Gradients that graphs of this update have left stay the parameters' own."""
+        self.recorder.forget()
+        self.recorder = None
+        self._forget()
+        guess = "Something in it waits for the device or depends on a tensor's value (a hook of your own?). "
+        if isinstance(error, torch.OutOfMemoryError):
+            guess = "Smaller micro-batches (--micro-tokens) need less memory. "
+        self.tell(
+            f"the training step could not be recorded as a CUDA graph: {type(error).__name__}: {error}. {guess}"
+            "It runs without, to the same numbers; --no-capture does not try"
+        )
+
+
+def _set(count: Tensor, number: int | Tensor) -> None:
+    """A number is written by the device itself: copying it there would wait."""
+    if isinstance(number, Tensor):
+        count.copy_(number)
+    else:
+        count.fill_(number)
+
+
+def _moved(batch: dict, device: torch.device, copy: bool = False) -> dict:
+    return {
+        name: value.to(device, non_blocking=True, copy=copy) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def _shape(batch: dict) -> tuple:
+    """What two batches have in common that one graph serves."""
+    return tuple((k, v.shape, v.dtype) if isinstance(v, Tensor) else (k, v) for k, v in sorted(batch.items()))

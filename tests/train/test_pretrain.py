@@ -15,11 +15,11 @@ from training_runs import losses, train, weights
 
 import bert_fast
 from bert_fast.data import PretrainingDataset, load_tokenizer, open_corpus, pad_samples
+from bert_fast.data.files import FolderInUse
 from bert_fast.train import checkpoint, metrics, modelling, pretrain
 from bert_fast.train.checkpoint import CheckpointError
 from bert_fast.train.config import ConfigError, resolve
-from bert_fast.train.pretrain import NotTheSameRun
-from bert_fast.train.process import FolderInUse
+from bert_fast.train.resume import NotTheSameRun
 from bert_fast.train.step import Step
 
 
