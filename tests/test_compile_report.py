@@ -125,6 +125,14 @@ def test_kernels_keep_the_rules_on_sm_90(kernel):
     assert kernel in done.stdout
 
 
+def test_mlm_loss_reads_and_writes_logits_by_sixteen_bytes(tmp_path):
+    """A mask that ends at 30522, a multiple of 2 alone, would split accesses of 16-bit logits into such of 4 bytes."""
+    done = _report("--targets", "90", "--kernels", "mlm_loss fwd V=30522 grads", "--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in json.loads((tmp_path / "report.json").read_text())["rows"]:
+        assert row["wide"] > 0.6, row  # what is left are bias and the numbers of a row
+
+
 def test_spilling_kernel_is_reported(tmp_path):
     done, report = _report_of(tmp_path, SPILLING, 90)
     assert done.returncode == 1, done.stdout + done.stderr
