@@ -50,7 +50,7 @@ def attention_keep(
         key,
         zeros + group[None, :],
         zeros + query_position.to(tl.int32)[:, None],
-        zeros + tl.to_tensor(sample).to(tl.int32),
+        zeros + tl.cast(sample, tl.int32),
         zeros + ((site << 16) | head),
     )
     shape: tl.constexpr = (BLOCK_M, BLOCK_N // 64, 1, 8)
