@@ -5,11 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_fast.data import PretrainingDataset, load_tokenizer, masked_count, open_corpus
-from bert_fast.train.loader import BatchMaker, load_updates, updates
+from bert_fast.data import Capacities, PretrainingDataset, load_tokenizer, masked_count, open_corpus
+from bert_fast.train.loader import BatchMaker, Order, Parcel, load_updates, updates
 from bert_fast.train.plan import Place, Stream, deal, micro_batches
 from bert_fast.train.schedule import Phase
 
@@ -154,3 +155,22 @@ def test_batches_hold_the_updates_samples_whatever_ranks_and_workers(dataset, pr
                     assert ids[begin : begin + len(sample.input_ids)] == sample.input_ids.tolist()
                 slots += members.tolist()
         assert sorted(slots) == list(range(batch))
+
+
+def test_a_batch_travels_as_one_block(dataset, prepared):
+    """Between processes one tensor is handed over, and the batch is what was made: names, dtypes, shapes, numbers."""
+    maker = BatchMaker(dataset, prepared / "data")
+    update = Stream(dataset, SEQ, Place()).take(0, 7)
+    order = Order(SEQ, np.arange(7), update.epochs, update.indices, update.rows, Capacities(256, 9, 48))
+    batch = maker[order]
+    opened = Parcel.of(batch).opened()
+    assert list(opened) == list(batch)
+    for name, value in batch.items():
+        if isinstance(value, int):
+            assert opened[name] == value
+            continue
+        assert (opened[name].dtype, opened[name].shape) == (value.dtype, value.shape)
+        assert (opened[name] == value).all()
+        assert opened[name].data_ptr() % Parcel.ALIGNMENT == 0
+    assert len({value.untyped_storage().data_ptr() for value in opened.values() if not isinstance(value, int)}) == 1
+    assert {value.dtype for value in opened.values() if not isinstance(value, int)} == {torch.int32, torch.int64}
