@@ -70,7 +70,8 @@ def _prepare(options: argparse.Namespace) -> None:
     from bert_fast import data
 
     out = Output.of(options)
-    files = corpus_files(options.corpus, without=data.prepared_files(options.out))
+    made_here = [*data.prepared_files(options.out), *data.tokenizer_files(options.tokenizer)]
+    files = corpus_files(options.corpus, without=made_here)
     lowercase = False if options.cased else True if options.uncased else None
     tokenizer = data.load_tokenizer(options.tokenizer, lowercase=lowercase)
     folder = writable_folder(options.out)

@@ -39,12 +39,12 @@ bert-fast tokenizer zh.txt.gz --limit-alphabet 8000 --vocab-size 21128 --out tok
 
 def run(options: argparse.Namespace) -> None:
     """Trains and saves the tokenizer."""
-    from bert_fast.data import save_tokenizer, train_tokenizer
+    from bert_fast.data import save_tokenizer, tokenizer_files, train_tokenizer
 
     out = Output.of(options)
     if options.vocab_size < 1 or options.min_frequency < 1 or options.limit_alphabet < 1:
         raise ValueError("--vocab-size, --min-frequency and --limit-alphabet must be at least 1")
-    files = corpus_files(options.corpus)
+    files = corpus_files(options.corpus, without=tokenizer_files(options.out))
     folder = writable_folder(options.out)
     if (folder / "tokenizer.json").exists() and not options.overwrite:
         raise ValueError(f"{folder} holds a tokenizer already: choose another --out, or --overwrite it")

@@ -9,7 +9,7 @@ from bert_fast.data.packing import Capacities, capacities, plan_batches
 from bert_fast.data.prepare import prepare
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.shards import open_corpus, prepared_files, read_manifest
-from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_files, train_tokenizer
 
 # Imported when first asked for: torch takes seconds to import, and the processes of ``prepare`` need none of it.
 _WITH_TORCH = {
@@ -52,6 +52,7 @@ __all__ = [
     "special_ids",
     "split_sentences",
     "stream_documents",
+    "tokenizer_files",
     "train_tokenizer",
     "wikipedia_lengths",
 ]

@@ -23,7 +23,7 @@ from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.files import sole_writer, write_atomically
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.shards import finish, map_tensors, prepared_files, shard_made, shard_path, write_shard
-from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_files
 from bert_fast.data.workers import in_processes
 
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # of the environment: whether `tokenizers` uses threads
@@ -79,7 +79,10 @@ def prepare(
     index, of = shard
     if not 0 <= index < of:
         raise ValueError(f"shard {index}/{of}: the first number must be 0 to {of - 1}")
-    out, files = Path(out), expand_paths(paths, without=prepared_files(out))
+    out, no_text = Path(out), prepared_files(out)
+    if not isinstance(tokenizer, Tokenizer):
+        no_text += tokenizer_files(tokenizer)
+    files = expand_paths(paths, without=no_text)
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     special_ids(tokenizer)
     versions = {path: _version(path) for path in files}

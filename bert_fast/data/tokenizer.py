@@ -123,6 +123,14 @@ def continuation_table(tokenizer: Tokenizer) -> np.ndarray:
     return table
 
 
+def tokenizer_files(path: str | Path) -> list[Path]:
+    """The files of a tokenizer at ``path``, a folder or a file, if it is there: no text where they lie in a corpus."""
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    names = {"tokenizer.json", "vocab.txt", "tokenizer_config.json"} | ({path.name} if path.is_file() else set())
+    return [folder / name for name in sorted(names)]
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int = 512) -> Path:
     """Writes ``tokenizer.json``, ``vocab.txt`` (if ids have no gap) and ``tokenizer_config.json``; returns the folder.
 

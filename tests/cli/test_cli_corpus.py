@@ -263,3 +263,22 @@ def test_a_signal_stops_prepare_and_the_same_command_finishes_it(start, folder, 
     whole = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")}
     assert len(whole) > 20
     assert whole == {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")}
+
+
+@pytest.mark.parametrize("place", [".", "tok"])
+def test_a_tokenizer_within_the_corpus_is_no_part_of_it(run, tmp_path, place):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    out = folder / place
+    options = ("--vocab-size", 80, "--min-frequency", 1, "--out", out)
+    assert run("tokenizer", folder, *options).code == 0
+    first = (out / "tokenizer.json").read_bytes()
+    again = run("tokenizer", folder, *options, "--overwrite", "--json")
+    assert again.result["documents"] == 2
+    assert (out / "tokenizer.json").read_bytes() == first
+    for number, tokenizer in enumerate((out, out / "tokenizer.json", out / "vocab.txt")):
+        made = run("prepare", folder, "--tokenizer", tokenizer, "--out", tmp_path / f"data{number}", "--json")
+        assert (made.code, made.result["documents"], made.result["counts"].get("invalid_json")) == (0, 2, None)
+    data.prepare(folder, out, tmp_path / "python", workers=1)
+    assert data.read_manifest(tmp_path / "python")["documents"] == 2
