@@ -166,13 +166,15 @@ def compile_case(case: dict, capability: int) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel, part, constants = case["kernel"], PARTS[capability], case["constexprs"]
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else case["signature"][name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case["divisible_by_16"]}
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        source(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]},
     )
@@ -227,14 +229,15 @@ def launched_kernels(source: str) -> set[str]:
 
 def collect(folder: Path, targets: list[int]) -> tuple[list[tuple[int, dict]], list[str]]:
     """Every (target, case) of the folder's files, and the launched kernels that no case covers, in words."""
-    cases, launched = [], {}
+    cases, launched, covered = [], {}, set()
     for path in sorted(folder.glob("*.py")):
         names = launched_kernels(path.read_text(encoding="utf-8"))
         module = _load(path, folder)
         launched.update({getattr(module, name): f"{path.name}: {name}" for name in names})
         if hasattr(module, "aot_cases"):
-            cases += [(target, case) for target in targets for case in module.aot_cases(target)]
-    covered = {case["kernel"] for _, case in cases}
+            of_target = {target: module.aot_cases(target) for target in PARTS}  # a kernel may be for one of them alone
+            cases += [(target, case) for target in targets for case in of_target[target]]
+            covered |= {case["kernel"] for found in of_target.values() for case in found}
     missing = [where for kernel, where in launched.items() if kernel not in covered]
     return cases, [f"{where} is launched but in no aot_cases" for where in missing]
 
