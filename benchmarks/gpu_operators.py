@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from gpu_results import Results
+from gpu_tune import applied, configurations, same
 from operators import DIRECTIONS, DROPOUT, OPERATORS, Case, Stopwatch, build_case
 from step_model import TOKENS, ceilings_of, lengths_of, operator_seconds, parameters, update
 from workload import model_config
@@ -28,10 +29,28 @@ def sizes(options) -> list[tuple[str, int, str]]:
     ]  # fmt: skip
 
 
-def contenders(operator: str) -> list[str]:
-    """Who has ``operator`` here: ours, PyTorch's own composition, installed peers."""
+def contenders(operator: str, direction: str) -> list[str]:
+    """Who has ``operator`` here: ours, PyTorch's own composition, installed peers, a candidate to become ours."""
     peers = [b for b in ("flash_attn", "apex") if b in dispatch.TABLE[operator] and dispatch.why_unavailable(b) is None]
-    return ["bert_fast", "pytorch", *peers]
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    candidates = ["one pass"] if hopper and (operator, direction) == ("attention", "backward") else []
+    return ["bert_fast", "pytorch", *peers, *candidates]
+
+
+def candidate(call: Callable[[], object]) -> Callable[[], object]:
+    """Attention's backward ``call`` by the kernel of one pass. What is wrong is not timed: RuntimeError where it does
+    not give, to rounding, what the two kernels give."""
+    (change,) = configurations("attention", "one_pass", smoke=False)
+
+    def run():
+        with applied("attention", "one_pass", change):
+            return call()
+
+    with applied("attention", "one_pass", {"ONE_PASS_BACKWARD": {}}):
+        expected = call()
+    if not same(run(), expected):
+        raise RuntimeError("the one-pass backward of attention does not give the gradient of the two kernels")
+    return run
 
 
 def calls(case: Case, direction: str, contender: str, operator: str) -> Callable[[], object]:
@@ -47,6 +66,8 @@ def calls(case: Case, direction: str, contender: str, operator: str) -> Callable
 
         forward = with_peer(case.ours)
         return forward if direction == "forward" else with_peer(case.backward("bert_fast", forward()))
+    if contender == "one pass":
+        return candidate(case.backward("bert_fast", case.ours()))
     forward = {"bert_fast": case.ours, "pytorch": case.torch, "compile": None}[contender]
     if contender == "compile":
         forward = torch.compile(case.torch, dynamic=False)
@@ -143,7 +164,7 @@ def run(results: Results, options) -> None:
         for operator in OPERATORS:
             dropouts = (DROPOUT, 0.0) if operator == "attention" else (DROPOUT,)
             for dropout in dropouts:
-                work += [(operator, d, c, *size, dropout) for d in DIRECTIONS for c in contenders(operator)]
+                work += [(operator, d, c, *size, dropout) for d in DIRECTIONS for c in contenders(operator, d)]
     compiled = [] if options.smoke else [
         (operator, d, "compile", model, 512, "full", DROPOUT)
         for model in ("large", "base") for operator in OPERATORS for d in DIRECTIONS

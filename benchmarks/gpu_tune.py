@@ -28,6 +28,8 @@ def configurations(operator: str, kernel: str, smoke: bool) -> list[dict]:
     """What to try in place of the kernel's own launch configuration; keys that are left out stay as they are."""
     if smoke:
         return [{"num_warps": 2}, {"num_warps": 8}]
+    if kernel == "one_pass":
+        return [{"ONE_PASS_BACKWARD": {90: 1}}]
     if operator == "attention":
         return _grid(BLOCK_M=(64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
     if kernel == "chunk":
@@ -41,7 +43,8 @@ def configurations(operator: str, kernel: str, smoke: bool) -> list[dict]:
 
 # operator -> the launches that have a configuration of their own, with the direction in which each runs
 KERNELS = {
-    "attention": (("fwd", "forward"), ("dq", "backward"), ("dkv", "backward")),
+    # one_pass: attention_hopper.py's kernel in place of dq and dkv
+    "attention": (("fwd", "forward"), ("dq", "backward"), ("dkv", "backward"), ("one_pass", "backward")),
     "residual_layernorm": (("fwd", "forward"), ("bwd", "backward")),
     "bias_gelu": (("fwd", "forward"), ("bwd", "backward")),
     "embedding_layernorm": (("fwd", "forward"), ("bwd", "backward")),
@@ -62,6 +65,14 @@ def applied(operator: str, kernel: str, changed: dict):
             defaults["chunk"] = original
         return
     module = importlib.import_module(dispatch.TABLE[operator]["triton"])
+    if kernel == "one_pass":
+        original = module.ONE_PASS_BACKWARD
+        module.ONE_PASS_BACKWARD = changed["ONE_PASS_BACKWARD"]
+        try:
+            yield
+        finally:
+            module.ONE_PASS_BACKWARD = original
+        return
     original = module._launch_config
 
     def launch_config(*arguments) -> dict:

@@ -45,6 +45,11 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 _TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _UNSPECIALIZED = ("tokens", "sequences", "blocks", "heads", "threshold", "site")  # no variant for 1 or multiples of 16
 
+# Compute capability -> from which max_seqlen on the backward is attention_hopper.py's, where that takes the case.
+# Nowhere, as nothing has been measured: `make gpu` times both, and {90: 256} would be what to write after a win at 256
+# and at 512.
+ONE_PASS_BACKWARD: dict[int, int] = {}
+
 
 def _launch_config(kernel: str, capability: int, head_dim: int, dtype: torch.dtype, max_seqlen: int) -> dict:
     """Tile sizes and launch options of ``kernel`` ("fwd", "dq" or "dkv"), both directions.
@@ -364,6 +369,16 @@ def _check(qkv: torch.Tensor, scale: float) -> None:
         raise ValueError(f"bert_fast.attention: the Triton kernel needs a scale above 0, got {scale}")
 
 
+def _one_pass_backward(grad_out, qkv, out, max_seqlen):
+    """The backward of attention_hopper.py where it is to be used, else None."""
+    shortest = ONE_PASS_BACKWARD.get(_capability(qkv.device))
+    if shortest is None or max_seqlen < shortest:
+        return None
+    from . import attention_hopper
+
+    return attention_hopper.attention_bwd if attention_hopper.takes(grad_out, qkv, out, max_seqlen) else None
+
+
 def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site):
     """qkv (T, 3, A, D) bf16, fp16 or fp32 -> out (T, A*D), lse (A, T) float32: see reference.attention_fwd.
 
@@ -387,6 +402,9 @@ def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
 def attention_bwd(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site):
     """-> gradient of qkv (T, 3, A, D) in its dtype: see reference.attention_bwd. Raises as attention_fwd."""
     _check(qkv, scale)
+    one_pass = _one_pass_backward(grad_out, qkv, out, max_seqlen)
+    if one_pass is not None:
+        return one_pass(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     if qkv.shape[0]:

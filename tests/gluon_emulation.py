@@ -400,7 +400,7 @@ def _language() -> types.SimpleNamespace:
         permute=lambda x, order: Tile(x.data.transpose(order), x.dtype),
         reshape=lambda x, shape: Tile(x.data.reshape(shape), x.dtype),
         sum=lambda x, axis: Tile(x.data.sum(axis, dtype=x.dtype.numpy), x.dtype),
-        exp2=lambda x: Tile(np.exp2(x.data), float32, x.layout),
+        exp2=lambda x: Tile(_exp2(x.data), float32, x.layout),
         minimum=_scalar_or(min, np.minimum),
         maximum=_scalar_or(max, np.maximum),
         static_range=range,
@@ -409,6 +409,11 @@ def _language() -> types.SimpleNamespace:
         num_programs=lambda axis: _program.grid[axis],
         load=load, store=store, cast=cast, where=where, barrier=barrier,
     )  # fmt: skip
+
+
+def _exp2(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.exp2(values)
 
 
 class Constant:

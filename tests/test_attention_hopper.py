@@ -1,0 +1,284 @@
+"""Attention's one-pass backward: on a GPU of compute capability 9.0 as it is, elsewhere in the emulation of Gluon.
+
+The emulation finds races (tests/gluon_emulation.py). That it does is tested by taking barriers, fences and waits away.
+"""
+
+import importlib
+import itertools
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from parity import DEVICE, assert_near_truth
+from test_attention import differentiate, packed, plain
+
+pytest.importorskip("triton")
+
+import gluon_emulation as emulation
+
+from bert_fast import random, reference
+from bert_fast.kernels import attention as portable
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+SITE = 3
+ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+if DEVICE == "cuda" and not ON_HOPPER:
+    pytest.skip("the kernel is for compute capability 9.0", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def one_pass():
+    if ON_HOPPER:
+        from bert_fast.kernels import attention_hopper
+
+        return attention_hopper
+    return emulation.load_module("attention_hopper")
+
+
+def operands(lengths, heads, dtype, p, tail=0, scale=1.0):
+    """(grad_out, qkv, out, lse) and the other arguments; out and lse are the float64 reference's, rounded."""
+    qkv, cu_seqlens, row_key, rng_key, longest = packed(lengths, heads, 64, dtype, tail, scale)
+    arguments = (cu_seqlens, longest, row_key, rng_key, 0.125, p, SITE)
+    out, lse = reference.attention_fwd(qkv.double(), *arguments)
+    grad_out = torch.randn(qkv.shape[0], heads * 64, device=DEVICE).to(dtype)
+    return (grad_out, qkv, out.to(dtype), lse.float()), arguments
+
+
+def compare(one_pass, lengths, heads, dtype, p, tail=0):
+    tensors, arguments = operands(lengths, heads, dtype, p, tail)
+    grad_out, qkv, *_ = tensors
+    cu_seqlens, longest, row_key, rng_key, *_ = arguments
+    ours = one_pass.attention_bwd(*tensors, *arguments)
+    _, truth = differentiate(
+        lambda x: reference.attention_fwd(x, *arguments)[0], qkv.double(), grad_out.double()
+    )  # fmt: skip
+    _, same_dtype = differentiate(lambda x: plain(x, cu_seqlens, row_key, rng_key, p), qkv, grad_out)
+    parts = {"dq": 0, "dk": 1, "dv": 2} if longest > 1 else {"dqkv": slice(0, 3)}
+    factor = 3.0 if min(lengths, default=0) < 16 else 1.5  # as in test_attention.py
+    for name, i in parts.items():
+        assert_near_truth(name, ours[:, i], same_dtype[:, i], truth[:, i], factor=factor, floor=4.0)
+    assert (ours[sum(lengths) :] == 0).all(), "rows past cu_seqlens[-1] are not all zero"
+    return ours, tensors, arguments
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "lengths",
+    [[1], [2, 3, 1], [17], [63, 64, 65], [0, 9, 0, 0, 70, 0], [0, 0], [], [127, 128], [129, 5]],
+    ids=str,
+)
+def test_lengths(one_pass, lengths, p):
+    compare(one_pass, lengths, 1, BRAIN, p, tail=3)
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+def test_heads_and_a_tail_longer_than_every_sequence(one_pass, dtype):
+    compare(one_pass, [40, 100], 3, dtype, 0.1, tail=700)
+
+
+@pytest.mark.parametrize(("lengths", "dtype", "p"), [([300], BRAIN, 0.1), ([511], HALF, 0.1), ([512], BRAIN, 0.0)])
+def test_long(one_pass, lengths, dtype, p):
+    compare(one_pass, lengths, 1, dtype, p)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+def test_a_batch(one_pass, dtype, p):
+    compare(one_pass, [512, 84, 301, 257, 3, 192, 0, 448], 2, dtype, p, tail=100)
+
+
+def test_no_token(one_pass):
+    tensors, arguments = operands([], 2, BRAIN, 0.0)
+    assert one_pass.attention_bwd(*tensors, *arguments).shape == (0, 3, 2, 64)
+
+
+@pytest.mark.parametrize("lengths", [[70, 100], [200]], ids=["four warps", "eight warps"])
+def test_gradient_of_the_two_kernels(one_pass, lengths):
+    ours, tensors, arguments = compare(one_pass, lengths, 2, BRAIN, 0.1)
+    two = portable.attention_bwd(*tensors, *arguments)
+    difference = (ours.double() - two.double()).norm() / two.double().norm()
+    assert float(difference) < torch.finfo(BRAIN).eps
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("length", [100, 150], ids=["four warps", "eight warps"])
+def test_the_mask_bit_for_bit(one_pass, length, p):
+    """dO is the identity for 64 queries at a time, so dV shows which of their scores are kept."""
+    found = torch.zeros(2, length, length, dtype=torch.bool, device=DEVICE)
+    tensors, arguments = operands([20, length], 2, HALF, p, scale=0.05)
+    row_key, rng_key = arguments[2:4]
+    for first in range(0, length, 64):
+        rows = min(64, length - first)
+        grad_out = torch.zeros_like(tensors[0]).view(-1, 2, 64)
+        grad_out[20 + first : 20 + first + rows, :, :rows] = torch.eye(rows, device=DEVICE, dtype=HALF)[:, None]
+        grad = one_pass.attention_bwd(grad_out.view(-1, 128), *tensors[1:], *arguments)
+        found[:, first : first + rows] = grad[20:, 2, :, :rows].permute(1, 2, 0) != 0
+    keep = random.attention_keep_mask(rng_key, row_key[20:], 2, length, p, SITE)
+    assert torch.equal(found, keep)
+
+
+def test_same_bits_twice(one_pass):
+    tensors, arguments = operands([33, 150], 2, BRAIN, 0.1, tail=5)
+    first, second = (one_pass.attention_bwd(*tensors, *arguments) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_no_sequence_sees_another(one_pass):
+    """Also where the other is NaN, and rows past the end are."""
+    (grad_out, qkv, out, lse), arguments = operands([9, 70, 20], 1, BRAIN, 0.1, tail=4)
+    before = one_pass.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    for x in (grad_out, qkv, out):
+        x[9:79] = float("nan")
+        x[99:] = float("nan")
+    after = one_pass.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    assert torch.equal(before[:9], after[:9])
+    assert torch.equal(before[79:], after[79:])
+    assert after[9:79].isnan().any()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_scores_give_no_nan(one_pass, sign):
+    """Scores of +-1e4: a key past the end, whose score is 0, must not be exponentiated."""
+    qkv, cu_seqlens, row_key, rng_key, longest = packed([70, 3], 1, 64, BRAIN)
+    qkv[:, 0], qkv[:, 1] = 40.0, sign * 20.0 * (1 + torch.rand(73, 1, 1, device=DEVICE))
+    arguments = (cu_seqlens, longest, row_key, rng_key, 0.125, 0.1, SITE)
+    out, lse = reference.attention_fwd(qkv.double(), *arguments)
+    grad_out = torch.randn(73, 64, device=DEVICE).to(BRAIN)
+    grad = one_pass.attention_bwd(grad_out, qkv, out.to(BRAIN), lse.float(), *arguments)
+    assert float(lse.abs().min()) > 6e3
+    assert grad.isfinite().all()
+
+
+def test_what_it_has_not_is_refused(one_pass):
+    tensors, arguments = operands([4], 1, BRAIN, 0.0)
+    long = (arguments[0], 513, *arguments[2:])
+    floats = [x.float() for x in tensors]
+    unaligned = torch.empty(tensors[0].numel() + 1, dtype=BRAIN, device=DEVICE)[1:].view(tensors[0].shape)
+    for wrong, others in (
+        ((unaligned, *tensors[1:]), arguments), (floats, arguments), (tensors, long),
+        (tensors, (*arguments[:4], 0.0, *arguments[5:])),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="one-pass backward"):
+            one_pass.attention_bwd(*wrong, *others)
+
+
+@pytest.fixture
+def as_on_hopper(one_pass, monkeypatch):
+    """attention.py takes this device for one of compute capability 9.0; gives what it calls of the one-pass kernel."""
+    spy = SimpleNamespace(takes=one_pass.takes, attention_bwd=one_pass.attention_bwd)
+    monkeypatch.setattr(portable, "_capability", lambda device: 90)
+    monkeypatch.setitem(sys.modules, "bert_fast.kernels.attention_hopper", spy)
+    monkeypatch.setattr(sys.modules["bert_fast.kernels"], "attention_hopper", spy, raising=False)
+    return spy
+
+
+def test_where_it_is_the_default(as_on_hopper, monkeypatch):
+    """Nowhere, until ONE_PASS_BACKWARD names a compute capability; what it does not take stays with the two kernels."""
+    assert portable.ONE_PASS_BACKWARD == {}
+    tensors, arguments = operands([40], 1, BRAIN, 0.1)
+    called, backward = [], as_on_hopper.attention_bwd
+    as_on_hopper.attention_bwd = lambda *all_of_them: called.append(all_of_them[5]) or backward(*all_of_them)
+    two = portable.attention_bwd(*tensors, *arguments)
+    monkeypatch.setattr(portable, "ONE_PASS_BACKWARD", {90: 64})
+    assert torch.equal(portable.attention_bwd(*tensors, *arguments), two)  # 40 tokens are fewer than 64
+    monkeypatch.setattr(portable, "ONE_PASS_BACKWARD", {90: 40})
+    portable.attention_bwd(*[x.float() for x in tensors], *arguments)
+    assert called == []
+    portable.attention_bwd(*tensors, *arguments)
+    assert called == [40]
+
+
+def test_make_gpu_times_it_where_it_is_right(as_on_hopper, monkeypatch):
+    monkeypatch.syspath_prepend(str(emulation.ROOT / "benchmarks"))
+    script = importlib.import_module("gpu_operators")
+    tensors, arguments = operands([40], 1, BRAIN, 0.1)
+    backward = as_on_hopper.attention_bwd
+    expected = backward(*tensors, *arguments)
+
+    def call():
+        return portable.attention_bwd(*tensors, *arguments)
+
+    assert torch.equal(script.candidate(call)(), expected)
+    assert portable.ONE_PASS_BACKWARD == {}
+    as_on_hopper.attention_bwd = lambda *all_of_them: 1.5 * backward(*all_of_them)
+    with pytest.raises(RuntimeError, match="does not give"):
+        script.candidate(call)
+
+    assert "one pass" not in script.contenders("attention", "backward") or ON_HOPPER
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert "one pass" in script.contenders("attention", "backward")
+    assert "one pass" not in script.contenders("attention", "forward")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The emulation finds what it is there for
+
+GUARDS = r"^ +(?:_barrier\(\)|hopper\.fence_async_shared\(\)|async_copy\.wait_group\(0\)).*$"
+
+
+def guards() -> list[str]:
+    """The kernel's lines that are a barrier, a fence or a wait for copies, in order."""
+    source = (emulation.ROOT / "kernels" / "attention_hopper.py").read_text(encoding="utf-8")
+    return re.findall(GUARDS, source, re.MULTILINE)
+
+
+def run_edited(edit, lengths=(300,), dropout=0.1):
+    module = emulation.load_module("attention_hopper", edit)
+    tensors, arguments = operands(list(lengths), 1, BRAIN, dropout)
+    return module.attention_bwd(*tensors, *arguments)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the emulation is for CPU tensors")
+@pytest.mark.parametrize("number", range(len(guards())))
+def test_without_a_barrier_a_fence_or_a_wait_there_is_a_race(number):
+    def without(source):
+        count = itertools.count()
+        return re.sub(
+            GUARDS, lambda found: "" if next(count) == number else found.group(), source, flags=re.MULTILINE
+        )  # fmt: skip
+
+    with pytest.raises(emulation.Race):
+        run_edited(without)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the emulation is for CPU tensors")
+@pytest.mark.parametrize(
+    ("what", "instead"),
+    [
+        ("warpgroup_mma_wait(1, (scores,))", "warpgroup_mma_wait(2, (scores,))"),
+        ("warpgroup_mma_wait(1, (grad_p,))", "warpgroup_mma_wait(2, (grad_p,))"),
+        ("warpgroup_mma_wait(0, (dv, dk, dq))", "warpgroup_mma_wait(1, (dv, dk, dq))"),
+        ("q_s.index(stage ^ 1), q_ptr", "q_s.index(stage), q_ptr"),
+        ("            grad_scores_s.store(grad_scores)\n", ""),
+    ],
+)
+def test_other_mistakes_are_races(what, instead):
+    def changed(source):
+        assert source.count(what) == 1
+        return source.replace(what, instead)
+
+    with pytest.raises(emulation.Race):
+        run_edited(changed)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the emulation is for CPU tensors")
+@pytest.mark.parametrize(("what", "instead"), [
+    ("mask=mask)\n\n\n@gluon.jit\ndef _load", ")\n\n\n@gluon.jit\ndef _load"),  # copies past the last row
+    ('"BLOCKS": blocks', '"BLOCKS": blocks // 2'),  # sums of dQ for half of the queries
+])  # fmt: skip
+def test_a_wrong_access_is_found(what, instead):
+    def changed(source):
+        assert source.count(what) == 1
+        return source.replace(what, instead)
+
+    tensors, arguments = operands([300], 1, BRAIN, 0.1)
+    module = emulation.load_module("attention_hopper", changed)
+    try:
+        found = module.attention_bwd(*tensors, *arguments)
+    except IndexError:
+        return
+    assert found.isnan().any()
