@@ -1,6 +1,7 @@
 """After pre-training: loading a run or a Hugging Face folder, filling masks, vectors of sentences."""
 
 import json
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import logging as transformers_logging
@@ -38,14 +40,14 @@ def load_model(
 
     ``cls`` is one of this package's model classes, ``arguments`` go to its ``from_pretrained``. Raises ValueError
     where the checkpoint lacks weights that the class needs (they would be random), except those whose names begin
-    with one of ``optional``, and where it has no BERT's configuration or vocabulary.
+    with one of ``optional``, where they cannot be read, and where it has no BERT's configuration or vocabulary.
     """
     folder = model_folder(path)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind != "bert":
         raise ValueError(f"{folder} holds a model of type {kind!r}; this engine runs BERT")
     tokenizer = load_tokenizer(folder)
-    with silent_transformers():
+    with silent_transformers(), readable_weights(folder):
         model, loading = cls.from_pretrained(folder, output_loading_info=True, **arguments)
     missing = sorted(loading["missing_keys"])
     if needed := [name for name in missing if not name.startswith(tuple(optional))]:
@@ -60,6 +62,20 @@ def load_model(
             "belong together"
         )
     return model.eval().to(device), tokenizer, missing
+
+
+@contextmanager
+def readable_weights(source: str | Path) -> Iterator[None]:
+    """ValueError where the weights of ``source`` are cut short, damaged, or a pickle of more than tensors."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {source} are damaged or cut short: {error}") from error
+    except (pickle.UnpicklingError, EOFError) as error:  # torch's own message proposes to run what the file says
+        raise ValueError(
+            f"the weights in {source} are a pickle that is damaged, or holds more than tensors and might run code; it "
+            "was not loaded: have them as model.safetensors"
+        ) from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from transformers import BertConfig
 
 from bert_fast.data import load_tokenizer, special_ids
+from bert_fast.inference import readable_weights
 from bert_fast.model import BertForPreTraining
 from bert_fast.train.config import SIZES, ConfigError, PretrainConfig
 
@@ -64,9 +65,10 @@ def new_model(config: PretrainConfig, made: BertConfig, seed: int) -> tuple[Bert
     torch.manual_seed(seed)
     if not config.init_from:
         return BertForPreTraining(made), []
-    model, info = BertForPreTraining.from_pretrained(
-        config.init_from, config=made, dtype=torch.float32, output_loading_info=True
-    )
+    with readable_weights(config.init_from):
+        model, info = BertForPreTraining.from_pretrained(
+            config.init_from, config=made, dtype=torch.float32, output_loading_info=True
+        )
     notes = []
     if missing := sorted(info["missing_keys"]):
         notes.append(f"{config.init_from} lacks {', '.join(missing)}: drawn at random")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import pickle
 import shutil
 
 import numpy as np
@@ -204,3 +206,36 @@ def test_models_that_cannot_serve_are_refused(run, folder, run_folder, tmp_path)
 def test_a_run_is_its_model(folder, run_folder):
     assert model_folder(run_folder) == run_folder / "model"
     assert model_folder(folder / "model") == folder / "model"
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a pickle"])
+def test_weights_that_cannot_be_read_are_named_and_never_run(run, folder, tmp_path, damage):
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(folder / "model", model)
+    weights = model / "model.safetensors"
+    if damage == "cut short":
+        os.truncate(weights, 1000)
+        message = "damaged or cut short"
+    else:
+        weights.unlink()
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(ran), protocol=2))
+        message = "might run code; it was not loaded"
+    for argv in (
+        ("fill-mask", model, "The [MASK]."),
+        ("pretrain", "--data", folder / "data", "--out", tmp_path / "run", "--init-from", model, "--seq", 32),
+    ):
+        done = run(*argv)
+        assert done.code == 1
+        assert f"error: the weights in {model} are " in done.err
+        assert message in done.err
+    assert not ran.exists()
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
