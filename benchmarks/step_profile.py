@@ -8,6 +8,7 @@ is printed beside it.
 """
 
 import argparse
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def part_of(event) -> str:
     while caller is not None and not caller.name.startswith("bert_fast::"):
         caller = caller.cpu_parent
     if caller is not None:
-        return caller.name.removeprefix("bert_fast::").removesuffix("_fwd").removesuffix("_bwd")
+        return re.sub(r"_(fwd|bwd)(_|_add)?$", "", caller.name.removeprefix("bert_fast::"))
     return "PyTorch's other operators" if event.name.startswith("aten::") else "autograd and Python"
 
 
