@@ -17,6 +17,7 @@ of its time, 1 where one failed, 2 for bad arguments.
 import argparse
 import ctypes
 import datetime
+import itertools
 import os
 import re
 import signal
@@ -78,17 +79,22 @@ def commit() -> str:
 
 
 def new_results(options) -> Results:
-    """The results file of this run, in a folder named after the device unless --out names one."""
+    """The results file of this run, in a folder named after the device unless --out names one; an earlier run's is
+    never written over."""
     name = "smoke" if options.smoke else torch.cuda.get_device_name(0)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     folder = options.out or ROOT / "benchmarks" / "results" / slug
     folder.mkdir(parents=True, exist_ok=True)
-    today, version = datetime.date.today().isoformat(), options.commit or commit()
+    now, version = datetime.datetime.now(datetime.UTC), options.commit or commit()
+    today = now.date().isoformat()
     data = {
         "kind": "gpu", "gpu": name, "smoke": options.smoke, "date": today, "commit": version,
+        "started": now.isoformat(timespec="seconds"),
         "command": ["benchmarks/gpu.py", *sys.argv[1:]], "budget": options.budget, "phases": [],
     }  # fmt: skip
-    return Results(folder / f"{today}-{version.rstrip('+')}{'-dirty' if version.endswith('+') else ''}.json", data)
+    stem = f"{today}-{version.rstrip('+')}{'-dirty' if version.endswith('+') else ''}"
+    paths = (folder / f"{stem}{'' if number == 1 else f'-{number}'}.json" for number in itertools.count(1))
+    return Results(next(path for path in paths if not path.exists()), data)
 
 
 def run_phase(phase: int, results: Results, options) -> None:

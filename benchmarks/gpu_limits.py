@@ -20,9 +20,18 @@ def median_ms(call: Callable[[], object], stopwatch: Stopwatch, repeat: int) -> 
     return statistics.median(stopwatch(call) for _ in range(repeat))
 
 
-def product_rate(device: str, dtype: torch.dtype, m: int, n: int, k: int, stopwatch: Stopwatch, repeat: int) -> float:
-    """FLOP/s of the library's (m, k) x (k, n) on random data."""
-    a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype).T
+def product_rate(
+    device: str, dtype: torch.dtype, m: int, n: int, k: int, stopwatch: Stopwatch, repeat: int, turned: str = "b"
+) -> float:
+    """FLOP/s of the library's (m, k) x (k, n) on random data; ``turned`` names the factors that lie transposed in
+    memory: a linear's weight in its forward ("b"), none for d input (""), the output's gradient for d weight ("a")."""
+
+    def factor(name: str, rows: int, columns: int) -> torch.Tensor:
+        if name in turned:
+            return torch.randn(columns, rows, device=device).to(dtype).T
+        return torch.randn(rows, columns, device=device).to(dtype)
+
+    a, b = factor("a", m, k), factor("b", k, n)
     return 2 * m * n * k / median_ms(lambda: a @ b, stopwatch, repeat) * 1e3
 
 
@@ -110,11 +119,13 @@ def run(results: Results, options) -> None:
         config = model_config(model, dropout=0.1)
         h, inner = config.hidden_size, config.intermediate_size
         for name, n, k in (("qkv", 3 * h, h), ("attention output", h, h), ("in", inner, h), ("out", h, inner)):
-            for what, shape in (("forward", (tokens, n, k)), ("d input", (tokens, k, n)), ("d weight", (n, k, tokens))):
+            for what, turned, shape in (
+                ("forward", "b", (tokens, n, k)), ("d input", "", (tokens, k, n)), ("d weight", "a", (n, k, tokens)),
+            ):  # fmt: skip
                 facts = {"model": model, "shape": f"{model} {name}, {what}: {' x '.join(map(str, shape))}"}
 
-                def case(shape=shape) -> dict:
-                    rate = product_rate(device, torch.bfloat16, *shape, stopwatch, max(2, repeat // 2))
+                def case(shape=shape, turned=turned) -> dict:
+                    rate = product_rate(device, torch.bfloat16, *shape, stopwatch, max(2, repeat // 2), turned)
                     return {"tflops": rate / 1e12, "ms": 2e3 * shape[0] * shape[1] * shape[2] / rate}
 
                 results.case(1, facts["shape"], "products", facts, case)

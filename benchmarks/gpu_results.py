@@ -7,6 +7,7 @@ import time
 import traceback
 from pathlib import Path
 
+from gpu_aims import aims_table, best_reference
 from step_model import ceilings_of, markdown_table
 
 
@@ -134,18 +135,12 @@ def limits_table(data: dict) -> str:
 
 
 def products_table(data: dict) -> str:
-    rows = [[x["shape"], _number(x.get("tflops")), _number(x.get("ms"))] for x in data.get("products", [])]
-    return markdown_table(["product of a step, bfloat16", "TFLOP/s", "ms"], rows)
-
-
-def best_reference(rows: list[dict], row: dict) -> dict | None:
-    """The fastest reference variant at the same model, length and lengths as ``row``, by sequences/s."""
-    same = [
-        x for x in rows
-        if "failed" not in x and not x["variant"].startswith("bert_fast")
-        and all(x[k] == row[k] for k in ("model", "seq", "lengths"))
-    ]  # fmt: skip
-    return max(same, key=lambda x: x["sequences_per_s"], default=None)
+    limit = data.get("limits", {}).get("matmul_tflops", {}).get("bfloat16")
+    rows = []
+    for x in data.get("products", []):
+        share = x["tflops"] / limit if limit and "tflops" in x else None
+        rows.append([x["shape"], _number(x.get("tflops")), _number(x.get("ms")), _percent(share)])
+    return markdown_table(["product of a step, bfloat16", "TFLOP/s", "ms", "of the limit"], rows)
 
 
 def steps_table(data: dict) -> str:
@@ -154,16 +149,16 @@ def steps_table(data: dict) -> str:
     for x in rows:
         name = f"{x['model']} {x['seq']}, {x['lengths']}"
         if "failed" in x:
-            lines.append([name, x["variant"], x["failed"].replace("|", "/"), *[""] * 7])
+            lines.append([name, x["variant"], x["failed"].replace("|", "/"), *[""] * 8])
             continue
         best = best_reference(rows, x) if x["variant"].startswith("bert_fast") else None
         ratio = "" if best is None else f"{x['sequences_per_s'] / best['sequences_per_s']:.2f}x {best['variant']}"
         predicted = f"{x['predicted_ms']:.1f}" if x.get("predicted_ms") else ""
         lines.append([name, x["variant"], f"{x['sequences']}", f"{x['ms']['p50']:.1f}", predicted,
                       _number(x["sequences_per_s"]), f"{x['real_tokens_per_s'] / 1e3:.1f}k", _percent(x["mfu"]),
-                      f"{x['peak_memory_mib']:.0f}", ratio])  # fmt: skip
-    header = ["BERT", "variant", "sequences", "step ms", "predicted", "sequences/s", "real tokens/s", "MFU", "peak MiB",
-              "against the best reference"]  # fmt: skip
+                      _percent(x.get("executed_share")), f"{x['peak_memory_mib']:.0f}", ratio])  # fmt: skip
+    header = ["BERT", "variant", "sequences", "step ms", "predicted", "sequences/s", "real tokens/s", "MFU", "executed",
+              "peak MiB", "against the best reference"]  # fmt: skip
     return markdown_table(header, lines)
 
 
@@ -177,7 +172,8 @@ def operators_table(data: dict) -> str:
     for (model, seq, lengths, operator, direction, dropout), found in groups.items():
         ours = found.get("bert_fast")
         others = {name: x for name, x in found.items() if name != "bert_fast"}
-        cells = [f"{model} {seq}, {lengths}", f"{operator}, {direction}" + ("" if dropout else ", no dropout")]
+        size = f"{model} {seq}, {lengths}" if seq else model  # an optimiser knows no sequences
+        cells = [size, f"{operator}, {direction}" + ("" if dropout or not seq else ", no dropout")]
         if ours is None or "failed" in ours:
             cells += ["failed" if ours else "", "", "", ""]
         else:
@@ -215,6 +211,15 @@ def tune_table(data: dict) -> str:
     return markdown_table(["kernel", "default us", "best us", "to write into the constants"], rows)
 
 
+def left_out_text(data: dict) -> str:
+    """What there was no time for."""
+    steps, operators = data.get("steps_left_out", []), data.get("operators_left_out", 0)
+    parts = ([f"of the whole steps {'; '.join(steps)}"] if steps else []) + (
+        [f"the last {operators} cases of the operators"] if operators else []
+    )
+    return f"Left out, as the time was up: {', and '.join(parts)}." if parts else ""
+
+
 def markdown(data: dict) -> str:
     """Everything that was measured, as text."""
     versions = data.get("environment", {}).get("versions", {})
@@ -228,6 +233,9 @@ def markdown(data: dict) -> str:
             [[f"{p['phase']} {p['name']}", p["state"], f"{p['seconds']:.0f}"] for p in data.get("phases", [])],
         ),
     ]
+    parts.append(left_out_text(data))
+    if aims := aims_table(data):
+        parts += ["## Against the aims", aims]
     for title, table, present in (
         ("Limits", limits_table, "limits"), ("Products", products_table, "products"),
         ("Whole steps", steps_table, "steps"), ("Operators", operators_table, "operators"),
@@ -238,9 +246,10 @@ def markdown(data: dict) -> str:
     parts += ["## Parity", parity_text(data)]
     for curve in data.get("curves", []):
         if "failed" not in curve:
+            losses, last = curve["losses"], curve["losses"][-20:]
             parts.append(
-                f"Loss of {curve['variant']} over {len(curve['losses'])} steps: {curve['losses'][0]:.3f} to "
-                f"{sum(curve['losses'][-20:]) / len(curve['losses'][-20:]):.3f} (mean of the last 20)."
+                f"Loss of {curve['variant']} over {len(losses)} steps: {losses[0]:.3f} to {sum(last) / len(last):.3f} "
+                f"(mean of the last {len(last)})."
             )
     errors = [f"```\n{p['error']}\n```" for p in data.get("phases", []) if p.get("error")]
     errors += [

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import torch
 import variants
+from gpu_aims import SMALL
 from gpu_results import Results
-from measure import PeakMemory, quantiles
+from measure import PeakMemory, quantiles, synchronize
 from operators import masked_positions
 from step_model import TOKENS, ceilings_of, lengths_of, predict, step
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from workload import Batch, Workload, model_config, random_batch
 
 import bert_fast
@@ -55,11 +58,13 @@ COMPILED = Variant("hf-compile", "float32", "torch AdamW, fused")
 def cases(options) -> list[tuple[Variant, str, int, str]]:
     """(variant, model, length of a full sequence, lengths) in the order of what is to be known first."""
     if options.smoke:
-        return [(v, "micro", 24, kind) for kind in ("wikipedia", "full") for v in (*OURS, *THEIRS)]
+        cases = [(v, "micro", 24, kind) for kind in ("wikipedia", "full") for v in (*OURS, *THEIRS)]
+        return [*cases, (OURS[0], "micro", 24, SMALL)]
     at_512 = [(m, 512, kind) for m in ("large", "base") for kind in ("wikipedia", "full")]
     at_128 = [(m, 128, kind) for m in ("base", "large") for kind in ("full", "wikipedia")]
     full_512 = [size for size in at_512 if size[2] == "full"]
     order = [(v, *size) for v in (OURS[0], THEIRS[0]) for size in at_512]
+    order += [(v, "base", 128, SMALL) for v in OURS[:2]]
     order += [(COMPILED, *size) for size in full_512]
     order += [(v, *size) for v in (OURS[1], *THEIRS[1:], OURS[2]) for size in at_512]
     order += [(v, *size) for size in at_128 for v in (*OURS, *THEIRS)]
@@ -160,10 +165,10 @@ def timed_steps(run: Callable[[], object], device: str, smoke: bool) -> list[flo
 def measure(variant: Variant, model: str, seq: int, kind: str, options, results: Results) -> dict:
     """One row. A batch that does not fit the memory is halved; rates are per second, so they still compare."""
     config = model_config(model, dropout=DROPOUT)
-    lengths = lengths_of(kind, seq, 96 if options.smoke else TOKENS)
+    lengths = [seq] * 8 if kind == SMALL else lengths_of(kind, seq, 96 if options.smoke else TOKENS)
     while True:
         try:
-            return measure_batch(variant, config, seq, lengths, options, results)
+            return measure_batch(variant, config, seq, lengths, options, results, kernels=kind == SMALL)
         except torch.OutOfMemoryError:
             if len(lengths) < 2:
                 raise
@@ -179,7 +184,20 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def measure_batch(variant: Variant, config, seq: int, lengths: list[int], options, results: Results) -> dict:
+def kernel_seconds(run: Callable[[], object], device: str, steps: int = 5) -> float | None:
+    """What the kernels and copies of a step take by themselves; None where the profiler sees none."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities) as found:
+        for _ in range(steps):
+            run()
+        synchronize(device)
+    kernels = [e for e in found.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return sum(e.time_range.elapsed_us() for e in kernels) / steps / 1e6 or None
+
+
+def measure_batch(
+    variant: Variant, config, seq: int, lengths: list[int], options, results: Results, *, kernels: bool
+) -> dict:
     ours = variant.name.startswith("bert_fast")
     predicted = masked_positions(lengths)
     batch = random_batch(lengths, predicted, seq, options.device, nsp=True, vocabulary=config.vocab_size)
@@ -188,6 +206,7 @@ def measure_batch(variant: Variant, config, seq: int, lengths: list[int], option
         first = run()
         loss = float(first.scalars[:2].sum() if ours else first)
     times = timed_steps(run, options.device, options.smoke)
+    alone = kernel_seconds(run, options.device) if kernels else None
     del run
     release()
     limit = results.data.get("limits", {}).get("matmul_tflops", {}).get("bfloat16", float("nan")) * 1e12
@@ -206,10 +225,11 @@ def measure_batch(variant: Variant, config, seq: int, lengths: list[int], option
         "mfu": full / seconds / limit, "executed_share": executed / seconds / limit,
         "peak_memory_mib": peak.mib,
     }  # fmt: skip
+    if alone is not None:
+        row["kernels_ms"] = 1e3 * alone
     if ours:
         ceilings = ceilings_of(results.data)
-        expected = predict(config, lengths, step(config, lengths, variant.weights, variant.optimizer, variant.captured),
-                           ceilings)  # fmt: skip
+        expected = predict(config, lengths, step(config, lengths, variant.weights, variant.optimizer), ceilings)
         host = 0.0 if variant.captured else expected.launches * ceilings.launch
         row["predicted_ms"] = 1e3 * max(expected.seconds, host)
     return row
@@ -266,7 +286,8 @@ def curves(results: Results, options) -> None:
     made: list = []
     for name in ("bert_fast", "transformers"):
         if time.time() > options.until - SECONDS_OF_OTHERS and not options.smoke:
-            return
+            results.add("steps_left_out", f"loss curve of {name}")
+            continue
 
         def measure(name=name) -> dict:
             if not made:

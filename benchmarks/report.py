@@ -4,14 +4,16 @@
 
 What stands between the comments ``<!-- NAME: made by benchmarks/report.py -->`` and ``<!-- end of NAME -->`` is made
 here and nowhere by hand; the names are whole-steps-cpu, measured-gpu and step-model. With --check nothing is written:
-the exit status is 1 where the document is not what the files give. Of each device the newest file counts; trials
-(``benchmarks/gpu.py --smoke``) and unfinished first phases are left out.
+the exit status is 1 where the document is not what the files give. Of each device the newest file counts, of a GPU the
+newest with whole steps where there is one; trials (``benchmarks/gpu.py --smoke``) and unfinished first phases are left
+out.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Works on a checkout that nobody installed; the siblings are scripts, not a package.
@@ -21,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 import gpu_results
 import step_aims
 import step_model
+from gpu_aims import aims_table
 from step_model import CASES, Ceilings, ceilings_of, markdown_table, operator_seconds
 from workload import model_config
 
@@ -38,6 +41,7 @@ def newest(kind: str, results: Path) -> list[tuple[Path, dict]]:
             is_gpu = data.get("kind") == "gpu"
             if is_gpu == (kind == "gpu") and not data.get("smoke") and ("limits" in data or not is_gpu):
                 files.append((path, data))
+        files.sort(key=lambda file: (bool(file[1].get("steps")), file[1].get("started", file[1].get("date", ""))))
         found += files[-1:]
     return found
 
@@ -89,26 +93,35 @@ def whole_steps_cpu(results: Path) -> str:
 
 
 def against_the_model(data: dict) -> str:
-    """Each operator as predicted at the stated ceilings, at the ceilings measured in the run, and as measured."""
+    """Each line that was measured alone: predicted at the stated ceilings, at those of the run, and as measured."""
     measured = ceilings_of(data)
     rows = []
+
+    def add(size: str, line: str, seconds: Callable[[Ceilings], float], ms: float) -> None:
+        stated, own = (1e6 * seconds(ceilings) for ceilings in (Ceilings(), measured))
+        rows.append([size, line, f"{stated:.0f}", f"{own:.0f}", f"{1e3 * ms:.0f}", f"{1e3 * ms / own:.2f}x"])
+
+    for row in data.get("products", []):
+        if "failed" not in row:
+            flops = 1e9 * row["tflops"] * row["ms"]
+            add(
+                row["model"],
+                row["shape"].removeprefix(row["model"]).strip(),
+                lambda c, n=flops: n / c.matmul,
+                row["ms"],
+            )
     for row in data.get("operators", []):
-        if (
-            row["contender"] != "bert_fast"
-            or "failed" in row
-            or (row["model"], row["seq"], row["lengths"]) not in CASES
-        ):
+        if row["contender"] != "bert_fast" or "failed" in row:
             continue
-        if not row["dropout"]:
-            continue
-        config, lengths = model_config(row["model"], dropout=0.1), step_model.lengths_of(row["lengths"], row["seq"])
-        stated, own = (
-            1e6 * operator_seconds(config, lengths, row["operator"], row["direction"], ceilings)
-            for ceilings in (Ceilings(), measured)
-        )
-        times = [f"{stated:.0f}", f"{own:.0f}", f"{1e3 * row['ms']:.0f}", f"{1e3 * row['ms'] / own:.2f}x"]
-        name = f"{row['model']} {row['seq']}, {row['lengths']}"
-        rows.append([name, f"{row['operator']}, {row['direction']}", *times])
+        config = model_config(row["model"], dropout=0.1)
+        line = f"{row['operator']}, {row['direction']}"
+        if row["direction"] == "update":
+            lines = step_model.update(config, "bfloat16", row["operator"])
+            add(row["model"], line, lambda c, found=lines: sum(x.seconds(c) for x in found), row["ms"])
+        elif row["dropout"] and (row["model"], row["seq"], row["lengths"]) in CASES:
+            lengths = step_model.lengths_of(row["lengths"], row["seq"])
+            add(f"{row['model']} {row['seq']}, {row['lengths']}", line, lambda c, g=config, n=lengths, r=row:
+                operator_seconds(g, n, r["operator"], r["direction"], c), row["ms"])  # fmt: skip
     header = ["BERT", "operator", "predicted, us", "at the run's ceilings", "measured", "measured / predicted"]
     return markdown_table(header, rows) if rows else "No operator was measured."
 
@@ -123,14 +136,20 @@ def measured_gpu(results: Path) -> str:
             f"{link(path, results)}, {data['date']}; "
             + ", ".join(f"{name} {version}" for name, version in versions.items()),
             gpu_results.limits_table(data),
+            gpu_results.left_out_text(data),
         ]
+        if aims := aims_table(data):
+            parts += ["Against the aims:", aims]
         if data.get("steps"):
             parts += ["Whole steps:", gpu_results.steps_table(data)]
         if data.get("operators"):
             parts += ["Operators:", gpu_results.operators_table(data)]
+        if data.get("operators") or data.get("products"):
             parts += ["The step model, line by line:", against_the_model(data)]
         parts.append(gpu_results.parity_text(data))
-    return "\n\n".join(parts) or "**Nothing has been measured on a GPU yet**, and no GPU figure is claimed."
+    return (
+        "\n\n".join(filter(None, parts)) or "**Nothing has been measured on a GPU yet**, and no GPU figure is claimed."
+    )
 
 
 def step_model_text(results: Path) -> str:

@@ -67,6 +67,7 @@ def test_limits_then_whole_steps(tmp_path, monkeypatch):
         assert row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
         assert row["mfu"] > 0
         assert ("predicted_ms" in row) == row["variant"].startswith("bert_fast")
+    assert [(row["lengths"], row["sequences"]) for row in found][-1] == ("8 full", 8)
     losses = {row["loss"] for row in found if row["variant"].startswith("bert_fast") and row["lengths"] == "full"}
     assert max(losses) - min(losses) < 0.05  # the same weights and batch; LAMB's and AdamW's first steps differ
     # a phase that is begun again does not measure its cases again
@@ -327,6 +328,74 @@ def test_report_sets_measurements_beside_predictions_and_changes_nothing_twice(t
     assert "Nothing has been measured on a GPU yet" not in once
 
 
+def test_report_takes_the_newest_run_that_has_whole_steps(tmp_path):
+    report = script("report")
+    data = gpu_file(tmp_path / "example-gpu", started="2026-01-02T10:00:00+00:00")
+    limits_alone = {**data, "steps": [], "started": "2026-01-03T10:00:00+00:00"}
+    newer = {**data, "started": "2026-01-02T11:00:00+00:00"}
+    for name, file in (("2026-01-03-aaa", limits_alone), ("2026-01-02-0000000", newer)):
+        (tmp_path / "example-gpu" / f"{name}.json").write_text(json.dumps(file))
+    assert [path.stem for path, _ in report.newest("gpu", tmp_path)] == ["2026-01-02-0000000"]
+
+
+def test_the_step_model_line_by_line():
+    """Products and optimisers too: at the run's own rate a product that took twice its time is off by two."""
+    rate = 700e12
+    product = {"model": "large", "shape": "large qkv, forward: 1 x 2 x 3", "ms": 2.0, "tflops": rate / 2 / 1e12}
+    update = {"model": "base", "seq": 0, "lengths": "", "operator": "lamb", "direction": "update", "dropout": 0.0,
+              "contender": "bert_fast", "ms": 2.0}  # fmt: skip
+    peer = {**update, "operator": "torch AdamW, fused", "contender": "torch AdamW, fused"}
+    data = {"limits": {"matmul_tflops": {"bfloat16": rate / 1e12}}, "products": [product], "operators": [update, peer]}
+    lines = script("report").against_the_model(data).splitlines()[2:]
+    assert lines[0] == "| large | qkv, forward: 1 x 2 x 3 | 877 | 1000 | 2000 | 2.00x |"
+    assert lines[1].startswith("| base | lamb, update | ")
+    assert len(lines) == 2
+
+
+def test_aims_reached_and_missed():
+    table = script("gpu_aims").aims_table
+    assert table({"steps": [], "operators": []}) == ""
+    size = {"model": "large", "seq": 512, "lengths": "full", "sequences": 64}
+    ours = {**size, "variant": "bert_fast captured", "executed_share": 0.58, "sequences_per_s": 400.0,
+            "peak_memory_mib": 20e3}  # fmt: skip
+    steps = [
+        ours,
+        {**size, "variant": "hf-sdpa", "sequences_per_s": 200.0, "peak_memory_mib": 50e3},
+        {**size, "variant": "hf-compile", "sequences_per_s": 250.0, "peak_memory_mib": 50e3},
+        {**ours, "model": "base", "seq": 128, "lengths": "8 full", "kernels_ms": 2.7, "ms": {"p50": 3.0}},
+    ]
+    operator = {**size, "contender": "bert_fast"}
+    attention = {**operator, "operator": "attention", "direction": "forward"}
+    operators = [
+        {**operator, "operator": "bias_gelu", "direction": "forward", "dropout": 0.1, "share_of_limit": 0.9},
+        {**operator, "operator": "residual_layernorm", "direction": "forward", "dropout": 0.1, "share_of_limit": 0.8},
+        {**attention, "dropout": 0.0, "tflops": 350.0}, {**attention, "dropout": 0.1, "tflops": 280.0},
+    ]  # fmt: skip
+    found = {}
+    for line in table({"steps": steps, "operators": operators}).splitlines()[2:]:
+        what, required, measured, verdict = (cell.strip() for cell in line.strip("|").split("|"))
+        found[what] = required, measured, verdict
+    assert found == {
+        "large, full 512: executed FLOPs of the matrix-product rate":
+            ("at least 60.0 %, aim 70.0 %", "58.0 %", "missed: 0.97 of it"),
+        "large, full 512: against hf-compile, the best there": ("at least 1.50x", "1.60x", "reached"),
+        "bandwidth, forward; the least is residual_layernorm large full":
+            ("at least 85.0 %", "80.0 %", "missed: 0.94 of it"),
+        "attention, large, full 512, forward, no dropout": ("at least 340 TFLOP/s", "350 TFLOP/s", "reached"),
+        "attention, large, full 512, forward: with dropout, of that":
+            ("at least 90.0 %", "80.0 %", "missed: 0.89 of it"),
+        "base, 8 x 128: the step's time in which no kernel runs": ("at most 5.0 %", "10.0 %", "missed: 2.00 of it"),
+        "large, full 512: peak memory, of hf-sdpa's": ("at most 50.0 %", "40.0 %", "reached"),
+    }  # fmt: skip
+
+
+def test_an_earlier_run_of_the_day_is_never_written_over(tmp_path):
+    options = SimpleNamespace(smoke=True, out=tmp_path, commit="abc", budget=1.0)
+    first, second, third = (script("gpu").new_results(options).path for _ in range(3))
+    assert len({first, second, third}) == 3
+    assert (second.stem, third.stem) == (f"{first.stem}-2", f"{first.stem}-3")
+
+
 def test_report_needs_its_comments(tmp_path, capsys):
     document = tmp_path / "performance.md"
     document.write_text("# Performance\n")
@@ -343,13 +412,19 @@ def test_the_readable_results_tell_what_failed(tmp_path):
     assert "| 3 operators | failed | 3 |" in text
     assert "Traceback: gone" in text
     assert "3 tests passed, 1 failed when the time was up." in text
+    assert "Left out" not in text
+    late = {**data, "steps_left_out": ["base 128 full hf-eager", "loss curve of transformers"], "operators_left_out": 7}
+    told = (
+        "of the whole steps base 128 full hf-eager; loss curve of transformers, and the last 7 cases of the operators"
+    )
+    assert f"Left out, as the time was up: {told}." in script("gpu_results").markdown(late)
     assert "t::x: off by one" in text
 
 
 def test_the_order_of_work_and_who_is_left_out():
     gpu_steps = script("gpu_steps")
     order = gpu_steps.cases(SimpleNamespace(smoke=False, device="cuda"))
-    assert len(set(order)) == len(order) == 8 * 7
+    assert len(set(order)) == len(order) == 8 * 7 + 2  # and ours, at 8 x 128
     assert (order[0][0].name, *order[0][1:]) == ("bert_fast captured", "large", 512, "wikipedia")
     assert {case[1:3] for case in order[: gpu_steps.CURVES_AFTER]} == {("large", 512), ("base", 512)}
 
