@@ -7,8 +7,8 @@ The same steps as commands: bert-fast tokenizer, prepare, pretrain, fill-mask, f
 pre-trains on the reference of the Python language, which every Python ships, and then learns to tell whether a
 sentence of it is about objects and their methods or about statements.
 
-Half a megabyte of text teaches a tiny model too little to help there: expect as good an accuracy from random weights, with
-differences of a few points that are chance (200 sentences).
+Half a megabyte of text teaches a tiny model too little to help there: expect as good an accuracy from random weights,
+with differences of a few points that are chance (200 sentences).
 """
 
 import argparse
