@@ -8,9 +8,13 @@ for each target by Triton, and read with the cuobjdump of Triton's package. The 
     spills      no register is spilled (STL, LDL: stores to and loads from local memory)
     shared      shared memory fits the part's limit for one program, tensor memory its 512 columns
     products    a 16-bit kernel with matrix products uses its target's own tensor-core instruction
+    waits       the products of a Gluon kernel, which issues them asynchronously, have not been made to wait in turn
     width       a row operator reads and writes memory by 16 bytes: "wide" is at least a half
     coverage    every kernel that the host launches is in some file's aot_cases
 
+"waits" are instructions that wait for asynchronous products (HGMMA): as many of them as of products mean that the
+assembler saw their registers used meanwhile and made them wait in turn. Triton's own pipelining (num_stages of 2 and
+more) leads to that in some kernels: there it is shown, and no rule.
 Occupancy is computed from registers, shared memory and warps, not measured. "wasted" is the share of the scores that an
 attention kernel's tiles compute past the ends of sequences of Wikipedia's lengths at 512 and at 128 (a quarter of each
 length). "wide" is the share of accesses to global memory of 16 bytes a thread or more, by the bytes that instructions
@@ -75,6 +79,7 @@ class Row:
     shared_bytes: int
     occupancy: float  # share of the part's warps that can be resident
     tensor_core: dict[str, int]  # opcode -> instructions
+    product_waits: int  # instructions that wait for asynchronous products
     bulk_copies: int  # instructions
     wide: float | None  # share of the bytes that accesses to global memory name in 16 bytes or more; None without any
     wasted: dict[int, float] = field(default_factory=dict)  # full length -> share of the computed scores
@@ -123,7 +128,7 @@ def wide_share(instructions: Counter) -> float | None:
     return found[True] / found.total() if found else None
 
 
-def broken_rules(row: Row, part: Part, needs_tensor_core: bool, tensor_memory: int) -> list[str]:
+def broken_rules(row: Row, part: Part, needs_tensor_core: bool, tensor_memory: int, asynchronous: bool) -> list[str]:
     """What ``row`` breaks, in words."""
     broken = []
     if row.spills:
@@ -135,6 +140,9 @@ def broken_rules(row: Row, part: Part, needs_tensor_core: bool, tensor_memory: i
     if needs_tensor_core and part.tensor_core not in row.tensor_core:
         found = ", ".join(row.tensor_core) or "none"
         broken.append(f"products without {part.tensor_core} (tensor-core instructions: {found})")
+    products = row.tensor_core.get("HGMMA", 0)
+    if asynchronous and products <= row.product_waits:
+        broken.append(f"{row.product_waits} waits for {products} products: the assembler has made them wait in turn")
     if row.kernel.startswith(ROW_OPERATORS) and row.wide is not None and row.wide < 0.5:
         broken.append(
             f"{row.wide:.0%} of the bytes of global memory are read and written by 16, expected a half or more"
@@ -194,13 +202,14 @@ def compile_case(case: dict, capability: int) -> Row:
         shared_bytes=metadata.shared,
         occupancy=occupancy(part, registers, metadata.shared, warps),
         tensor_core={name: opcodes[name] for name in TENSOR_CORE if opcodes[name]},
+        product_waits=sum(count for name, count in instructions.items() if name.startswith("WARPGROUP.DEPBAR")),
         bulk_copies=sum(opcodes[name] for name in BULK_COPY),
         wide=wide_share(instructions),
         wasted={seq: wasted_scores(*case["score_tile"], seq) for seq in (512, 128) if "score_tile" in case},
     )
     sixteen_bits = any(kind in ("*bf16", "*fp16") for kind in signature.values())
     tensor_memory = getattr(metadata, "tmem_size", 0) or 0
-    row.broken = broken_rules(row, part, case["dot"] and sixteen_bits, tensor_memory)
+    row.broken = broken_rules(row, part, case["dot"] and sixteen_bits, tensor_memory, kernel.is_gluon())
     return row
 
 
@@ -263,6 +272,7 @@ def table(rows: list[Row]) -> str:
     cells = [HEADER]
     for row in rows:
         tensor_core = " ".join(f"{name} {count}" for name, count in row.tensor_core.items()) or "-"
+        tensor_core += f", {row.product_waits} waits" if row.product_waits else ""
         numbers = (row.warps, row.registers, row.spills, row.local_bytes, row.shared_bytes)
         wasted = " ".join(f"{seq}: {share:.0%}" for seq, share in row.wasted.items()) or "-"
         wide = "-" if row.wide is None else f"{row.wide:.0%}"

@@ -118,7 +118,10 @@ def test_every_kernel_keeps_the_rules(tmp_path):
     assert {row["target"] for row in report["rows"]} == {80, 90, 100}
 
 
-@pytest.mark.parametrize("kernel", ["attention fwd D=64 bf16", "embedding_layernorm", "bias_gelu", "mlm_loss"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["attention fwd D=64 bf16", "attention one_pass S=512 bf16", "embedding_layernorm", "bias_gelu", "mlm_loss"],
+)
 def test_kernels_keep_the_rules_on_sm_90(kernel):
     done = _report("--targets", "90", "--kernels", kernel)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -180,6 +183,14 @@ def test_a_row_operator_that_reads_single_elements_is_reported(tmp_path, name, e
 )  # fmt: skip
 def test_bytes_of_an_access(instruction, size):
     assert compile_report.access_bytes(instruction) == size
+
+
+@pytest.mark.parametrize(("waits", "asynchronous", "broken"), [(24, True, True), (3, True, False), (24, False, False)])
+def test_products_made_to_wait_in_turn_are_reported(waits, asynchronous, broken):
+    """By the assembler, in a kernel that issues them asynchronously itself; in others they are shown, not judged."""
+    row = compile_report.Row("attention one_pass", 90, 8, 255, 0, 0, 0, 0.1, {"HGMMA": 24}, waits, 0, None)
+    assert bool(compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, asynchronous)) == broken
+    assert f"HGMMA 24, {waits} waits" in compile_report.table([row])
 
 
 def test_launched_kernel_without_a_case_is_reported(tmp_path):
