@@ -39,11 +39,17 @@ import triton.language as tl
 
 from ..random import dropout_scale, dropout_threshold
 from .philox import attention_keep
+from .rows import aot_case
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
 _TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _UNSPECIALIZED = ("tokens", "sequences", "blocks", "heads", "threshold", "site")  # no variant for 1 or multiples of 16
+
+_AOT_POINTERS = {"cu_seqlens_ptr": "*i32", "row_key_ptr": "*i64", "rng_key_ptr": "*i64", "lse_ptr": "*fp32",
+                 "delta_ptr": "*fp32"}  # fmt: skip
+_AOT_SCALARS = dict.fromkeys(("scale_log2", "grad_scale", "keep_scale", "keep"), "fp32")
+_AOT_SCALARS |= dict.fromkeys(_UNSPECIALIZED, "i32")
 
 # Compute capability -> from which max_seqlen on the backward is attention_hopper.py's, where that takes the case.
 # Nowhere, as nothing has been measured: `make gpu` times both, and {90: 256} would be what to write after a win at 256
@@ -430,27 +436,22 @@ def aot_cases(capability: int) -> list[dict]:
     other tuned sizes.
     """
     kernels = {"fwd": _attention_fwd_kernel, "dq": _attention_bwd_dq_kernel, "dkv": _attention_bwd_dkv_kernel}
-    types = {"cu_seqlens_ptr": "*i32", "row_key_ptr": "*i64", "rng_key_ptr": "*i64", "lse_ptr": "*fp32"}
-    types |= {"delta_ptr": "*fp32"} | dict.fromkeys(("scale_log2", "grad_scale", "keep_scale", "keep"), "fp32")
-    types |= dict.fromkeys(_UNSPECIALIZED, "i32")
     cases = []
     for name, kernel in kernels.items():
         for head_dim, dtype, p in itertools.product((64, 32, 128), (torch.bfloat16, torch.float16), (0.1, 0.0)):
             config = _launch_config(name, capability, head_dim, dtype, 512)
-            options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
-            constexprs = {"HEAD_DIM": head_dim, "HAS_DROPOUT": p > 0.0, **config}
-            runtime = [argument for argument in kernel.arg_names if argument not in constexprs]
             element = _TRITON_TYPES[dtype]
-            cases.append(
-                {
-                    "kernel": kernel,
-                    "name": f"attention {name} D={head_dim} {element} p={p}",
-                    "signature": {argument: types.get(argument, f"*{element}") for argument in runtime},
-                    "constexprs": constexprs,
-                    **options,
-                    "divisible_by_16": [argument for argument in runtime if argument.endswith("_ptr")],
-                    "dot": True,
-                    "score_tile": (constexprs["BLOCK_M"], constexprs["BLOCK_N"]),
-                }
-            )
+            title = f"attention {name} D={head_dim} {element} p={p}"
+            constants = {"HEAD_DIM": head_dim, "HAS_DROPOUT": p > 0.0}
+            tile = (config["BLOCK_M"], config["BLOCK_N"])
+            cases.append(attention_case(kernel, title, element, constants, config, tile))
     return cases
+
+
+def attention_case(kernel, name: str, element: str, constants: dict, config: dict, score_tile: tuple[int, int]) -> dict:
+    """One ahead-of-time case of a kernel over packed projections, whose tensors hold ``element`` but for the few that
+    never do; it computes scores in tiles of ``score_tile`` (compile_report.py)."""
+    names = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
+    pointers = {argument: _AOT_POINTERS.get(argument, f"*{element}") for argument in names}
+    case = aot_case(kernel, name, pointers, _AOT_SCALARS, constants, config)
+    return {**case, "dot": True, "score_tile": score_tile}

@@ -50,6 +50,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from ..random import dropout_scale, dropout_threshold
+from .attention import attention_case
 
 CAPABILITY = 90
 LONGEST = 512  # tokens of a sequence: more sums of dQ do not fit in shared memory
@@ -398,26 +399,12 @@ def aot_cases(capability: int) -> list[dict]:
     """The kernel's configurations for ahead-of-time compilation, none but for compute capability 9.0."""
     if capability != CAPABILITY:
         return []
-    kernel = _attention_bwd_one_pass_kernel
-    types = {"cu_seqlens_ptr": "*i32", "row_key_ptr": "*i64", "rng_key_ptr": "*i64", "lse_ptr": "*fp32"}
-    types |= dict.fromkeys(("scale_log2", "grad_scale", "keep_scale", "keep"), "fp32")
-    types |= dict.fromkeys(_UNSPECIALIZED, "i32")
     cases = []
     for longest, element, p in itertools.product((512, 256, 128), _TYPES.values(), (0.1, 0.0)):
-        config = _launch_config(longest)
-        options = {"num_warps": config.pop("num_warps"), "num_stages": 1}
-        constexprs = {"HAS_DROPOUT": p > 0.0, **config}
-        runtime = [argument for argument in kernel.arg_names if argument not in constexprs]
+        config = {**_launch_config(longest), "num_stages": 1}
+        name = f"attention one_pass S={longest} {element} p={p}"
+        tile = (64, 16 * config["num_warps"])
         cases.append(
-            {
-                "kernel": kernel,
-                "name": f"attention one_pass S={longest} {element} p={p}",
-                "signature": {argument: types.get(argument, f"*{element}") for argument in runtime},
-                "constexprs": constexprs,
-                **options,
-                "divisible_by_16": [argument for argument in runtime if argument.endswith("_ptr")],
-                "dot": True,
-                "score_tile": (64, 16 * options["num_warps"]),
-            }
+            attention_case(_attention_bwd_one_pass_kernel, name, element, {"HAS_DROPOUT": p > 0.0}, config, tile)
         )
     return cases
