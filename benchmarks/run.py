@@ -43,7 +43,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=512, help="tokens of a full sequence (default 512)")
     parser.add_argument("--batch", type=int, help="sequences a step (default: what fits the time)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="autocast dtype; auto: bfloat16 where the device multiplies it, else float32")  # fmt: skip
+                        help="autocast dtype; auto: bfloat16 where it is multiplied faster, else float32")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--lengths", choices=("full", "wikipedia", "corpus"), default="full",
                         help="lengths of the sequences; full adds a table at Wikipedia's lengths")  # fmt: skip
@@ -83,7 +83,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if options.dtype == "auto":
         hardware = has_matrix_unit(torch.device(options.device), torch.bfloat16)
         options.dtype = "bfloat16" if hardware else "float32"
-        options.why_dtype = "" if hardware else " (this device has no bfloat16 matrix unit; --dtype bfloat16 forces it)"
+        options.why_dtype = "" if hardware else " (bfloat16 is not multiplied faster here; --dtype bfloat16 forces it)"
     else:
         options.why_dtype = ""
     return options

@@ -10,7 +10,7 @@ import pytest
 import torch
 from parity import assert_near_truth
 
-from bert_fast import random, reference
+from bert_fast import processor, random, reference
 from bert_fast.kernels import cpu
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"no C++ operators: {cpu.why_unavailable()}")
@@ -145,6 +145,27 @@ def test_instruction_set_that_is_not_there():
         said = in_process(code, BERT_FAST_CPU_ISA=missing[0]).stdout
         assert f"asks for {missing[0]}" in said
         assert SUPPORTED[-1] in said
+
+
+@pytest.mark.parametrize(
+    ("words", "pairs", "library"),
+    [
+        ("GenuineIntel avx512f avx512_bf16", True, True),  # Cooper Lake
+        ("GenuineIntel avx512f avx512_bf16 avx512_fp16", False, False),  # Sapphire Rapids, AMX kept from it
+        ("GenuineIntel avx512f avx512_bf16 avx512_fp16 amx_bf16", False, True),
+        ("AuthenticAMD avx512f avx512_bf16 avx512_fp16", True, True),
+        ("AuthenticAMD avx2", False, False),
+        ("Features : asimd bf16", False, True),
+        ("", False, False),
+    ],
+)
+def test_bfloat16_where_it_is_multiplied_faster(monkeypatch, words, pairs, library):
+    monkeypatch.setattr(processor, "words", lambda: frozenset(words.split()))
+    assert processor.bfloat16_pairs_pay() is pairs
+    assert processor.multiplies(torch.bfloat16) is library
+    monkeypatch.delenv("BERT_FAST_CPU_ISA", raising=False)
+    monkeypatch.setattr(cpu, "supported_instruction_sets", lambda: list(cpu.INSTRUCTION_SETS))
+    assert cpu.instruction_set.__wrapped__() == ("avx512_bf16" if pairs else "avx512")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

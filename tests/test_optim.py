@@ -470,7 +470,7 @@ def test_every_instruction_set(kind):
         f"t.test_sixteen_bits_have_masters('cpu', t.torch.bfloat16, {kind!r})\n"
         f"t.test_sixteen_bits_have_masters('cpu', t.torch.float16, {kind!r})\n"
     )
-    for name in cpu.supported_instruction_sets()[:-1]:
+    for name in set(cpu.supported_instruction_sets()) - {cpu.instruction_set()}:
         environment = {**os.environ, "BERT_FAST_CPU_ISA": name}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False,

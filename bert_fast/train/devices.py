@@ -1,23 +1,19 @@
 """What a device can do: which products it has in hardware, and how fast they are."""
 
 import time
-from pathlib import Path
 
 import torch
 
+from bert_fast import processor
+
 
 def has_matrix_unit(device: torch.device, dtype: torch.dtype) -> bool:
-    """Does ``device`` multiply matrices of ``dtype`` in hardware, rather than by converting them?"""
+    """Does ``device`` multiply matrices of ``dtype`` in hardware, and no slower than those of float32?"""
     if dtype == torch.float32:
         return True
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= (8 if dtype == torch.bfloat16 else 7)
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:  # not Linux
-        return False
-    units = {"avx512_bf16", "amx_bf16", "bf16"} if dtype == torch.bfloat16 else {"amx_fp16", "avx512_fp16"}
-    return bool(flags & units)
+    return processor.multiplies(dtype)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

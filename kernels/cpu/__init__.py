@@ -1,7 +1,7 @@
 """The C++ operators: one shared library, loaded with ctypes, for every instruction set and version of torch.
 
 The library (built by CMakeLists.txt; see docs/cpu-operators.md) links neither torch nor Python nor an OpenMP
-runtime. It holds each operator once per instruction set; the best one that the CPU has is used, or the one named
+runtime. It holds each operator once per instruction set; the best one for the CPU is used, or the one named
 by the environment variable ``BERT_FAST_CPU_ISA``. Threads come from the pool that torch itself uses, and
 ``torch.set_num_threads`` holds. Beside this file lies one module per operator, with the signatures of
 bert_fast/reference.py; float64 is the reference's.
@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 
 import torch
+
+from ...processor import bfloat16_pairs_pay
 
 # BERT_FAST_CPU_LIBRARY names another build of the library, for one with sanitizers.
 LIBRARY = Path(os.environ.get("BERT_FAST_CPU_LIBRARY") or Path(__file__).with_name("libbert_fast_cpu.so"))
@@ -71,12 +73,14 @@ def supported_instruction_sets() -> list[str]:
 def instruction_set() -> str:
     """The instruction set whose code runs: the best this CPU has, or the one in ``BERT_FAST_CPU_ISA``.
 
+    avx512_bf16 is not the best where the processor has vdpbf16ps at a lower rate than float32's multiply-add.
     Raises ValueError where that names none, or one that the CPU or the build lacks; OSError without a library.
     """
     supported = supported_instruction_sets()
     forced = os.environ.get("BERT_FAST_CPU_ISA")
     if not forced:
-        return supported[-1]
+        worthwhile = [name for name in supported if name != "avx512_bf16" or bfloat16_pairs_pay()]
+        return worthwhile[-1]
     if forced not in INSTRUCTION_SETS:
         raise ValueError(f"BERT_FAST_CPU_ISA is {forced!r}; the instruction sets are {', '.join(INSTRUCTION_SETS)}")
     if forced not in supported:
