@@ -77,17 +77,16 @@ int backward(const T* grad_out, const T* x, const B* bias, T* grad_x, B* grad_bi
     if (!partial_sums.ok()) return NO_MEMORY;
     parallel(threads, blocks, [&](int64_t block, int) {
         const int64_t first = block * BLOCK_ROWS, last = first + BLOCK_ROWS < rows ? first + BLOCK_ROWS : rows;
-        for (int64_t c = 0; c < columns; c += LANES) {
-            const int64_t count = columns - c;
-            const vfloat b = bias == nullptr ? broadcast(0.0f) : load_first(bias + c, count);
-            vfloat sum = broadcast(0.0f);
-            for (int64_t row = first; row < last; row++) {
-                const int64_t at = row * columns + c;
-                const vfloat grad = load_first(grad_out + at, count) * gelu_slope(load_first(x + at, count) + b);
+        float* sums = bias == nullptr ? nullptr : partial_sums.of<float>(0) + block * padded;
+        for (int64_t row = first; row < last; row++) {  // a row of sums stays in the first-level cache
+            for (int64_t c = 0; c < columns; c += LANES) {
+                const int64_t count = columns - c, at = row * columns + c;
+                vfloat u = load_first(x + at, count);
+                if (bias != nullptr) u += load_first(bias + c, count);
+                const vfloat grad = load_first(grad_out + at, count) * gelu_slope(u);
                 store_first(grad_x + at, grad, count);
-                sum += grad;
+                if (bias != nullptr) store(sums + c, row == first ? grad : load(sums + c) + grad);
             }
-            if (bias != nullptr) store(partial_sums.of<float>(0) + block * padded + c, sum);
         }
     });
     if (bias == nullptr) return DONE;
