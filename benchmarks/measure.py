@@ -1,13 +1,11 @@
 """Times and memory: interleaved rounds, the machine's limits in the same run, peak memory in child processes."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,21 +69,14 @@ def paired_ratio(times: list[float], ours: list[float]) -> float:
     return float(np.median(np.array(times) / np.array(ours)))
 
 
-def peak_memories_mib(cases: list[dict], device: str) -> list[float | None]:
-    """Peak memory of a step in MiB, above the model's and the batch's, of each case in a child process of its own.
+def peak_memory_mib(arguments: dict) -> float | None:
+    """Peak memory of a step in MiB, above the model's and the batch's, in a child process of its own.
 
-    A case is what ``memory_of`` in run.py takes; None where a child fails (its error is printed). Nothing is timed,
-    so on a CPU two children run at once, each on half of the cores.
+    ``arguments`` is what ``memory_of`` in run.py takes; None where the child fails (its error is printed). The child
+    has as many threads as this process, and so finds what torch.compile made here, which depends on their number.
     """
-    at_once = 2 if device == "cpu" else 1
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
-    with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(lambda case: _peak_memory_mib(case, os.environ | threads), cases))
-
-
-def _peak_memory_mib(arguments: dict, environment: dict) -> float | None:
     command = [sys.executable, str(Path(__file__).with_name("run.py")), "--memory-of", json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"memory of {arguments['name']}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
         return None

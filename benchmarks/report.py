@@ -5,8 +5,8 @@
 What stands between the comments ``<!-- NAME: made by benchmarks/report.py -->`` and ``<!-- end of NAME -->`` is made
 here and nowhere by hand; the names are whole-steps-cpu, measured-gpu and step-model. With --check nothing is written:
 the exit status is 1 where the document is not what the files give. Of each device the newest file counts, of a GPU the
-newest with whole steps where there is one; trials (``benchmarks/gpu.py --smoke``) and unfinished first phases are left
-out.
+newest with whole steps where there is one, of a CPU the newest of each mode, length and dtype; trials
+(``benchmarks/gpu.py --smoke``) and unfinished first phases are left out.
 """
 
 import argparse
@@ -32,17 +32,20 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def newest(kind: str, results: Path) -> list[tuple[Path, dict]]:
-    """The newest file of ``kind`` ("cpu": of benchmarks/run.py, "gpu": of benchmarks/gpu.py) of each folder."""
+    """The files of ``kind`` ("cpu": of benchmarks/run.py, "gpu": of benchmarks/gpu.py) that count: of each folder the
+    newest, of a CPU the newest of each kind of work (mode, tokens, dtype)."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        files = []
+        files: dict[tuple, list[tuple[Path, dict]]] = {}
         for path in sorted(folder.glob("*.json")):
             data = json.loads(path.read_text(encoding="utf-8"))
             is_gpu = data.get("kind") == "gpu"
             if is_gpu == (kind == "gpu") and not data.get("smoke") and ("limits" in data or not is_gpu):
-                files.append((path, data))
-        files.sort(key=lambda file: (bool(file[1].get("steps")), file[1].get("started", file[1].get("date", ""))))
-        found += files[-1:]
+                work = () if is_gpu else tuple(data["work"][key] for key in ("mode", "seq", "dtype"))
+                files.setdefault(work, []).append((path, data))
+        for same in files.values():
+            same.sort(key=lambda file: (bool(file[1].get("steps")), file[1].get("started", file[1].get("date", ""))))
+            found.append(same[-1])
     return found
 
 

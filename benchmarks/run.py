@@ -100,9 +100,9 @@ def usable_peers(options: argparse.Namespace) -> tuple[list[str], dict[str, str]
 
 
 def default_batch(options: argparse.Namespace, config, rate: float, peers: int) -> int:
-    """The largest power of two whose warm-up and rounds fit TIMED_SECONDS at 70 % of the matrix rate."""
+    """The largest power of two whose warm-up and rounds fit TIMED_SECONDS at half of the matrix rate."""
     full = step_flops(config, [options.seq], options.seq, train=options.train)
-    most = TIMED_SECONDS * 0.7 * rate / (full * (options.rounds + 1) * (peers + 1))
+    most = TIMED_SECONDS * 0.5 * rate / (full * (options.rounds + 1) * (peers + 1))
     batch = 1
     while batch * 2 <= min(most, 64):
         batch *= 2
@@ -191,16 +191,15 @@ def timed_table(
 
     memory = dict.fromkeys(times)
     if with_memory and not options.no_memory:
-        bar.phase(f"{title}: peak memory")
         shape = {
             "model": options.model, "seq": batch.seq, "lengths": batch.lengths, "predicted": batch.predicted,
             "device": options.device, "dtype": NAMES[dtype], "train": options.train,
             "nsp": options.nsp, "optimizer": options.optimizer,
         }  # fmt: skip
-        timed = [(name, padding) for name, padding in entries if label(name, padding) in times]
-        cases = [{**shape, "name": name, "padding": padding} for name, padding in timed]
-        peaks_mib = measure.peak_memories_mib(cases, options.device)
-        memory = {label(*entry): mib for entry, mib in zip(timed, peaks_mib, strict=True)}
+        for name, padding in entries:
+            if label(name, padding) in times:
+                bar.phase(f"{title}: peak memory of {label(name, padding)}")
+                memory[label(name, padding)] = measure.peak_memory_mib({**shape, "name": name, "padding": padding})
 
     rows, ratios = [], {}
     full = step_flops(

@@ -338,6 +338,21 @@ def test_report_takes_the_newest_run_that_has_whole_steps(tmp_path):
     assert [path.stem for path, _ in report.newest("gpu", tmp_path)] == ["2026-01-02-0000000"]
 
 
+def test_report_takes_the_newest_run_of_each_work_on_a_cpu(tmp_path):
+    report = script("report")
+    (tmp_path / "example-cpu").mkdir()
+    for name, seq, dtype in (
+        ("2026-01-01-aaa", 512, "float32"),
+        ("2026-01-02-bbb", 512, "float32"),
+        ("2026-01-01-aaa-128", 128, "float32"),
+        ("2026-01-01-aaa-bfloat16", 512, "bfloat16"),
+    ):
+        work = {"mode": "train", "seq": seq, "dtype": dtype}
+        (tmp_path / "example-cpu" / f"{name}.json").write_text(json.dumps({"work": work}))
+    names = {path.stem for path, _ in report.newest("cpu", tmp_path)}
+    assert names == {"2026-01-02-bbb", "2026-01-01-aaa-128", "2026-01-01-aaa-bfloat16"}
+
+
 def test_the_step_model_line_by_line():
     """Products and optimisers too: at the run's own rate a product that took twice its time is off by two."""
     rate = 700e12
