@@ -3,8 +3,11 @@ encoders give.
 
 Same weights, same batch, dropout 0: the reference in float64 is the truth; the reference in the benchmark's dtype
 says what that dtype costs. An error is the L2 norm of the difference over the L2 norm of the truth (over 0.1 % of
-the typical gradient where the truth is smaller: a key's bias has a gradient of exactly 0). Ours passes where its
-error is at most FACTOR times the reference's own plus a floor.
+the typical gradient where the truth is smaller). Ours passes where its error is at most FACTOR times the reference's
+own plus a floor; NOTHING_FACTOR times where the truth is next to nothing: a key's bias has a gradient of exactly 0, so
+there one noise is held against another. In 16 bits it is that of rowsum(d out * out), from an output that is rounded,
+as in every attention that does not keep its probabilities: PyTorch's own scaled_dot_product_attention in bfloat16 has
+1.9 times eager's there (12 heads, 512 tokens of normal numbers; ours 1.0).
 """
 
 import math
@@ -19,6 +22,7 @@ import bert_fast
 Tensor = torch.Tensor
 
 FACTOR = 1.5
+NOTHING_FACTOR = 3.0
 PEER_FACTOR = 4.0  # of other libraries: they round where they like, OpenVINO in bfloat16 the residual stream too
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 
@@ -127,12 +131,12 @@ def rows_of(truth: dict, reference: dict, ours: dict, floor: float) -> list[dict
         if name not in ours:
             rows.append({"what": name, "error": math.inf, "reference_error": 0.0, "bound": floor, "passed": False})
             continue
-        scale = float(true.norm())
-        if name != "loss":
-            scale = max(scale, 1e-3 * typical * math.sqrt(true.numel()))
+        scale, factor = float(true.norm()), FACTOR
+        if name != "loss" and scale < (little := 1e-3 * typical * math.sqrt(true.numel())):
+            scale, factor = little, NOTHING_FACTOR
         error = float((ours[name] - true).norm()) / scale
         reference_error = float((reference[name] - true).norm()) / scale
-        bound = FACTOR * reference_error + floor
+        bound = factor * reference_error + floor
         rows.append(
             {
                 "what": name,
