@@ -116,7 +116,8 @@ def step(
     """Every line of a packed training step of BertForPreTraining over sequences of ``lengths`` tokens.
 
     ``weights``: the dtype of parameters and residual stream; products are bfloat16 in any case. ``joined``: the
-    tied table's two gradients meet in one buffer, as in every forward that is not compiled.
+    tied table's two gradients meet in one buffer, as in every forward that is not compiled. A micro-batch that is the
+    first of its update, and its last: for what others cost besides see :func:`accumulation`.
     """
     lines = [*encoder(config, lengths, weights), *heads(config, lengths, weights, joined)]
     return [*lines, *update(config, weights, optimizer)]
@@ -138,9 +139,9 @@ def encoder(config, lengths: Sequence[int], weights: str) -> list[Entry]:
         lines.append(Entry(f"product {name}", "forward", times, flops=2 * tokens * size))
         lines.append(Entry(f"product {name}", "backward", times, flops=4 * tokens * size, kernels=2))
     lines += [
-        # q, k and v are three parameters: put together anew in each step (under autocast then rounded)
-        Entry("weights q, k, v in one", "forward", layers, bytes=3 * h * h * (2 * r + (0 if r == e else r + e)),
-              least=0, kernels=2 if r == e else 4),
+        # q, k and v are three parameters: put together anew in each step, and rounded in the same pass
+        Entry("weights q, k, v in one", "forward", layers, bytes=3 * h * h * (r + e), least=0,
+              kernels=2 if r == e else 3),
         Entry("bias of q, k, v", "backward", layers, bytes=3 * th * e, least=0),
         *attention(config, lengths),
         Entry("residual_layernorm", "forward", 2 * often, bytes=th * (e + 3 * r)),
@@ -165,8 +166,6 @@ def encoder(config, lengths: Sequence[int], weights: str) -> list[Entry]:
             Entry("rounding of activations", "forward", layers + often, bytes=th * (r + e), least=0),
             Entry("rounding of gradients", "backward", layers + often, bytes=th * (r + e), least=0),
             Entry("rounding of weights", "forward", 1, bytes=weight * (r + e), least=0, kernels=3 * layers),
-            Entry("rounding of weight gradients", "backward", 1, bytes=(weight + 3 * layers * h * h) * (r + e), least=0,
-                  kernels=4 * layers),
         ]  # fmt: skip
     return lines
 
@@ -212,15 +211,15 @@ def heads(config, lengths: Sequence[int], weights: str, joined: bool) -> list[En
     # joined: the rows of the tokens that occur are read and written (benchmarks draw tokens uniformly); else all
     # rows are written, most of them zeros
     tables += (2 * -math.expm1(-tokens / vocabulary) if joined else 1) * vh * r
-    dense = h * h * (r + e) if r != e else 0  # a weight, or its gradient, rounded
-    rounded = dense + mh * (r + e) if r != e else 0
+    # a weight (of the pooler its gradient too), and what it multiplies, rounded
+    dense, rounded = (x * (r + e) if r != e else 0 for x in (h * h, mh))
     lines = [
         # word row and out; backward: word row, d out, d z written in float32 and read by three sorted sums, tables
         Entry("embedding_layernorm", "forward", 1, bytes=2 * th * r),
         Entry("embedding_layernorm", "backward", 1, bytes=th * (2 * r + 16) + tables, least=2 * th * r + tables,
               kernels=16),
         # the product's output through GELU and LayerNorm
-        Entry("MLM transform", "forward", 1, flops=2 * mh * h, bytes=5 * mh * e + rounded, kernels=3),
+        Entry("MLM transform", "forward", 1, flops=2 * mh * h, bytes=5 * mh * e + dense + rounded, kernels=3),
         Entry("MLM transform", "backward", 1, flops=4 * mh * h, bytes=6 * mh * e + rounded, kernels=6),
         # a copy of the table; logits read and overwritten; sums of the bias; d word in float32, written by the first
         # chunk, read and written by the others, and rounded; d hidden in float32, rounded
@@ -259,6 +258,21 @@ def update(config, weights: str, optimizer: str) -> list[Entry]:
         *lines,
         Entry("lamb", "update", 1, bytes=n * ((g + 20) + (16 + copy)), least=n * (g + 24 + copy), kernels=6),
     ]
+
+
+def accumulation(config, weights: str) -> list[Entry]:
+    """What a micro-batch after an update's first one costs besides: its gradients are added to those before.
+
+    In place by the products where bert_fast/linear.py makes them, else by autograd.
+    """
+    h, layers, g = config.hidden_size, config.num_hidden_layers, 2 if weights == "bfloat16" else 4
+    products = layers * (4 * h * h + 2 * h * config.intermediate_size) + h * h
+    others = parameters(config) - products
+    return [
+        Entry("weight gradients added in place", "backward", 1, bytes=2 * products * g, kernels=0),
+        Entry("gradients added by autograd", "backward", 1, bytes=3 * others * g, least=2 * others * g,
+              kernels=10 * layers + 13),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -409,6 +423,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(summary(ceilings, options.weights, options.optimizer))
     print(f"\n{model} {seq}, {kind}, {options.weights} weights\n")
     print(detail(model, int(seq), kind, ceilings, options.weights, options.optimizer))
+    print("\nbesides, in each micro-batch after an update's first\n")
+    for x in accumulation(model_config(model, dropout=0.1), options.weights):
+        print(f"{x.operator}: {x.bytes / 1e9:.2f} GB, {1e3 * x.seconds(ceilings):.2f} ms")
     print("\nbytes per token and layer, kept for the backward\n")
     print(memory(options.weights))
     return 0

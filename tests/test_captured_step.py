@@ -100,6 +100,37 @@ def test_the_same_bits_as_eager(kind, bf16, dtype, recorder):
     assert all(p.grad is None or p.grad is step._gradients[p] for p in step.parameters)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weight_gradients_are_made_where_the_next_micro_batch_finds_them(bf16, monkeypatch):
+    """Of an update's first micro-batch too; those that autograd makes are copied there."""
+    step = prepare(build(bf16=bf16, recorder=Rerun, tell=pytest.fail))
+    weights = {
+        p for n, p in step.model.named_parameters() if p.dim() == 2 and ("encoder.layer" in n or "transform" in n)
+    }
+    assert len(weights) == 6 * 2 + 1
+    differentiate, elsewhere = step._differentiate, []
+
+    def looked_at(batch, into=None):
+        if into is not None:  # what was left there by the update before
+            for memory in into.values():
+                memory.fill_(torch.nan)
+        parts = differentiate(batch, into)
+        kept = step._gradients
+        if kept is not None:
+            elsewhere.append({p for p in step.parameters if p.grad is not kept[p]})
+        return parts
+
+    monkeypatch.setattr(step, "_differentiate", looked_at)
+    assert same(trained(step), trained(build(bf16=bf16)))
+    for update in (0, 1, 2):
+        apply(step, update)
+    begun = [found for found in elsewhere if found]
+    assert len(begun) > 4
+    assert any(not found for found in elsewhere)  # all of the later ones
+    assert all(found == set(step.parameters) - weights or found == set(step.parameters) for found in begun)
+    assert set(step.parameters) - weights in begun
+
+
 @pytest.mark.parametrize("recorder", recorders())
 def test_preparing_trains_nothing(recorder):
     step, untouched = build(recorder=recorder), build()

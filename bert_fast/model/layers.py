@@ -7,12 +7,12 @@ hooks, a parametrisation or another class (LoRA, quantisation, offloading) is ca
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
 from .. import ops, packing, random
+from ..linear import linear
 from ..packing import Layout
 from . import idcheck
 
@@ -74,7 +74,7 @@ def drop(x: Tensor, layout: Layout, p: float, where: int) -> Tensor:
 def linear_without_bias(dense: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """(x @ W^T, bias) where the bias is left to the operator that follows, else (dense(x), None)."""
     if plain(dense, nn.Linear):
-        return F.linear(x, dense.weight), dense.bias
+        return linear(x, (dense.weight,)), dense.bias
     return dense(x), None
 
 
@@ -91,8 +91,7 @@ def linears_side_by_side(linears: tuple[nn.Linear, ...], x: Tensor) -> Tensor:
             else:
                 torch.addmm(m.bias, x, m.weight.t(), out=columns)
         return out
-    weight = torch.cat([m.weight for m in linears])
-    return F.linear(x, weight, None if biases is None else torch.cat(biases))
+    return linear(x, tuple(m.weight for m in linears), None if biases is None else torch.cat(biases))
 
 
 def activate(dense: nn.Module, activation, x: Tensor) -> Tensor:

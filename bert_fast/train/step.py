@@ -4,6 +4,9 @@ Accumulation over micro-batches and ranks gives the update of the large batch: l
 of predicted tokens and sequences of the *whole update*, so gradients simply add up. Dropout is keyed by the seed
 set before every forward and by the sequence's slot in the update, so it is the same however the update is dealt.
 
+A process that trains alone owns its gradients: products write the weights' and add later micro-batches' in place
+(bert_fast/linear.py). Where gradients travel, and for weights with hooks, they are autograd's ordinary ones.
+
 With a recorder (bert_fast/train/captured.py) micro-batches of known shapes are replayed from CUDA graphs, the last
 one's with the norm, the clipping and the optimiser in it. What is recorded is the function that runs eagerly, so the
 bits are the same. What changes from update to update is in tensors that stay where they are: the batch, the counts, the
@@ -20,6 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bert_fast import optim
+from bert_fast.linear import gradients_in_place
 from bert_fast.model.losses import cross_entropy
 from bert_fast.train.captured import Recorder
 from bert_fast.train.distributed import Ranks
@@ -149,8 +153,8 @@ class Step:
             for batch in examples:
                 inputs = _moved(batch, device, copy=True)
                 self._inputs[_shape(batch)] = inputs
-                for _ in range(2):
-                    self.recorder.warm(lambda inputs=inputs: self._rehearse(inputs))
+                for first in (True, False):
+                    self.recorder.warm(lambda inputs=inputs, first=first: self._rehearse(inputs, first))
         self.optimizer.skipped.copy_(skipped)
         self._address = self.parameters[0].data_ptr()
 
@@ -159,16 +163,17 @@ class Step:
         """How many functions have been recorded for the shapes prepared."""
         return len(self._graphs)
 
-    def _micro_batch(self, batch: dict, first: bool, last: bool) -> None:
-        """A micro-batch forward and backward, and after the ``last`` of an update the optimiser: what is recorded."""
+    def _micro_batch(self, batch: dict, first: bool, last: bool, into: dict[Tensor, Tensor] | None = None) -> None:
+        """A micro-batch forward and backward, and after the ``last`` of an update the optimiser: what is recorded.
+
+        The ``first`` one's weight gradients are written ``into`` this memory where it is given.
+        """
         if first:
             self._totals[:2].zero_()
             self._set_gradients(None)
         quiet = contextlib.nullcontext() if last or self.ranks.world == 1 else self.parallel.no_sync()
         with quiet:
-            loss, parts = self._forward(batch, self._counts)
-            # DistributedDataParallel averages gradients over ranks, which are to be summed
-            (loss * self.ranks.world).backward()
+            parts = self._differentiate(batch, into)
         self._totals[:2] += parts
         self._finite.copy_(torch.isfinite(parts).all())
         if last:
@@ -178,16 +183,20 @@ class Step:
             self.optimizer.step(grad_norm=self._norm)
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward(self, batch: dict, counts: dict) -> tuple[Tensor, Tensor]:
-        """The batch's part of the update's loss, and the same as (MLM, NSP), float32 (2,) without gradient."""
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.parallel(**batch, **counts)
-        loss, labels = output.loss, batch.get("next_sentence_label")
-        nsp = torch.zeros_like(loss.detach())
+    def _differentiate(self, batch: dict, into: dict[Tensor, Tensor] | None = None) -> Tensor:
+        """Gradients of the batch's part of the update's loss; that part as (MLM, NSP), float32 (2,)."""
+        own = gradients_in_place(self.parameters, into) if self.ranks.world == 1 else contextlib.nullcontext()
+        with own:
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
+                output = self.parallel(**batch, **self._counts)
+            # DistributedDataParallel averages gradients over ranks, which are to be summed
+            (output.loss * self.ranks.world).backward()
+        loss, labels = output.loss.detach(), batch.get("next_sentence_label")
+        nsp = torch.zeros_like(loss)
         if labels is not None:
             logits = output.seq_relationship_logits.detach().float()
-            nsp = cross_entropy(logits, labels, counts["num_sequences_in_batch"])
-        return loss, torch.stack([loss.detach() - nsp, nsp])
+            nsp = cross_entropy(logits, labels, self._counts["num_sequences_in_batch"])
+        return torch.stack([loss - nsp, nsp])
 
     def _set_rate(self, lr: float) -> None:
         if self._rate is not None:
@@ -201,7 +210,7 @@ class Step:
         self._inputs: dict[tuple, dict] = {}  # what a graph reads, by the shapes of batches
         self._graphs: dict[tuple, Callable[[], None]] = {}  # by shapes, first, last
         self._gradients: dict[Tensor, Tensor] | None = None  # between two micro-batches
-        self._trained: list[Tensor] = []
+        self._trained: list[list[Tensor]] = []  # parameters with gradients, those that share memory together
         self._address = None
 
     def _stale(self) -> bool:
@@ -211,16 +220,24 @@ class Step:
             or any(group["lr"] is not self._rate for group in self.optimizer.param_groups)
         )
 
-    def _rehearse(self, inputs: dict) -> None:
-        """Does everything once that will be recorded, and changes nothing: the optimiser skips a norm of NaN."""
-        self._set_gradients(None)
-        loss, _ = self._forward(inputs, self._counts)
-        loss.backward()
-        self._trained = [p for p in self.parameters if p.grad is not None]
+    def _rehearse(self, inputs: dict, first: bool) -> None:
+        """Does everything that will be recorded, and changes nothing: the optimiser skips a norm of NaN.
+
+        The gradients of a ``first`` time are left for a second one to add to.
+        """
+        if first:
+            self._set_gradients(None)
+        self._differentiate(inputs)
+        sharing: dict[int, list[Tensor]] = {}
+        for p in self.parameters:
+            if p.grad is not None:
+                sharing.setdefault(p.grad.untyped_storage().data_ptr(), []).append(p)
+        self._trained = list(sharing.values())
         optim.grad_norm(self.parameters)
         self._norm.fill_(torch.nan)
         self.optimizer.step(grad_norm=self._norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        if not first:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _recorded(self, batch: dict, shape: tuple, first: bool, last: bool) -> Callable[[], None] | None:
         """What runs the micro-batch from a graph, its inputs in place; None where it cannot be recorded."""
@@ -236,20 +253,31 @@ class Step:
         return self._graphs[shape, first, last]
 
     def _record(self, shape: tuple, first: bool, last: bool) -> None:
-        """Gradients begin as autograd makes them, without a buffer of zeros that they would be added to, and where the
-        update is not at its end they are left where the next micro-batch finds them."""
+        """Gradients begin as products and autograd make them, without a buffer of zeros that they would be added to,
+        and where the update is not at its end they are left where the next micro-batch finds them."""
         if not last and self._gradients is None:
-            self._gradients = {p: torch.empty_like(p) for p in self._trained}
+            self._gradients = self._memory()
         if not first:
             self._set_gradients(self._gradients)
         inputs, kept = self._inputs[shape], self._gradients
+        begun = first and not last
 
         def function() -> None:
-            self._micro_batch(inputs, first, last)
-            if first and not last:
-                torch._foreach_copy_(list(kept.values()), [p.grad for p in kept])
+            self._micro_batch(inputs, first, last, kept if begun else None)
+            if begun:
+                elsewhere = [p for p in kept if p.grad is not kept[p]]
+                torch._foreach_copy_([kept[p] for p in elsewhere], [p.grad for p in elsewhere])
 
         self._graphs[shape, first, last] = self.recorder.record(function)
+
+    def _memory(self) -> dict[Tensor, Tensor]:
+        """Memory for gradients; where several shared theirs, as those of one product do, they lie side by side."""
+        found = {}
+        for sharing in self._trained:
+            sizes = [p.numel() for p in sharing]
+            parts = sharing[0].detach().new_empty(sum(sizes)).split(sizes)
+            found.update((p, part.view(p.shape)) for p, part in zip(sharing, parts, strict=True))
+        return found
 
     def _set_gradients(self, gradients: dict[Tensor, Tensor] | None) -> None:
         for p in self.parameters:

@@ -1,0 +1,123 @@
+"""Products with weights, whose gradients may be summed in place where nobody looks on.
+
+Autograd makes a weight's gradient in memory of its own and then adds it to ``.grad``: of every weight, in every
+micro-batch after the first, two reads and a write that a product could do itself; under autocast it is besides
+rounded to 16 bits and converted back. Inside :func:`gradients_in_place` the product that makes the gradient writes or
+adds to ``.grad``, with sums in float32, and autograd is given none.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+Tensor = torch.Tensor
+
+# The weights of each gradients_in_place, by identity, with where their first gradients go. No context variable:
+# checkpointed layers run again inside the backward, which on a GPU is a thread of autograd's.
+_in_place: dict[int, Mapping[Tensor, Tensor]] = {}
+
+
+@contextlib.contextmanager
+def gradients_in_place(weights: Iterable[Tensor], first: Mapping[Tensor, Tensor] | None = None) -> Iterator[None]:
+    """Around a forward and its ``backward()``: the gradients of ``weights`` that :func:`linear` multiplies with.
+
+    The first gradient is written where ``first`` has memory for a weight, which becomes its ``.grad`` (to several
+    weights of one product only where they lie one after the other), else to new memory; later ones are added to it.
+    Weights with hooks, and all that is used otherwise than by ``linear``, have gradients by autograd, which it adds.
+    For a step that owns its gradients: ``torch.autograd.grad`` finds none, nor do hooks on the nodes of the graph.
+    """
+    held = [w for w in weights if w.requires_grad]  # while they live their identities are theirs
+    before = {id(w): _in_place[id(w)] for w in held if id(w) in _in_place}
+    _in_place.update((id(w), first or {}) for w in held)
+    try:
+        yield
+    finally:
+        for w in held:
+            _in_place.pop(id(w), None)
+        _in_place.update(before)
+
+
+def linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """x (T, H) times the transposes of ``weights`` (N_i, H) side by side, plus ``bias``: (T, sum of N_i).
+
+    Equals ``F.linear(x, torch.cat(weights), bias)``, under autocast too.
+    """
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and all(id(w) in _in_place for w in weights):
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        return _Linear.apply(x, bias, *weights)
+    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, *weights):
+        rows, dtype = [w.shape[0] for w in weights], weights[0].dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = x.dtype
+        if len(weights) == 1:
+            weight = weights[0].to(dtype)
+        else:  # put together and rounded in one pass
+            weight = torch.empty((sum(rows), weights[0].shape[1]), dtype=dtype, device=x.device)
+            torch._foreach_copy_(weight.split(rows), weights)
+        ctx.save_for_backward(x, weight)
+        ctx.weights, ctx.rows = weights, rows
+        ctx.first = [_in_place[id(w)].get(w) for w in weights]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x, weight, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_out @ weight if ctx.needs_input_grad[0] else None
+        grad_bias = grad_out.sum(dim=0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, *_weight_gradients(ctx.weights, ctx.rows, ctx.first, grad_out, x)
+
+
+def _weight_gradients(weights, rows, first, grad_out: Tensor, x: Tensor) -> list[Tensor | None]:
+    """grad_out^T @ x, put or added where ``.grad`` of the weights is; what is left for autograd to add."""
+    held = [w.grad for w in weights]
+    hooked = any(w._backward_hooks or w._post_accumulate_grad_hooks for w in weights)
+    if not hooked and (together := _one_matrix(held)) is not None:
+        _multiply(grad_out.t(), x, together, add=True)
+        return [None] * len(weights)
+    fresh = hooked or any(grad is not None for grad in held)
+    together = None if fresh else _one_matrix(first)
+    if together is None:
+        together = torch.empty((sum(rows), x.shape[1]), dtype=weights[0].dtype, device=x.device)
+        first = together.split(rows)
+    _multiply(grad_out.t(), x, together)
+    left = list(first)
+    for i, w in enumerate(weights):
+        if not fresh and w.grad is None:  # else it is here twice
+            w.grad, left[i] = left[i], None
+    return left
+
+
+def _one_matrix(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The matrix of the rows of ``parts``, which lie in memory one after the other; None where they do not."""
+    if any(part is None or not part.is_contiguous() for part in parts):
+        return None
+    start = parts[0]
+    storage, offset = start.untyped_storage()._cdata, start.storage_offset()
+    for part in parts:
+        if (part.untyped_storage()._cdata, part.storage_offset(), part.dtype) != (storage, offset, start.dtype):
+            return None
+        offset += part.numel()
+    return start.as_strided((sum(part.shape[0] for part in parts), start.shape[1]), start.stride())
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b: one product, in which ``out`` is rounded once, wherever the library has it."""
+    beta = 1 if add else 0
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.is_cuda and out.dtype == torch.float32:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    else:  # as on a CPU, which has no product of 16-bit matrices with a float32 result
+        (out.add_ if add else out.copy_)(a @ b)
