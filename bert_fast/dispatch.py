@@ -8,6 +8,7 @@ else the reference); a backend asked for by name is used or its absence raised, 
 import contextlib
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 
@@ -31,11 +32,18 @@ TABLE = {
         "apex": "bert_fast.peers.apex",
     },
     "bias_gelu": {"triton": _TRITON + "bias_gelu", "cpu": _CPU + "bias_gelu"},
+    "feed_forward": {"triton": _TRITON + "feed_forward"},
     "mlm_loss": {"triton": _TRITON + "mlm_loss", "cpu": _CPU + "mlm_loss"},
     "optimizer": {"triton": _TRITON + "optimizer", "cpu": _CPU + "optimizer", "reference": "bert_fast.optim.reference"},
 }
 for _row in TABLE.values():
     _row.setdefault("reference", "bert_fast.reference")
+
+# direction ("fwd", "bwd") -> compute capability -> from how many tokens on bias and GELU are in the epilogue of their
+# product (kernels/feed_forward.py); where a direction names the GPU, the model's feed-forward is that one operator.
+# Empty, as nothing has been measured: `make gpu` times both ways, and {"fwd": {90: 4096}} would be what to write after
+# a win of the forward at 4096 tokens and more on compute capability 9.0.
+FEED_FORWARD_EPILOGUE: dict[str, dict[int, int]] = {}
 
 BACKENDS = ("triton", "cpu", "reference", "flash_attn", "apex")
 
@@ -128,6 +136,8 @@ def choose(operator: str, device_type: str) -> str:
     if named is not None and named in TABLE[operator]:
         return named
     preferred = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
+    if preferred not in TABLE[operator]:
+        return "reference"
     reason = why_unavailable(preferred)
     if reason is None:
         return preferred
@@ -152,6 +162,15 @@ def implementation(operator: str, direction: str, device_type: str):
         module = importlib.import_module(TABLE[operator][backend])
         _functions[key] = getattr(module, f"{operator}_{direction}")
     return _functions[key]
+
+
+def in_epilogue(direction: str, x: torch.Tensor) -> bool:
+    """Whether FEED_FORWARD_EPILOGUE names the GPU that has ``x`` (T, ...) and asks for no more tokens."""
+    capabilities = FEED_FORWARD_EPILOGUE.get(direction)
+    if not capabilities or x.device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return x.shape[0] >= capabilities.get(10 * major + minor, math.inf)
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -525,6 +525,95 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------
+# feed_forward
+
+
+def _feed_forward_fake(x, weight_in, bias, weight_out, in_epilogue):
+    z = x.new_empty((x.shape[0], weight_in.shape[0]))
+    return x.new_empty((x.shape[0], weight_out.shape[0])), z, torch.empty_like(z)
+
+
+def _feed_forward_bwd_fake(grad_out, x, weight_in, bias, weight_out, z, activated, wanted, in_epilogue):
+    grad_x, grad_in, grad_out_weight = (
+        torch.empty_like(t) if w else z.new_empty(0) for t, w in zip((x, weight_in, weight_out), wanted, strict=True)
+    )
+    return grad_x, grad_in, z.new_empty(0) if bias is None else torch.empty_like(bias), grad_out_weight
+
+
+def _feed_forward_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+
+
+def _feed_forward_backward(ctx, grad_out, *_):
+    for_x, for_weight_in, _, for_weight_out, _ = ctx.needs_input_grad
+    grad_x, grad_weight_in, grad_bias, grad_weight_out = torch.ops.bert_fast.feed_forward_bwd(
+        grad_out.contiguous(),
+        *ctx.saved_tensors,
+        [for_x, for_weight_in, for_weight_out],
+        dispatch.in_epilogue("bwd", grad_out),
+    )
+    return (
+        grad_x if for_x else None,
+        grad_weight_in if for_weight_in else None,
+        None if ctx.saved_tensors[2] is None else grad_bias,
+        grad_weight_out if for_weight_out else None,
+        None,
+    )
+
+
+_define(
+    "feed_forward",
+    "fwd",
+    "(Tensor x, Tensor weight_in, Tensor? bias, Tensor weight_out, bool in_epilogue) -> (Tensor, Tensor, Tensor)",
+    _feed_forward_fake,
+)
+_define(
+    "feed_forward",
+    "bwd",
+    "(Tensor grad_out, Tensor x, Tensor weight_in, Tensor? bias, Tensor weight_out, Tensor z, Tensor activated, "
+    "bool[] wanted, bool in_epilogue) -> (Tensor, Tensor, Tensor, Tensor)",
+    _feed_forward_bwd_fake,
+)
+_differentiate("feed_forward", _feed_forward_setup, _feed_forward_backward)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer multiplies ``x`` now."""
+    device = x.device.type
+    rounded = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves as it is
+    return torch.get_autocast_dtype(device) if rounded else x.dtype
+
+
+def joins_feed_forward(x: Tensor) -> bool:
+    """Whether a model has to compute the feed-forward of ``x`` by ``feed_forward``: where FEED_FORWARD_EPILOGUE in
+    bert_fast/dispatch.py names this GPU, in 16 bits, in forwards that are not compiled."""
+    if not dispatch.FEED_FORWARD_EPILOGUE or torch.compiler.is_compiling():
+        return False
+    sixteen_bits = _product_dtype(x) in (torch.float16, torch.bfloat16)
+    return sixteen_bits and any(dispatch.in_epilogue(direction, x) for direction in ("fwd", "bwd"))
+
+
+def feed_forward(x: Tensor, weight_in: Tensor, bias: Tensor | None, weight_out: Tensor) -> Tensor:
+    """GELU(x weight_in^T + bias) weight_out^T (T, H), the bias of the second product left to what follows.
+
+    x (T, H), weight_in (F, H), bias (F,), weight_out (H, F) floating. Products are in x's dtype, under autocast in
+    autocast's, as a linear layer's are, and so is the result.
+    Raises ValueError or TypeError for shapes, devices and dtypes that do not fit.
+    """
+    name = "feed_forward"
+    _check_like(name, x.device, x=(x, (-1, -1)), weight_in=(weight_in, (-1, x.shape[-1])))
+    columns = weight_in.shape[0]
+    _check_like(name, x.device, bias=(bias, (columns,)), weight_out=(weight_out, (-1, columns)))
+    _check_floating(name, x=x, weight_in=weight_in, bias=bias, weight_out=weight_out)
+    dtype = _product_dtype(x)
+    out, *_ = torch.ops.bert_fast.feed_forward_fwd(
+        x.to(dtype).contiguous(), weight_in.to(dtype).contiguous(), _contiguous(bias),
+        weight_out.to(dtype).contiguous(), dispatch.in_epilogue("fwd", x),
+    )  # fmt: skip
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------
 # mlm_loss
 
 

@@ -300,6 +300,60 @@ def bias_gelu_bwd(grad_out: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Ten
 
 
 # --------------------------------------------------------------------------------------------------------------
+# feed_forward: out = GELU(x weight_in^T + bias) weight_out^T
+
+
+def feed_forward_fwd(
+    x: Tensor, weight_in: Tensor, bias: Tensor | None, weight_out: Tensor, in_epilogue: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, H), weight_in (F, H), bias (F,) or None, weight_out (H, F) -> out (T, H), z = x weight_in^T (T, F), and
+    activated = GELU(z + bias) of z as it is stored (T, F), all in x's dtype, which the weights have too.
+
+    ``in_epilogue`` asks a backend that can to compute GELU within the product before it; the others need not care.
+    """
+    z = x @ weight_in.T
+    activated = bias_gelu_fwd(z, bias)
+    return activated @ weight_out.T, z, activated
+
+
+def feed_forward_bwd(
+    grad_out: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    bias: Tensor | None,
+    weight_out: Tensor,
+    z: Tensor,
+    activated: Tensor,
+    wanted: list[bool],
+    in_epilogue: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, weight_in, bias, weight_out. ``wanted`` says of x and the two weights whether theirs is; one
+    that is not, and that of no bias, is empty (0,). ``in_epilogue`` as above: GELU' within the product before it.
+    """
+    grad_z, grad_bias = bias_gelu_bwd(grad_out @ weight_out, z, bias)
+    return feed_forward_gradients(grad_out, grad_z, grad_bias, x, weight_in, activated, wanted)
+
+
+def feed_forward_gradients(
+    grad_out: Tensor,
+    grad_z: Tensor,
+    grad_bias: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    activated: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What feed_forward_bwd returns, from those of z and bias: the products that are alike in every backend."""
+    for_x, for_weight_in, for_weight_out = wanted
+    return (
+        grad_z @ weight_in if for_x else grad_z.new_empty(0),
+        grad_z.T @ x if for_weight_in else grad_z.new_empty(0),
+        grad_bias,
+        grad_out.T @ activated if for_weight_out else grad_z.new_empty(0),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
 # mlm_loss: cross-entropy of hidden @ word^T + bias at masked positions, and its gradients in the same pass
 
 

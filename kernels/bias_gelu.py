@@ -38,8 +38,15 @@ def _launch_config(columns: int, direction: str) -> dict:
 
 
 @triton.jit
-def _normal_cdf(u):
+def normal_cdf(u):
     return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_slope(u):
+    """GELU'(u)"""
+    density = tl.exp(-0.5 * u * u) * 0.3989422804014327
+    return normal_cdf(u) + u * density
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -62,7 +69,7 @@ def _bias_gelu_fwd_kernel(
     u = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         u += tl.load(bias_ptr + column[None, :], mask=column[None, :] < COLUMNS, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offset, u * _normal_cdf(u), mask=mask)
+    tl.store(out_ptr + offset, u * normal_cdf(u), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -94,8 +101,7 @@ def _bias_gelu_bwd_kernel(
         u = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             u += bias
-        density = tl.exp(-0.5 * u * u) * 0.3989422804014327
-        grad_x = grad_out * (_normal_cdf(u) + u * density)
+        grad_x = grad_out * gelu_slope(u)
         tl.store(grad_x_ptr + offset, grad_x, mask=mask)
         if HAS_BIAS:
             total += grad_x

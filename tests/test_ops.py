@@ -209,6 +209,7 @@ def good(operator):
         ),
         "residual_layernorm": dict(x=rows, residual=rows, weight=row, ln_bias=row, bias=row, eps=1e-5, p=0.1, **keys),
         "bias_gelu": {"x": rows, "bias": row},
+        "feed_forward": {"x": rows, "weight_in": rows, "bias": torch.randn(t, device=DEVICE), "weight_out": rows.T},
         "mlm_loss": {"hidden": rows, "word": rows, "bias": torch.randn(t, device=DEVICE), "labels": index},
     }[operator]  # fmt: skip
 
@@ -244,6 +245,9 @@ BAD = [
     ("residual_layernorm", {"bias": torch.randn(8, device="meta")}, ValueError, "bias is on meta, the other"),
     ("bias_gelu", {"x": torch.randn(2, 3, 8)}, ValueError, r"x has shape \(2, 3, 8\)"),
     ("bias_gelu", {"x": torch.ones(6, 8, dtype=LONG)}, TypeError, "x has dtype torch.int64, expected a floating-point"),
+    ("feed_forward", {"weight_in": torch.randn(6, 7)}, ValueError, r"weight_in has shape \(6, 7\), expected"),
+    ("feed_forward", {"weight_out": torch.randn(8, 7)}, ValueError, r"weight_out has shape \(8, 7\), expected"),
+    ("feed_forward", {"bias": torch.zeros(6, dtype=LONG)}, TypeError, "bias has dtype torch.int64, expected"),
     ("mlm_loss", {"labels": torch.zeros(6, dtype=INT)}, TypeError, "labels has dtype torch.int32, expected int64"),
     ("mlm_loss", {"chunk": 0}, ValueError, "chunk is 0, expected at least 1"),
     ("mlm_loss", {"normalizer": torch.ones(2)}, ValueError, r"normalizer has shape \(2,\), expected 1 element"),
@@ -278,7 +282,9 @@ def test_bad_values(operator, changes, error, message):
         call(operator, **changes)
 
 
-@pytest.mark.parametrize("operator", ["embedding_layernorm", "attention", "residual_layernorm", "bias_gelu"])
+@pytest.mark.parametrize(
+    "operator", ["embedding_layernorm", "attention", "residual_layernorm", "bias_gelu", "feed_forward"]
+)
 def test_double_backward_raises_clearly(operator):
     arguments = good(operator)
     x = arguments[{"embedding_layernorm": "word", "attention": "qkv"}.get(operator, "x")].requires_grad_()

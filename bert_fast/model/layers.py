@@ -229,6 +229,27 @@ class BertIntermediate(hf.BertIntermediate):
         return activate(self.dense, self.intermediate_act_fn, x)
 
 
+def joined(inner: nn.Module, output: nn.Module) -> bool:
+    """Nobody sees what is between the two modules of a feed-forward, and both products and GELU are our own."""
+    return (
+        plain(inner, BertIntermediate)
+        and plain(output, BertOutput)
+        and plain(inner.dense, nn.Linear)
+        and plain(output.dense, nn.Linear)
+        and isinstance(inner.intermediate_act_fn, nn.Module)
+        and plain(inner.intermediate_act_fn, GELUActivation)
+    )
+
+
+def joined_feed_forward(
+    inner: BertIntermediate, output: BertOutput, x: Tensor, layout: Layout, layer: int
+) -> Tensor:  # fmt: skip
+    """output(inner(x), x), its two products and GELU as one operator."""
+    y = ops.feed_forward(x, inner.dense.weight, inner.dense.bias, output.dense.weight)
+    where = site(output._site, layer)
+    return residual_layernorm(y, output.dense.bias, x, output.LayerNorm, output.dropout, layout, where)
+
+
 class BertLayer(hf.BertLayer):
     """One encoder layer on packed rows; transformers' gradient checkpointing wraps this forward."""
 
@@ -238,7 +259,10 @@ class BertLayer(hf.BertLayer):
         """x (T, H) -> (T, H), or the rows ``only`` (R,) of it: what follows attention is computed for them alone."""
         x = self.attention(x, layout, attentions, only)
         layout = layout if only is None else packing.select(layout, only)
-        return self.output(self.intermediate(x), x, layout, self.attention.self.layer_idx)
+        layer = self.attention.self.layer_idx
+        if ops.joins_feed_forward(x) and joined(self.intermediate, self.output):
+            return joined_feed_forward(self.intermediate, self.output, x, layout, layer)
+        return self.output(self.intermediate(x), x, layout, layer)
 
 
 class BertEncoder(hf.BertEncoder):
