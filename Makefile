@@ -61,8 +61,8 @@ test-all: setup
 gpu-test:
 	@$(PYTHON) -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'make gpu-test needs a GPU that torch sees; none is visible')"
 	@$(PYTHON) -m pytest -m "not slow" tests/test_attention.py tests/test_embedding_layernorm.py \
-		tests/test_residual_layernorm.py tests/test_bias_gelu.py tests/test_mlm_loss.py tests/test_random.py \
-		tests/test_ops.py tests/test_model.py tests/test_packing.py tests/test_captured_step.py \
+		tests/test_residual_layernorm.py tests/test_bias_gelu.py tests/test_feed_forward.py tests/test_mlm_loss.py \
+		tests/test_random.py tests/test_ops.py tests/test_model.py tests/test_packing.py tests/test_captured_step.py \
 		tests/test_gradients_in_place.py \
 		tests/train/test_pretrain_recorded.py
 

@@ -4,10 +4,11 @@ import statistics
 import time
 from collections.abc import Callable
 
+import gpu_feed_forward
 import torch
 from gpu_results import Results
 from gpu_tune import applied, configurations, same
-from operators import DIRECTIONS, DROPOUT, OPERATORS, Case, Stopwatch, build_case
+from operators import DIRECTIONS, DROPOUT, OPERATORS, Case, Stopwatch, Work, build_case
 from step_model import TOKENS, ceilings_of, lengths_of, operator_seconds, parameters, update
 from workload import model_config
 
@@ -179,6 +180,8 @@ def run(results: Results, options) -> None:
             return
         if number == at_512 or (options.smoke and number == 0):
             optimizers(results, options, stopwatch)
+        if number == 0:
+            feed_forward(results, options, stopwatch)
         facts = dict(zip(("model", "seq", "lengths"), size, strict=True))
         facts |= {"operator": operator, "direction": direction, "contender": contender, "dropout": dropout}
         results.case(
@@ -200,3 +203,38 @@ def optimizers(results: Results, options, stopwatch) -> None:
                 3, f"{model}/{name}", "operators", facts,
                 lambda m=model, n=name: measure_optimizer(m, n, options, stopwatch, results),
             )  # fmt: skip
+
+
+def measure_feed_forward(model: str, direction: str, contender: str, options, stopwatch, results) -> dict:
+    """One direction of a contender of gpu_feed_forward.py. What is wrong is not timed: RuntimeError where the kernel
+    does not give, to rounding, what a product and bias_gelu give."""
+    config, tokens = model_config(model, dropout=0.0), 32 if options.smoke else TOKENS
+    dtype = torch.float32 if options.smoke else torch.bfloat16
+    calls = gpu_feed_forward.calls(config, tokens, dtype, options.device, direction)
+    if contender == "epilogue" and not same(calls[contender](), calls["bert_fast"]()):
+        raise RuntimeError("GELU in the epilogue does not give what a product and bias_gelu give")
+    found = times(calls[contender], stopwatch, 1 if options.smoke else REPEAT)
+    counted = gpu_feed_forward.work(config, tokens, direction, contender, dtype.itemsize)
+    row = found | counted | rate_of(Work(flops=counted["flops"]), found["ms"], results.data.get("limits", {}))
+    row |= {"shape": f"{tokens} x {config.hidden_size} x {config.intermediate_size}", "backend": contender}
+    if contender == "bert_fast":
+        row["predicted_ms"] = gpu_feed_forward.predicted_ms(config, tokens, direction, ceilings_of(results.data))
+    return row
+
+
+def feed_forward(results: Results, options, stopwatch) -> None:
+    """Of the feed-forward a product and GELU, apart and in one kernel (gpu_feed_forward.py)."""
+    contenders = [c for c in gpu_feed_forward.CONTENDERS if c != "epilogue" or gpu_feed_forward.available()]
+    for model in ("micro",) if options.smoke else ("large", "base"):
+        for direction in DIRECTIONS:
+            for contender in contenders:
+                if time.time() > options.until - SECONDS_OF_A_CASE:
+                    return
+                facts = {"model": model, "seq": 0, "lengths": "", "operator": "feed_forward"}
+                facts |= {"direction": direction, "contender": contender, "dropout": 0.0}
+                results.case(
+                    3, f"{model}/feed_forward/{direction}/{contender}", "operators", facts,
+                    lambda m=model, d=direction, c=contender: measure_feed_forward(
+                        m, d, c, options, stopwatch, results
+                    ),
+                )  # fmt: skip

@@ -27,7 +27,6 @@ from bert_fast.random import row_keys
 
 Tensor = torch.Tensor
 
-OPERATORS = tuple(name for name in dispatch.TABLE if hasattr(ops, name))  # the model's; not the optimisers
 DIRECTIONS = ("forward", "backward")
 DROPOUT = 0.1
 EPS = 1e-12
@@ -100,6 +99,7 @@ WORK = {
     "bias_gelu": bias_gelu_work,
     "mlm_loss": mlm_loss_work,
 }
+OPERATORS = tuple(WORK)  # the model's; not the optimisers
 
 
 def masked_positions(lengths: Sequence[int]) -> int:

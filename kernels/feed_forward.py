@@ -11,15 +11,15 @@ and a d a that is not rounded to 16 bits before the derivative is multiplied to 
 
 Both kernels for (T, H) x (H, F) in an e-byte dtype: 2 T H F FLOPs and (T H + H F + 2 T F) e bytes. A product and
 bias_gelu move T F e bytes more forward, 2 T F e more backward. GELU's instructions (bias_gelu.py counts them) stay, at
-BERT-large half as long as the product or longer: they are free only while another program of the multiprocessor
+BERT-large half as long as the product and more: they are free only while another program of the multiprocessor
 multiplies, so a tile is small enough for two programs to share one.
 
-A program takes tile after tile (8 rows of tiles at a time, so that what programs read meanwhile fits the L2 cache) in
-one flattened loop, which fetches a tile's first operands while the last tile is finished. Operands come and results
-go through tensor descriptors, by the tensor memory accelerator: rows of a multiple of 16 bytes, no bounds to check.
-The epilogue runs over a quarter of the columns at a time, since registers and shared memory hold no more. Sums for d b
-are one row a tile, added by a second kernel in a fixed order. For compute capability 9.0 and 10.0 (without a tensor
-memory accelerator the descriptors' offsets alone spill).
+A program takes tile after tile, 8 rows of tiles at a time, so that what programs read meanwhile fits the L2 cache.
+(FLATTEN fetches a tile's first operands while the last tile is finished, for registers and shared memory; two programs
+do that for each other.) Operands come and results go through tensor descriptors, by the tensor memory accelerator:
+rows of a multiple of 16 bytes, no bounds to check. The epilogue runs over a quarter of the columns at a time, since
+registers and shared memory hold no more. Sums for d b are one row a tile, added by a second kernel in a fixed order.
+For compute capability 9.0 and 10.0 (without a tensor memory accelerator the descriptors' offsets alone spill).
 
 Nothing here is used until FEED_FORWARD_EPILOGUE in bert_fast/dispatch.py says where: no GPU has measured it.
 
@@ -40,18 +40,17 @@ Tensor = torch.Tensor
 
 CAPABILITIES = (90, 100)
 _TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_PROGRAMS = 2  # a multiprocessor
 
 
 def _launch_config(dtype: torch.dtype, direction: str) -> dict:
-    """Tiles of 128 x 128 and 4 warps: two programs a multiprocessor by registers and by shared memory, on 9.0 and 10.0,
-    forward and backward. Found by compiling ahead of time; no GPU has measured it yet. Exact products (float32) are on
-    the ordinary units, where registers are the limit."""
+    """Tiles of 128 x 128 and 4 warps, of which two programs share a multiprocessor by registers and by shared memory,
+    on 9.0 and 10.0, in both directions ("fwd", "bwd"). Found by compiling ahead of time; no GPU has measured it yet.
+    Exact products (float32) are on the ordinary units, where registers are the limit."""
     if dtype == torch.float32:
         config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     else:
         config = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    return config | {"ROW_TILES": 8}
+    return config | {"ROW_TILES": 8, "FLATTEN": False, "PROGRAMS": 2}
 
 
 @triton.jit
@@ -102,11 +101,12 @@ def _feed_forward_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     row_tiles = tl.cdiv(tokens, BLOCK_M)
     column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     part: tl.constexpr = BLOCK_N // 4
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
         row, column = _origin(tile, row_tiles, column_tiles, BLOCK_M, BLOCK_N, ROW_TILES)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, HIDDEN, BLOCK_K):
@@ -137,11 +137,12 @@ def _feed_forward_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     row_tiles = tl.cdiv(tokens, BLOCK_M)
     column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     part: tl.constexpr = BLOCK_N // 4
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
         row, column = _origin(tile, row_tiles, column_tiles, BLOCK_M, BLOCK_N, ROW_TILES)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, HIDDEN, BLOCK_K):
@@ -159,10 +160,10 @@ def _feed_forward_bwd_kernel(
                 tl.store(sums_ptr + columns, tl.sum(grad_z, axis=0), mask=columns < COLUMNS)
 
 
-def _programs(device: torch.device, tiles: int) -> int:
-    """How many programs share the tiles; under the interpreter few, so that each has several."""
+def _programs(device: torch.device, tiles: int, programs: int) -> int:
+    """How many programs share the tiles, ``programs`` of them a multiprocessor; the interpreter has two of those."""
     count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return min(tiles, _PROGRAMS * count)
+    return min(tiles, programs * count)
 
 
 def takes(columns: int, *matrices: Tensor) -> bool:
@@ -203,8 +204,9 @@ def product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     out = torch.empty_like(z)
     config = _launch_config(x.dtype, "fwd")
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    programs = _programs(x.device, triton.cdiv(tokens, m) * triton.cdiv(columns, n), config.pop("PROGRAMS"))
     with torch.cuda.device_of(x):
-        _feed_forward_fwd_kernel[(_programs(x.device, triton.cdiv(tokens, m) * triton.cdiv(columns, n)),)](
+        _feed_forward_fwd_kernel[(programs,)](
             x_desc=_descriptor(x, m, k),
             weight_desc=_descriptor(weight, n, k),
             z_desc=_descriptor(z, m, n // 4),
@@ -228,9 +230,10 @@ def product_gelu_bwd(grad_out: Tensor, weight: Tensor, z: Tensor, bias: Tensor |
     config = _launch_config(z.dtype, "bwd")
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     row_tiles = triton.cdiv(tokens, m)
+    programs = _programs(z.device, row_tiles * triton.cdiv(columns, n), config.pop("PROGRAMS"))
     partial = torch.empty((0 if bias is None else row_tiles, 1, columns), dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
-        _feed_forward_bwd_kernel[(_programs(z.device, row_tiles * triton.cdiv(columns, n)),)](
+        _feed_forward_bwd_kernel[(programs,)](
             grad_out_desc=_descriptor(grad_out, m, k),
             weight_desc=_descriptor(weight, k, n),
             z_desc=_descriptor(z, m, n // 4),
@@ -293,6 +296,7 @@ def aot_cases(capability: int) -> list[dict]:
         for direction, kernel in (("fwd", _feed_forward_fwd_kernel), ("bwd", _feed_forward_bwd_kernel)):
             element, config = _TRITON_TYPES[dtype], _launch_config(dtype, direction)
             m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+            del config["PROGRAMS"]
             weight = (n, k) if direction == "fwd" else (k, n)
             blocks = {"x_desc": (m, k), "grad_out_desc": (m, k), "weight_desc": weight}
             blocks |= dict.fromkeys(("z_desc", "out_desc", "grad_z_desc"), (m, n // 4))

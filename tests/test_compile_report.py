@@ -128,6 +128,16 @@ def test_kernels_keep_the_rules_on_sm_90(kernel):
     assert kernel in done.stdout
 
 
+@pytest.mark.parametrize("target", [90, 100])
+def test_two_programs_of_the_feed_forward_share_a_multiprocessor(tmp_path, target):
+    """One computes GELU while the other multiplies; operands and results go by the tensor memory accelerator."""
+    done = _report("--targets", target, "--kernels", "H=1024 bf16", "--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} == {f"feed_forward {d} H=1024 bf16" for d in ("fwd", "bwd")}
+    assert all(row["occupancy"] * 64 >= 2 * row["warps"] and row["bulk_copies"] for row in rows)
+
+
 def test_mlm_loss_reads_and_writes_logits_by_sixteen_bytes(tmp_path):
     """A mask that ends at 30522, a multiple of 2 alone, would split accesses of 16-bit logits into such of 4 bytes."""
     done = _report("--targets", "90", "--kernels", "mlm_loss fwd V=30522 grads", "--json", tmp_path / "report.json")

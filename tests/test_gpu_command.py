@@ -82,11 +82,17 @@ def test_a_sweep_of_launch_configurations(tmp_path):
 
     before = bias_gelu._launch_config
     rows = smoke_phase(5, new_results(tmp_path / "r.json", smoke=True))["tune"]
-    assert [row["what"] for row in rows] == ["bias_gelu fwd, micro 24", "bias_gelu bwd, micro 24"]
+    operators = ("bias_gelu", "feed_forward")
+    assert [row["what"] for row in rows] == [f"{name} {d}, micro 24" for name in operators for d in ("fwd", "bwd")]
     for row in rows:
         assert len(row["tried"]) == 2
         assert all("us" in tried for tried in row["tried"])
-        assert row["write"] == "leave it" or row["write"].startswith("kernels/bias_gelu.py, ")
+        where = (
+            "kernels/bias_gelu.py, "
+            if row["what"].startswith("bias_gelu")
+            else "FEED_FORWARD_EPILOGUE in bert_fast/dispatch.py and kernels/feed_forward.py, "
+        )
+        assert row["write"] == "leave it" or row["write"].startswith(where)
     assert bias_gelu._launch_config is before
 
 
@@ -107,6 +113,27 @@ def test_a_configuration_that_computes_something_else_is_not_taken(monkeypatch):
     row = tune.sweep("bias_gelu", "fwd", "forward", "micro", 24, options)
     assert [tried.get("wrong") for tried in row["tried"]] == [True, True]
     assert row["write"] == "leave it"
+
+
+@needs_triton
+def test_gelu_in_the_epilogue_is_timed_where_it_is_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(script("gpu_operators"), "OPERATORS", ("bias_gelu",))
+    operators = smoke_phase(3, new_results(tmp_path / "r.json", smoke=True))["operators"]
+    rows = {(x["direction"], x["contender"]): x for x in operators if x["operator"] == "feed_forward"}
+    contenders = script("gpu_feed_forward").CONTENDERS
+    assert set(rows) == {(direction, c) for direction in ("forward", "backward") for c in contenders}
+    assert all(x["ms"] > 0 < x["tflops"] for x in rows.values())
+    assert [x.get("predicted_ms", 0) > 0 for x in rows.values()] == [c == "bert_fast" for _, c in rows]
+    for direction in ("forward", "backward"):
+        assert rows[direction, "epilogue"]["bytes"] < rows[direction, "bert_fast"]["bytes"]
+
+    from bert_fast.kernels import feed_forward
+
+    right = feed_forward.product_gelu
+    monkeypatch.setattr(feed_forward, "product_gelu", lambda *a: [1.001 * x for x in right(*a)])
+    found = smoke_phase(3, new_results(tmp_path / "wrong.json", smoke=True))["operators"]
+    (told,) = (x["failed"] for x in found if "failed" in x)
+    assert "does not give what a product and bias_gelu give" in told
 
 
 @pytest.mark.slow
