@@ -224,14 +224,18 @@ def test_too_many_in_a_row_stop_the_run_with_its_own_exit_code(configure, monkey
 
 def test_only_the_micro_batch_at_fault_is_named(configure, monkeypatch):
     config = configure(steps=2, batch_size=8, micro_tokens=64)
-    forward, calls = Step._forward, []
+    differentiate, calls = Step._differentiate, []
 
-    def broken(self, batch, counts):
+    def broken(self, batch, *into):
         calls.append(batch["sample_ids"].tolist())
-        loss, parts = forward(self, batch, counts)
-        return (loss * float("nan"), parts * float("nan")) if len(calls) == 2 else (loss, parts)
+        parts = differentiate(self, batch, *into)
+        if len(calls) == 2:
+            parts *= float("nan")
+            for p in self.parameters:
+                p.grad *= float("nan")
+        return parts
 
-    monkeypatch.setattr(Step, "_forward", broken)
+    monkeypatch.setattr(Step, "_differentiate", broken)
     assert train(config) == 0
     (line,) = losses(config, "skipped")
     assert line["reason"] == "the loss was not finite"
