@@ -174,8 +174,9 @@ def in_epilogue(direction: str, x: torch.Tensor) -> bool:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """What runs where: for each operator its backend on CPU and CUDA tensors, as chosen now."""
+    """What runs where: for each operator that the model uses its backend on CPU and CUDA tensors, as chosen now."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-        return {operator: {device: choose(operator, device) for device in devices} for operator in TABLE}
+        used = [operator for operator in TABLE if operator != "feed_forward" or FEED_FORWARD_EPILOGUE]
+        return {operator: {device: choose(operator, device) for device in devices} for operator in used}

@@ -1,6 +1,6 @@
 // The C++ operators under ThreadSanitizer, without Python: each runs on 1, 2, 3 and 11 std::threads and must give the same
 // bits, in float32, bfloat16 and float16, attention on packed sequences and on one sequence with one head, whose queries
-// the threads share. `make sanitize` builds it (CMake option BERT_FAST_SANITIZE=thread); scalar and AVX2 run.
+// the threads share. `make sanitize` builds it (CMake option BERT_FAST_SANITIZE=thread); every set that the CPU has runs.
 //
 // torch's own threads meet in an OpenMP barrier that ThreadSanitizer cannot see; here a team starts and joins threads,
 // which it can. What the operators do between start and join is the same.
@@ -39,6 +39,8 @@ int bert_fast_instruction_sets();
 void bert_fast_set_team(void*);
 OPERATORS(scalar)
 OPERATORS(avx2)
+OPERATORS(avx512)
+OPERATORS(avx512_bf16)
 }
 
 namespace {
@@ -62,7 +64,8 @@ struct Operators {
     decltype(&residual_layernorm_fwd_scalar) residual_layernorm_fwd;
     decltype(&residual_layernorm_bwd_scalar) residual_layernorm_bwd;
 };
-const Operators SCALAR = OPERATORS_OF(scalar), AVX2 = OPERATORS_OF(avx2);
+// In the order of bert_fast_instruction_sets().
+const Operators SETS[] = {OPERATORS_OF(scalar), OPERATORS_OF(avx2), OPERATORS_OF(avx512), OPERATORS_OF(avx512_bf16)};
 
 constexpr int64_t COLUMNS = 77, ROWS = 333, VOCABULARY = 501, THRESHOLD = 6554;
 constexpr float KEEP_SCALE = 65536.0f / (65536 - THRESHOLD);
@@ -218,7 +221,8 @@ bool check(const Operators& operators) {
 
 int main() {
     bert_fast_set_team(reinterpret_cast<void*>(&team));
-    bool good = check(SCALAR);
-    if (bert_fast_instruction_sets() & 2) good = check(AVX2) && good;
+    bool good = true;
+    for (int i = 0; i < 4; i++)
+        if (bert_fast_instruction_sets() >> i & 1) good = check(SETS[i]) && good;
     return good ? 0 : 1;
 }
