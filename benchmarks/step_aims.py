@@ -66,10 +66,8 @@ def gelu_in_products(x: Entry) -> Entry:
     return replace(x, bytes=x.bytes / {"forward": 2, "backward": 3}[x.direction], instructions=0, kernels=0)
 
 
-def sums_in_products(x: Entry) -> Entry:
-    """A product adds to what is there (the other gradient is read), and leaves the sum of its bias's gradient."""
-    if x.operator == "sum of two gradients":
-        return replace(x, bytes=x.least, kernels=0)
+def bias_in_attention(x: Entry) -> Entry:
+    """Attention's backward leaves the sums of the gradients that it writes."""
     return replace(x, bytes=0, kernels=0) if x.operator == "bias of q, k, v" else x
 
 
@@ -89,7 +87,7 @@ IFS: dict[str, Callable[[Entry], Entry]] = {
     "attention's backward makes scores and d P once: five products, bits of dropout drawn once": five_products,
     "the bits of dropout are drawn while the tensor cores work": hidden_bits,
     "GELU in the epilogue of the product before it, its derivative in the one behind": gelu_in_products,
-    "the two gradients of a residual, and the bias of q, k, v, summed in products' epilogues": sums_in_products,
+    "the gradient of the bias of q, k, v by attention's backward": bias_in_attention,
     f"logits of all masked positions at once, not of {MLM_CHUNK}": one_chunk,
     "an update every 65536 tokens, not 32768": twice_the_batch,
 }

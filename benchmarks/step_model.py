@@ -31,7 +31,7 @@ from bert_fast.flops import step_flops
 
 CASES = [(model, seq, kind) for model in ("base", "large") for seq in (128, 512) for kind in ("full", "wikipedia")]
 TOKENS = 32768  # real tokens of a step
-WEIGHTS = ("bfloat16", "float32")  # float32: weights and residual stream in float32 under bfloat16 autocast
+WEIGHTS = ("bfloat16", "float32")  # float32: products and hidden states in bfloat16, as `pretrain` has it
 MLM_CHUNK = 1024  # positions whose logits exist at a time (bert_fast.ops.mlm_loss)
 TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit dtypes at head size 64)
 # Instructions of one lane an element, counted in what the kernels compile to (docs/performance.md). Of attention's
@@ -115,9 +115,9 @@ def step(
 ) -> list[Entry]:
     """Every line of a packed training step of BertForPreTraining over sequences of ``lengths`` tokens.
 
-    ``weights``: the dtype of parameters and residual stream; products are bfloat16 in any case. ``joined``: the
-    tied table's two gradients meet in one buffer, as in every forward that is not compiled. A micro-batch that is the
-    first of its update, and its last: for what others cost besides see :func:`accumulation`.
+    ``weights``: the dtype of parameters and their gradients; products and hidden states are bfloat16 in any case.
+    ``joined``: the tied table's two gradients meet in one buffer, as in every forward that is not compiled. A
+    micro-batch that is the first of its update, and its last: for what others cost besides see :func:`accumulation`.
     """
     lines = [*encoder(config, lengths, weights), *heads(config, lengths, weights, joined)]
     return [*lines, *update(config, weights, optimizer)]
@@ -126,7 +126,7 @@ def step(
 def encoder(config, lengths: Sequence[int], weights: str) -> list[Entry]:
     """The layers. The last one makes keys, values and attention for every token, and what follows only where its
     output is read: at the masked positions and each [CLS]."""
-    e, r = 2, 2 if weights == "bfloat16" else 4
+    e, w = 2, 2 if weights == "bfloat16" else 4
     layers, h, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     tokens, read = sum(lengths), rows_read(lengths)
     often = layers - 1 + read / tokens  # after attention, in layers of all tokens
@@ -140,33 +140,30 @@ def encoder(config, lengths: Sequence[int], weights: str) -> list[Entry]:
         lines.append(Entry(f"product {name}", "backward", times, flops=4 * tokens * size, kernels=2))
     lines += [
         # q, k and v are three parameters: put together anew in each step, and rounded in the same pass
-        Entry("weights q, k, v in one", "forward", layers, bytes=3 * h * h * (r + e), least=0,
-              kernels=2 if r == e else 3),
+        Entry("weights q, k, v in one", "forward", layers, bytes=3 * h * h * (w + e), least=0,
+              kernels=2 if w == e else 3),
         Entry("bias of q, k, v", "backward", layers, bytes=3 * th * e, least=0),
         *attention(config, lengths),
-        Entry("residual_layernorm", "forward", 2 * often, bytes=th * (e + 3 * r)),
+        Entry("residual_layernorm", "forward", 2 * often, bytes=4 * th * e),
         # without dropout the product's gradient is the residual's
         Entry("residual_layernorm", "backward", 2 * often,
-              bytes=th * (3 * r + (e if config.hidden_dropout_prob or r != e else 0)), kernels=2),
-        # a layer's input and its first LayerNorm's output are read by a product and as a residual
-        Entry("sum of two gradients", "backward", layers + often, bytes=3 * th * r, least=th * r),
+              bytes=th * e * (4 if config.hidden_dropout_prob else 3), kernels=2),
+        # a layer's input and its first LayerNorm's output are read by a product and as a residual: the product's
+        # gradient is added to the other one in place
+        Entry("residual's gradient, read by the product", "backward", layers + often, bytes=th * e, kernels=0),
         Entry("bias_gelu", "forward", often, bytes=2 * ti * e, instructions=GELU_FORWARD * ti),
         Entry("bias_gelu", "backward", often, bytes=3 * ti * e, instructions=GELU_BACKWARD * ti, kernels=2),
     ]  # fmt: skip
     if rh:
         lines += [
-            Entry("rows that are read", "forward", 1, bytes=2 * rh * (e + r), kernels=4),
+            Entry("rows that are read", "forward", 1, bytes=4 * rh * e, kernels=4),
             # two times zeros of all rows, and sums into some; the head's and the pooler's part put together
-            Entry("rows that are read", "backward", 1, bytes=(th + 3 * rh) * (e + r) + 7 * rh * r,
-                  least=2 * rh * (e + r), kernels=9),
+            Entry("rows that are read", "backward", 1, bytes=(2 * th + 13 * rh) * e,
+                  least=4 * rh * e, kernels=9),
         ]  # fmt: skip
-    if r != e:
+    if w != e:
         weight = layers * (h * h + 2 * h * inner)
-        lines += [
-            Entry("rounding of activations", "forward", layers + often, bytes=th * (r + e), least=0),
-            Entry("rounding of gradients", "backward", layers + often, bytes=th * (r + e), least=0),
-            Entry("rounding of weights", "forward", 1, bytes=weight * (r + e), least=0, kernels=3 * layers),
-        ]  # fmt: skip
+        lines.append(Entry("rounding of weights", "forward", 1, bytes=weight * (w + e), least=0, kernels=3 * layers))
     return lines
 
 
@@ -203,28 +200,27 @@ BITS = ": bits of dropout"
 
 def heads(config, lengths: Sequence[int], weights: str, joined: bool) -> list[Entry]:
     """The embedding, the MLM and the NSP head with their losses, and the table that embedding and MLM head share."""
-    e, r = 2, 2 if weights == "bfloat16" else 4
+    e, w = 2, 2 if weights == "bfloat16" else 4
     h, vocabulary = config.hidden_size, config.vocab_size
     tokens, masked = sum(lengths), predicted_rows(lengths)
     th, mh, mv, vh, chunks = tokens * h, masked * h, masked * vocabulary, vocabulary * h, -(-masked // MLM_CHUNK)
-    tables = (config.max_position_embeddings + config.type_vocab_size) * h * r
+    tables = (config.max_position_embeddings + config.type_vocab_size) * h * w
     # joined: the rows of the tokens that occur are read and written (benchmarks draw tokens uniformly); else all
     # rows are written, most of them zeros
-    tables += (2 * -math.expm1(-tokens / vocabulary) if joined else 1) * vh * r
-    # a weight (of the pooler its gradient too), and what it multiplies, rounded
-    dense, rounded = (x * (r + e) if r != e else 0 for x in (h * h, mh))
+    tables += (2 * -math.expm1(-tokens / vocabulary) if joined else 1) * vh * w
+    dense = h * h * (w + e) if w != e else 0  # a weight rounded (of the pooler its gradient too)
     lines = [
         # word row and out; backward: word row, d out, d z written in float32 and read by three sorted sums, tables
-        Entry("embedding_layernorm", "forward", 1, bytes=2 * th * r),
-        Entry("embedding_layernorm", "backward", 1, bytes=th * (2 * r + 16) + tables, least=2 * th * r + tables,
+        Entry("embedding_layernorm", "forward", 1, bytes=th * (w + e)),
+        Entry("embedding_layernorm", "backward", 1, bytes=th * (w + e + 16) + tables, least=th * (w + e) + tables,
               kernels=16),
         # the product's output through GELU and LayerNorm
-        Entry("MLM transform", "forward", 1, flops=2 * mh * h, bytes=5 * mh * e + dense + rounded, kernels=3),
-        Entry("MLM transform", "backward", 1, flops=4 * mh * h, bytes=6 * mh * e + rounded, kernels=6),
+        Entry("MLM transform", "forward", 1, flops=2 * mh * h, bytes=5 * mh * e + dense, kernels=3),
+        Entry("MLM transform", "backward", 1, flops=4 * mh * h, bytes=6 * mh * e, kernels=6),
         # a copy of the table; logits read and overwritten; sums of the bias; d word in float32, written by the first
         # chunk, read and written by the others, and rounded; d hidden in float32, rounded
         Entry("mlm_loss", "forward", 1, flops=6 * mh * vocabulary,
-              bytes=vh * (r + e) + mv * (2 * e + 2) + 4 * vh * (2 * chunks - 1) + (vh * (4 + r) if r != 4 else 0)
+              bytes=vh * (w + e) + mv * (2 * e + 2) + 4 * vh * (2 * chunks - 1) + (vh * (4 + w) if w != 4 else 0)
               + mh * (4 + e), least=4 * vh, kernels=5 * chunks + 12),
         # one launch that changes nothing where the loss's own gradient is one
         Entry("mlm_loss", "backward", 1),
@@ -235,7 +231,7 @@ def heads(config, lengths: Sequence[int], weights: str, joined: bool) -> list[En
         Entry("small operators", "backward", 1, kernels=5),
     ]  # fmt: skip
     if not joined:
-        lines.append(Entry("sum of the tied table's gradients", "backward", 1, bytes=3 * vh * r, least=0))
+        lines.append(Entry("sum of the tied table's gradients", "backward", 1, bytes=3 * vh * w, least=0))
     return lines
 
 

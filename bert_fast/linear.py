@@ -4,6 +4,9 @@ Autograd makes a weight's gradient in memory of its own and then adds it to ``.g
 micro-batch after the first, two reads and a write that a product could do itself; under autocast it is besides
 rounded to 16 bits and converted back. Inside :func:`gradients_in_place` the product that makes the gradient writes or
 adds to ``.grad``, with sums in float32, and autograd is given none.
+
+So it is with the gradient of what a product multiplies, where a residual passes beside it: two gradients, which
+autograd adds in a pass of its own. The product of :func:`linear_beside` adds its own to the residual's.
 """
 
 import contextlib
@@ -45,17 +48,36 @@ def linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> 
 
     Equals ``F.linear(x, torch.cat(weights), bias)``, under autocast too.
     """
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and all(id(w) in _in_place for w in weights):
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
-        return _Linear.apply(x, bias, *weights)
+    if _owned(weights):
+        return _Linear.apply(x.to(_product_dtype(x)), bias, False, *weights)
     return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+
+
+def linear_beside(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(``linear(x, weights, bias)``, x): x again, for its use beside the product, a residual's.
+
+    Inside :func:`gradients_in_place` the gradient of that use is memory that the product's backward adds to and hands
+    on: nobody else may keep it, as a hook could. The caller knows that there is none between here and there.
+    """
+    if _owned(weights) and x.dtype == _product_dtype(x):
+        return _Linear.apply(x, bias, True, *weights)
+    return linear(x, weights, bias), x
+
+
+def _owned(weights: Sequence[Tensor]) -> bool:
+    tracing = torch.compiler.is_compiling()
+    return not tracing and torch.is_grad_enabled() and all(id(w) in _in_place for w in weights)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    rounded = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if rounded else x.dtype
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, *weights):
+    def forward(ctx, x, bias, beside, *weights):
         rows, dtype = [w.shape[0] for w in weights], weights[0].dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = x.dtype
@@ -68,15 +90,28 @@ class _Linear(torch.autograd.Function):
         ctx.weights, ctx.rows = weights, rows
         ctx.first = [_in_place[id(w)].get(w) for w in weights]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, weight, None if bias is None else bias.to(dtype))
+        ctx.set_materialize_grads(False)  # zeros in the place of a gradient that there is not
+        out = F.linear(x, weight, None if bias is None else bias.to(dtype))
+        return (out, x) if beside else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx, grad_out, grad_beside=None):
+        if grad_out is None:
+            return grad_beside, *(None,) * (2 + len(ctx.weights))
         x, weight = ctx.saved_tensors
-        grad_x = grad_out @ weight if ctx.needs_input_grad[0] else None
+        grad_x = _product_added(grad_beside, grad_out, weight) if ctx.needs_input_grad[0] else None
         grad_bias = grad_out.sum(dim=0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, *_weight_gradients(ctx.weights, ctx.rows, ctx.first, grad_out, x)
+        return grad_x, grad_bias, None, *_weight_gradients(ctx.weights, ctx.rows, ctx.first, grad_out, x)
+
+
+def _product_added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, added to ``total`` in place where there is one."""
+    if total is None:
+        return a @ b
+    if total.is_contiguous() and total.dtype == a.dtype:
+        return total.addmm_(a, b)
+    return total + a @ b
 
 
 def _weight_gradients(weights, rows, first, grad_out: Tensor, x: Tensor) -> list[Tensor | None]:

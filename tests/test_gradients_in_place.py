@@ -11,7 +11,7 @@ from transformers import BertConfig
 
 from bert_fast import BertForPreTraining, optim
 from bert_fast.data import Capacities, Sample, pack_samples
-from bert_fast.linear import gradients_in_place, linear
+from bert_fast.linear import gradients_in_place, linear, linear_beside
 from bert_fast.train.distributed import Ranks
 from bert_fast.train.step import Step
 from tests.parity import DEVICE, assert_near_truth
@@ -187,6 +187,30 @@ def test_a_hook_that_comes_between_two_micro_batches():
         torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-6)
 
 
+def watched(dropout: float, place: str) -> list[torch.Tensor]:
+    """The gradients that a module's hook keeps during an update, looked at after it."""
+    model, kept = build(hidden_dropout_prob=dropout), []
+    layer = model.bert.encoder.layer[1]
+    module = {"layer": layer, "attention": layer.attention, "output": layer.output, "dense": layer.output.dense,
+              "norm": layer.attention.output.LayerNorm, "inner": layer.intermediate}[place]  # fmt: skip
+    module.register_full_backward_hook(
+        lambda _, inputs, outputs: kept.extend(x for x in (*inputs, *outputs) if x is not None)
+    )
+    run(step_of(model), batches(1))
+    return kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("place", ["layer", "attention", "output", "dense", "norm", "inner"])
+def test_gradients_that_hooks_keep_stay_as_they_were(place, dropout):
+    ours = watched(dropout, place)
+    with by_autograd():
+        theirs = watched(dropout, place)
+    assert len(ours) == len(theirs) > 0
+    for grad, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("autocast", [None, BRAIN])
 def test_gradient_checkpointing_gives_the_same_bits(use_reentrant, autocast):
@@ -271,6 +295,48 @@ def test_whatever_the_use(use, kept):
     expected = gradients(lambda: use(weights, x, bias), weights, x, bias, times=3)
     for grad, other in zip(found, expected, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda y, x: y.square().sum() + x.square().sum(),
+        lambda y, x: y.square().sum() + x.sum(),  # a gradient that is one number, repeated
+        lambda y, x: y.square().sum() + (x * x[:, :1]).sum() + x.square().sum(),  # several that autograd adds
+        lambda y, x: y.square().sum() + x.t().contiguous().square().sum(),  # transposed
+        lambda y, x: y.square().sum(),
+        lambda y, x: x.square().sum(),
+        lambda y, x: (y[:, :6] * x).sum(),
+    ],
+)
+@pytest.mark.parametrize("leaf", [False, True])
+def test_a_residual_beside_a_product(use, leaf):
+    weights, x, bias = tensors()
+
+    def run(beside) -> list:
+        for w in (*weights, x, bias):
+            w.grad = None
+        with gradients_in_place(weights) if beside else contextlib.nullcontext():
+            given = x if leaf else x.exp()
+            y, again = linear_beside(given, weights, bias) if beside else (linear(given, weights, bias), given)
+            use(y, again).backward()
+        return [w.grad for w in (*weights, x, bias)]
+
+    for name, grad, expected in zip(("w0", "w1", "w2", "x", "bias"), run(True), run(False), strict=True):
+        if expected is None:
+            assert grad is None, name
+        else:
+            torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_residual_of_another_dtype_is_autograds():
+    """Under autocast a float32 residual keeps its own gradient: the product's has 16 bits."""
+    weights, x, bias = tensors(FULL)
+    with gradients_in_place(weights), torch.autocast(DEVICE, BRAIN):
+        y, again = linear_beside(x, weights, bias)
+        assert (y.dtype, again) == (BRAIN, x)
+        y, again = linear_beside(x.to(BRAIN), weights, bias)
+    assert type(again.grad_fn).__name__ == type(y.grad_fn).__name__ == "_LinearBackward"
 
 
 def test_the_first_gradient_is_written_to_the_memory_given():

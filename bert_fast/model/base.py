@@ -100,7 +100,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         mask attends are 0 in the outputs. Packed input: (1, T) with ``cu_seq_lens_q`` (B+1,) int32 and
         ``max_length_q``; every sequence is then computed alone, and pooled outputs are (B, H), of the first token
         of each or of ``cls_positions`` (B,). ``sample_ids`` (B,) name the samples of the batch for the dropout
-        masks. Raises ValueError, TypeError or IndexError for input that does not fit.
+        masks. ``hidden_dtype`` is the dtype of the hidden states; by default the parameters', under autocast too, as
+        transformers has it, where bfloat16 halves what layers pass on and keep. Raises ValueError, TypeError or
+        IndexError for input that does not fit.
         """
         for name, value in (
             ("encoder_hidden_states", encoder_hidden_states),
@@ -112,6 +114,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         source = self._checked_source(input_ids, inputs_embeds)
+        hidden_dtype = self._checked_dtype(kwargs.get("hidden_dtype"), source)
         batch, length = source.shape[:2]
         rows = kwargs.get("rows")
         wants = {
@@ -130,7 +133,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
         hidden_states = [] if wants["output_hidden_states"] is not False else None
         attentions = [] if wants["output_attentions"] else None
-        x = self.embeddings(ids, positions, segments, embeds, layout)
+        x = self.embeddings(ids, positions, segments, embeds, layout, hidden_dtype)
         if hidden_states is not None:
             hidden_states.append(packing.unpack(layout, x))
             x = packing.pack(layout, hidden_states[-1])
@@ -157,6 +160,16 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             attentions=None if attentions is None else tuple(attentions),
             cross_attentions=None if attentions is None else (),  # as transformers has it
         )
+
+    def _checked_dtype(self, hidden_dtype: torch.dtype | None, source: Tensor) -> torch.dtype | None:
+        kind = source.device.type
+        products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        if hidden_dtype not in (None, self.dtype, products):
+            raise ValueError(
+                f"hidden_dtype={hidden_dtype} is neither the parameters' dtype nor that of their products, "
+                f"{products}: call the model under torch.autocast({kind!r}, {hidden_dtype})"
+            )
+        return hidden_dtype
 
     def _checked_source(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if input_ids is not None:

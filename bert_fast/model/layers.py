@@ -12,7 +12,7 @@ from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
 from .. import ops, packing, random
-from ..linear import linear
+from ..linear import linear, linear_beside
 from ..packing import Layout
 from . import idcheck
 
@@ -37,6 +37,12 @@ def plain(module: nn.Module, kind: type) -> bool:
 def unhooked(module: nn.Module) -> bool:
     """Nobody looks on where ``module`` or anything in it is called."""
     return not any(_hooked(m) for m in module.modules())
+
+
+def unwatched(output: nn.Module, kind: type) -> bool:
+    """``output`` is exactly ``kind``, and nobody sees the gradients of what it multiplies and of the residual beside:
+    without dropout they are the same memory."""
+    return plain(output, kind) and plain(output.dense, nn.Linear) and unhooked(output)
 
 
 def dropout_p(dropout: nn.Module) -> float:
@@ -78,8 +84,9 @@ def linear_without_bias(dense: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | N
     return dense(x), None
 
 
-def linears_side_by_side(linears: tuple[nn.Linear, ...], x: Tensor) -> Tensor:
-    """x (T, H) through plain linears of one size, all with a bias or none: their outputs (T, N) beside each other."""
+def linears_side_by_side(linears: tuple[nn.Linear, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, H) through plain linears of one size, all with a bias or none: their outputs (T, N) beside each other; and
+    x for the residual, see ``linear_beside``."""
     biases = None if linears[0].bias is None else [m.bias for m in linears]
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     if x.device.type == "cpu" and not recorded and not torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
@@ -90,13 +97,18 @@ def linears_side_by_side(linears: tuple[nn.Linear, ...], x: Tensor) -> Tensor:
                 torch.mm(x, m.weight.t(), out=columns)
             else:
                 torch.addmm(m.bias, x, m.weight.t(), out=columns)
-        return out
-    return linear(x, tuple(m.weight for m in linears), None if biases is None else torch.cat(biases))
+        return out, x
+    return linear_beside(x, tuple(m.weight for m in linears), None if biases is None else torch.cat(biases))
+
+
+def is_gelu(activation) -> bool:
+    """GELU by the normal distribution function, and nobody looks on."""
+    return isinstance(activation, nn.Module) and plain(activation, GELUActivation)
 
 
 def activate(dense: nn.Module, activation, x: Tensor) -> Tensor:
-    """activation(dense(x)); GELU (by the normal distribution function) and the bias in one operator."""
-    if isinstance(activation, nn.Module) and plain(activation, GELUActivation):
+    """activation(dense(x)); GELU and the bias in one operator."""
+    if is_gelu(activation):
         y, bias = linear_without_bias(dense, x)
         return ops.bias_gelu(y, bias)
     return activation(dense(x))
@@ -106,9 +118,11 @@ class BertEmbeddings(hf.BertEmbeddings):
     """Word, position and segment embeddings, LayerNorm and dropout of packed tokens."""
 
     def forward(
-        self, ids: Tensor | None, positions: Tensor, segments: Tensor, embeds: Tensor | None, layout: Layout
-    ) -> Tensor:
-        """ids, positions, segments (T,) int64, or ``embeds`` (T, H) in place of ids -> (T, H)."""
+        self, ids: Tensor | None, positions: Tensor, segments: Tensor, embeds: Tensor | None, layout: Layout,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """ids, positions, segments (T,) int64, or ``embeds`` (T, H) in place of ids -> (T, H) in ``dtype``, or in that
+        of the tables."""
         word, position, segment = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
         norm, p = self.LayerNorm, dropout_p(self.dropout)
         fused = plain(position, nn.Embedding) and plain(segment, nn.Embedding) and plain(norm, nn.LayerNorm)
@@ -123,7 +137,9 @@ class BertEmbeddings(hf.BertEmbeddings):
             else:  # the rows themselves are the table
                 table, padding_idx = embeds, None
                 ids = torch.arange(embeds.shape[0], device=embeds.device)
-            dtype = torch.promote_types(torch.promote_types(table.dtype, position.weight.dtype), segment.weight.dtype)
+            if dtype is None:
+                dtype = torch.promote_types(table.dtype, position.weight.dtype)
+                dtype = torch.promote_types(dtype, segment.weight.dtype)
             keys = {"p": p, "row_key": layout.row_key, "rng_key": layout.rng_key} if p else {}
             x = ops.embedding_layernorm(
                 ids, positions, segments, table, position.weight, segment.weight, norm.weight, norm.bias,
@@ -132,6 +148,7 @@ class BertEmbeddings(hf.BertEmbeddings):
         else:
             x = norm((word(ids) if embeds is None else embeds) + segment(segments) + position(positions))
             x = drop(x, layout, p, site("embeddings")) if p else x
+            x = x if dtype is None else x.to(dtype)
         return x if plain(self.dropout, nn.Dropout) else self.dropout(x)
 
 
@@ -140,11 +157,15 @@ class BertSelfAttention(hf.BertSelfAttention):
 
     def forward(self, x: Tensor, layout: Layout, attentions: list | None = None) -> Tensor:
         """x (T, H) -> (T, H). Appends the weights (B, heads, S, S) to ``attentions`` where it is a list."""
+        return self.beside(x, layout, attentions)[0]
+
+    def beside(self, x: Tensor, layout: Layout, attentions: list | None = None) -> tuple[Tensor, Tensor]:
+        """``forward``, and x for the residual beside it, which nothing else may look at; see ``linear_beside``."""
         linears = (self.query, self.key, self.value)
         if all(plain(m, nn.Linear) for m in linears) and all(
             (m.bias is None) == (linears[0].bias is None) for m in linears
         ):
-            qkv = linears_side_by_side(linears, x)
+            qkv, x = linears_side_by_side(linears, x)
         else:
             qkv = torch.cat([m(x) for m in linears], dim=1)
         qkv = qkv.view(x.shape[0], 3, self.num_attention_heads, self.attention_head_size)
@@ -155,11 +176,12 @@ class BertSelfAttention(hf.BertSelfAttention):
             out, weights = explicit_attention(qkv, layout, self.scaling, p, site("attention", self.layer_idx))
             if attentions is not None:
                 attentions.append(weights)
-            return out
-        return ops.attention(
+            return out, x
+        out = ops.attention(
             qkv, layout.cu_seqlens, layout.max_seqlen, scale=self.scaling, site=site("attention", self.layer_idx),
             **keys,
         )  # fmt: skip
+        return out, x
 
 
 def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, where: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +238,10 @@ class BertAttention(hf.BertAttention):
         self, x: Tensor, layout: Layout, attentions: list | None = None, only: Tensor | None = None
     ) -> Tensor:  # fmt: skip
         """x (T, H) -> (T, H), or the rows ``only`` (R,) of it."""
-        context = self.self(x, layout, attentions)
+        if plain(self.self, BertSelfAttention) and unwatched(self.output, BertSelfOutput):
+            context, x = self.self.beside(x, layout, attentions)
+        else:
+            context = self.self(x, layout, attentions)
         if only is not None:
             context, x, layout = context.index_select(0, only), x.index_select(0, only), packing.select(layout, only)
         return self.output(context, x, layout, self.self.layer_idx)
@@ -226,7 +251,14 @@ class BertIntermediate(hf.BertIntermediate):
     """The feed-forward's first product and activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return activate(self.dense, self.intermediate_act_fn, x)
+        return self.beside(x)[0]
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward``, and x for the residual beside it, which nothing else may look at; see ``linear_beside``."""
+        if plain(self.dense, nn.Linear) and is_gelu(self.intermediate_act_fn):
+            y, x = linear_beside(x, (self.dense.weight,))
+            return ops.bias_gelu(y, self.dense.bias), x
+        return activate(self.dense, self.intermediate_act_fn, x), x
 
 
 def joined(inner: nn.Module, output: nn.Module) -> bool:
@@ -236,8 +268,7 @@ def joined(inner: nn.Module, output: nn.Module) -> bool:
         and plain(output, BertOutput)
         and plain(inner.dense, nn.Linear)
         and plain(output.dense, nn.Linear)
-        and isinstance(inner.intermediate_act_fn, nn.Module)
-        and plain(inner.intermediate_act_fn, GELUActivation)
+        and is_gelu(inner.intermediate_act_fn)
     )
 
 
@@ -262,6 +293,8 @@ class BertLayer(hf.BertLayer):
         layer = self.attention.self.layer_idx
         if ops.joins_feed_forward(x) and joined(self.intermediate, self.output):
             return joined_feed_forward(self.intermediate, self.output, x, layout, layer)
+        if plain(self.intermediate, BertIntermediate) and unwatched(self.output, BertOutput):
+            return self.output(*self.intermediate.beside(x), layout, layer)
         return self.output(self.intermediate(x), x, layout, layer)
 
 

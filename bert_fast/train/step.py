@@ -74,9 +74,10 @@ def derived_seed(*parts) -> int:
 class Step:
     """Applies updates to ``model`` (a pre-training model of bert_fast on the ranks' device).
 
-    ``bf16`` computes products in bfloat16 under autocast, else in the parameters' dtype. With a ``recorder`` updates of
-    the shapes given to :meth:`prepare` are replayed from graphs; where recording fails, ``tell`` gets the reason, and
-    this update and all after it run eagerly, to the same bits.
+    ``bf16`` computes products in bfloat16 under autocast and has hidden states in it, statistics and sums in float32;
+    else everything is in the parameters' dtype. With a ``recorder`` updates of the shapes given to :meth:`prepare` are
+    replayed from graphs; where recording fails, ``tell`` gets the reason, and this update and all after it run eagerly,
+    to the same bits.
     """
 
     def __init__(
@@ -188,7 +189,8 @@ class Step:
         own = gradients_in_place(self.parameters, into) if self.ranks.world == 1 else contextlib.nullcontext()
         with own:
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
-                output = self.parallel(**batch, **self._counts)
+                hidden = torch.bfloat16 if self.bf16 else None
+                output = self.parallel(**batch, **self._counts, hidden_dtype=hidden)
             # DistributedDataParallel averages gradients over ranks, which are to be summed
             (output.loss * self.ranks.world).backward()
         loss, labels = output.loss.detach(), batch.get("next_sentence_label")
