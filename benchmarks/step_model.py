@@ -36,7 +36,7 @@ MLM_CHUNK = 1024  # positions whose logits exist at a time (bert_fast.ops.mlm_lo
 TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit dtypes at head size 64)
 # Instructions of one lane an element, counted in what the kernels compile to (docs/performance.md). Of attention's
 # inner loops on sm_90: what dropout adds to a computed score (Philox, the comparison), forward and in dq and dkv.
-DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 9.8, 8.8, 9.9
+DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 8.2, 6.7, 7.9
 GELU_FORWARD, GELU_BACKWARD = 40, 55
 
 

@@ -49,7 +49,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from ..random import dropout_scale, dropout_threshold
+from ..random import ROUNDS, dropout_scale, dropout_threshold
 from .attention import attention_case
 
 CAPABILITY = 90
@@ -57,6 +57,7 @@ LONGEST = 512  # tokens of a sequence: more sums of dQ do not fit in shared memo
 QUERIES = gl.constexpr(64)  # of a tile
 SIZE = gl.constexpr(64)  # of a head
 _LOG2_E = gl.constexpr(1.4426950408889634)
+_ROUNDS = gl.constexpr(ROUNDS)
 _TAIL_PROGRAMS = 8  # write zeros to the rows that belong to no sequence, whose number the device alone knows
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _UNSPECIALIZED = ("tokens", "sequences", "heads", "threshold", "site")  # no variant for 1 or multiples of 16
@@ -120,10 +121,10 @@ def _store(ptr, row_stride, first, length, values, ROWS: gl.constexpr, COPY: gl.
 
 @gluon.jit
 def _philox(c0, c1, c2, c3, rng_key):
-    """Philox 4x32-10 (bert_fast/random.py): a product of 64 bits is one instruction, its halves are two registers."""
+    """Philox 4x32-7 (bert_fast/random.py): a product of 64 bits is one instruction, its halves are two registers."""
     k0 = gl.cast(rng_key, gl.uint32)
     k1 = gl.cast(rng_key >> 32, gl.uint32)
-    for _ in gl.static_range(10):
+    for _ in gl.static_range(_ROUNDS):
         a = c0.to(gl.uint64) * 0xD2511F53
         b = c2.to(gl.uint64) * 0xCD9E8D57
         c0 = (b >> 32).to(gl.uint32) ^ c1 ^ k0

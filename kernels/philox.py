@@ -1,4 +1,4 @@
-"""Dropout's random bits on the device: Philox 4x32-10, eight 16-bit halves a call.
+"""Dropout's random bits on the device: Philox 4x32-7, eight 16-bit halves a call.
 
 The counters and the assignment of elements to halves are specified in bert_fast/random.py; these two
 functions draw the same bits for a tile. An element is kept where its half is >= the 16-bit threshold.
@@ -7,6 +7,10 @@ Attention compares here, in the fewest instructions: they are what dropout costs
 
 import triton
 import triton.language as tl
+
+from ..random import ROUNDS
+
+_ROUNDS = tl.constexpr(ROUNDS)
 
 
 @triton.jit
@@ -25,7 +29,7 @@ def hidden_halves(key, row_key, column_start, site, BLOCK_M: tl.constexpr, BLOCK
     position = (row_key & 0xFFFFFFFF).to(tl.int32)
     sample = (row_key >> 32).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(
-        key, zeros + group[None, :], zeros + position[:, None], zeros + sample[:, None], zeros + (site << 16)
+        key, zeros + group[None, :], zeros + position[:, None], zeros + sample[:, None], zeros + (site << 16), _ROUNDS
     )
     halves = _interleave8(w0, w1, w2, w3)
     return tl.reshape(halves, (BLOCK_M, BLOCK_N)).to(tl.int32)
@@ -52,6 +56,7 @@ def attention_keep(
         zeros + query_position.to(tl.int32)[:, None],
         zeros + tl.cast(sample, tl.int32),
         zeros + ((site << 16) | head),
+        _ROUNDS,
     )
     shape: tl.constexpr = (BLOCK_M, BLOCK_N // 64, 1, 8)
     j = tl.arange(0, 8)[None, None, :, None]

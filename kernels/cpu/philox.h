@@ -1,4 +1,4 @@
-// Dropout's random bits: Philox 4x32-10 on vectors of counters. The specification is bert_fast/random.py.
+// Dropout's random bits: Philox 4x32-7 on vectors of counters. The specification is bert_fast/random.py.
 //
 // One call makes eight 16-bit halves for each of LANES counters. A row's mask comes as one 64-bit word per 64
 // columns (or keys), bit i for element i of the block, set where the element is kept.
@@ -8,6 +8,8 @@
 
 namespace bert_fast {
 namespace BERT_FAST_ISA {
+
+constexpr int ROUNDS = 7;
 
 struct Product {
     vuint low, high;
@@ -44,7 +46,7 @@ struct PhiloxWords {
 BERT_FAST_INLINE PhiloxWords philox(uint64_t key, vuint c0, uint32_t c1_all, uint32_t c2_all, uint32_t c3_all) {
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
     vuint c1 = broadcast(c1_all), c2 = broadcast(c2_all), c3 = broadcast(c3_all);
-    for (int round = 0; round < 10; round++) {
+    for (int round = 0; round < ROUNDS; round++) {
         const Product a = multiply(c0, 0xD2511F53u), b = multiply(c2, 0xCD9E8D57u);
         c0 = b.high ^ c1 ^ k0;
         c2 = a.high ^ c3 ^ k1;
