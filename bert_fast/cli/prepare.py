@@ -106,15 +106,15 @@ def _prepare(options: argparse.Namespace) -> None:
     facts = {k: manifest[k] for k in ("documents", "duplicate_documents", "sentences", "tokens", "counts")}
     facts = {"out": str(folder), "complete": True, "shards": len(manifest["shards"])} | made | facts
     lines = [
-        f"{folder}: {manifest['documents']:,} documents, {manifest['sentences']:,} sentences, "
-        f"{manifest['tokens']:,} tokens in {_shards(len(manifest['shards']))}",
-        f"  {manifest['duplicate_documents']:,} duplicate documents dropped",
+        f"{folder}: {_number(manifest['documents'], 'document')}, {_number(manifest['sentences'], 'sentence')}, "
+        f"{_number(manifest['tokens'], 'token')} in {_number(len(manifest['shards']), 'shard')}",
+        f"  {_number(manifest['duplicate_documents'], 'duplicate document')} dropped",
         f"  how they were made, with checksums: {folder / 'manifest.json'}",
     ]
     if made["shards_found"]:
-        lines.insert(1, f"  {_shards(made['shards_found'])} made before, kept")
+        lines.insert(1, f"  {_number(made['shards_found'], 'shard')} made before, kept")
     out.result(facts, "\n".join(lines))
 
 
-def _shards(number: int) -> str:
-    return f"{number:,} shard" if number == 1 else f"{number:,} shards"
+def _number(number: int, of: str) -> str:
+    return f"{number:,} {of}" if number == 1 else f"{number:,} {of}s"

@@ -93,11 +93,15 @@ class PretrainConfig:
 
     device: str = option("auto", "device", "auto takes a GPU where there is one", choices=("auto", "cuda", "cpu"))
     precision: str = option(
-        "auto", "device", "bf16: products in bfloat16, weights in float32; auto: bf16 where it is multiplied faster",
+        "auto", "device", "bf16: products and hidden states in bfloat16, weights in float32; auto: bf16 where it is "
+        "multiplied faster",
         choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
     capture: bool = option(
-        True, "device", "record the step as CUDA graphs, on a GPU that trains alone; the numbers are the same without"
+        True,
+        "device",
+        "record the step as CUDA graphs, on a GPU that trains alone; the numbers are the same without, "
+        "and code of your own in forward hooks then runs in every update, not once",
     )
     peak_tflops: float | None = option(
         None, "device", "peak that MFU is taken against [default: a matrix product timed at the start]", "T"
