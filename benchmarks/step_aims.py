@@ -49,7 +49,7 @@ from workload import model_config
 
 def five_products(x: Entry) -> Entry:
     if (x.operator, x.direction) == ("attention", "backward"):
-        return replace(x, flops=x.flops * 5 / 7, kernels=1)
+        return replace(x, flops=x.flops * 5 / 7, kernels=x.kernels - 1)
     if (x.operator, x.direction) == (f"attention{BITS}", "backward"):
         return replace(x, instructions=x.instructions * DROPOUT_DKV / (DROPOUT_DQ + DROPOUT_DKV))
     return x
@@ -64,11 +64,6 @@ def gelu_in_products(x: Entry) -> Entry:
     if x.operator != "bias_gelu":
         return x
     return replace(x, bytes=x.bytes / {"forward": 2, "backward": 3}[x.direction], instructions=0, kernels=0)
-
-
-def bias_in_attention(x: Entry) -> Entry:
-    """Attention's backward leaves the sums of the gradients that it writes."""
-    return replace(x, bytes=0, kernels=0) if x.operator == "bias of q, k, v" else x
 
 
 def one_chunk(x: Entry) -> Entry:
@@ -87,7 +82,6 @@ IFS: dict[str, Callable[[Entry], Entry]] = {
     "attention's backward makes scores and d P once: five products, bits of dropout drawn once": five_products,
     "the bits of dropout are drawn while the tensor cores work": hidden_bits,
     "GELU in the epilogue of the product before it, its derivative in the one behind": gelu_in_products,
-    "the gradient of the bias of q, k, v by attention's backward": bias_in_attention,
     f"logits of all masked positions at once, not of {MLM_CHUNK}": one_chunk,
     "an update every 65536 tokens, not 32768": twice_the_batch,
 }

@@ -142,7 +142,6 @@ def encoder(config, lengths: Sequence[int], weights: str) -> list[Entry]:
         # q, k and v are three parameters: put together anew in each step, and rounded in the same pass
         Entry("weights q, k, v in one", "forward", layers, bytes=3 * h * h * (w + e), least=0,
               kernels=2 if w == e else 3),
-        Entry("bias of q, k, v", "backward", layers, bytes=3 * th * e, least=0),
         *attention(config, lengths),
         Entry("residual_layernorm", "forward", 2 * often, bytes=4 * th * e),
         # without dropout the product's gradient is the residual's
@@ -183,8 +182,9 @@ def attention(config, lengths: Sequence[int]) -> list[Entry]:
     _, scores = tiled(lengths)
     lines = [
         Entry("attention", "forward", layers, flops=4 * scores * h, rate="attention_forward"),
-        # seven products where five would do: dq and dkv each make scores and dP
-        Entry("attention", "backward", layers, flops=14 * scores * h, rate="attention_backward", kernels=2),
+        # seven products where five would do: dq and dkv each make scores and dP; the third kernel sums what the two
+        # leave for the bias of q and v
+        Entry("attention", "backward", layers, flops=14 * scores * h, rate="attention_backward", kernels=3),
     ]
     if config.attention_probs_dropout_prob:
         drawn = scores * config.num_attention_heads

@@ -8,6 +8,7 @@ checked on CPU tensors when the operator runs, and never on a GPU, where that wo
 
 import contextlib
 import contextvars
+import math
 
 import torch
 
@@ -337,23 +338,32 @@ def _check_cu_seqlens(qkv, cu_seqlens, max_seqlen, *_):
 
 
 def _attention_setup(ctx, inputs, output):
-    qkv, cu_seqlens, ctx.max_seqlen, row_key, rng_key, ctx.scale, ctx.p, ctx.site = inputs
+    qkv, cu_seqlens, ctx.max_seqlen, row_key, rng_key, ctx.scale, ctx.p, ctx.site, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(qkv, *output, cu_seqlens, row_key, rng_key)
 
 
 def _attention_backward(ctx, grad_out, _):
     qkv, out, lse, cu_seqlens, row_key, rng_key = ctx.saved_tensors
-    grad_qkv = torch.ops.bert_fast.attention_bwd(
-        grad_out.contiguous(), qkv, out, lse, cu_seqlens, ctx.max_seqlen, row_key, rng_key, ctx.scale, ctx.p, ctx.site
-    )
-    return grad_qkv, None, None, None, None, None, None, None
+    bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[-1] else None
+    grad_qkv, grad_bias = torch.ops.bert_fast.attention_bwd(
+        grad_out.contiguous(), qkv, out, lse, cu_seqlens, ctx.max_seqlen, row_key, rng_key, ctx.scale, ctx.p, ctx.site,
+        bias_dtype,
+    )  # fmt: skip
+    return grad_qkv, *(None,) * 7, None if bias_dtype is None else grad_bias
+
+
+def _attention_bwd_fake(grad_out, qkv, *rest):
+    *_, bias_dtype = rest
+    grad_bias = qkv.new_empty(0 if bias_dtype is None else qkv.shape[1:], dtype=bias_dtype)
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), grad_bias
 
 
 _define(
     "attention",
     "fwd",
     "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor row_key, Tensor rng_key, float scale, float p, "
-    "int site) -> (Tensor, Tensor)",
+    "int site, Tensor? bias) -> (Tensor, Tensor)",
     _attention_fake,
     _check_cu_seqlens,
 )
@@ -361,8 +371,8 @@ _define(
     "attention",
     "bwd",
     "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, Tensor row_key, "
-    "Tensor rng_key, float scale, float p, int site) -> Tensor",
-    lambda grad_out, qkv, *_: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+    "Tensor rng_key, float scale, float p, int site, ScalarType? bias_dtype) -> (Tensor, Tensor)",
+    _attention_bwd_fake,
 )
 _differentiate("attention", _attention_setup, _attention_backward)
 
@@ -377,18 +387,26 @@ def attention(
     row_key: Tensor | None = None,
     rng_key: Tensor | None = None,
     site: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Bidirectional attention of packed sequences: per sequence and head dropout(softmax(scale q k^T)) v.
 
     qkv (T, 3, A, D) floating, D <= 256; cu_seqlens (B+1,) int32: sequence i is tokens cu_seqlens[i] ..
     cu_seqlens[i+1]-1; max_seqlen bounds their lengths; scale defaults to D**-0.5. Returns (T, A*D), zero past
     cu_seqlens[-1]. No token sees another sequence. row_key (T,) and rng_key (1,) int64 name the mask where p > 0.
+    ``bias`` (3, A, D) or (3*A*D,), floating, is one that qkv has in it already, from a product that was given it
+    detached: it changes nothing here, and the backward gives its gradient, qkv's summed over all tokens in float32
+    (float64), without a pass of its own. Of k it is exactly 0, as no softmax sees what is added to every key.
     Raises ValueError or TypeError for shapes, devices and dtypes that do not fit and, on a CPU, for cu_seqlens
     that do not add up.
     """
     name = "attention"
     _check_like(name, qkv.device, qkv=(qkv, (-1, 3, -1, -1)), cu_seqlens=(cu_seqlens, (-1,)))
-    _check_floating(name, qkv=qkv)
+    if bias is not None and bias.dim() == 1:
+        _check_like(name, qkv.device, bias=(bias, (math.prod(qkv.shape[1:]),)))
+        bias = bias.reshape(qkv.shape[1:])
+    _check_like(name, qkv.device, bias=(bias, tuple(qkv.shape[1:])))
+    _check_floating(name, qkv=qkv, bias=bias)
     _require(
         cu_seqlens.dtype == torch.int32, name, f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32", TypeError
     )
@@ -397,7 +415,7 @@ def attention(
     row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, qkv)
     out, _ = torch.ops.bert_fast.attention_fwd(
         qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, row_key, rng_key,
-        qkv.shape[3] ** -0.5 if scale is None else scale, p, site,
+        qkv.shape[3] ** -0.5 if scale is None else scale, p, site, _contiguous(bias),
     )  # fmt: skip
     return out
 

@@ -140,11 +140,13 @@ def attention_fwd(
     scale: float,
     p: float,
     site: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """qkv (T, 3, A, D), cu_seqlens (B+1,) int32 -> out (T, A*D), lse (A, T): log-sum-exp of the scaled scores.
 
     Bidirectional and block-diagonal: no token sees another sequence. Rows past ``cu_seqlens[-1]`` are
-    written as zeros (lse too). No sequence is longer than ``max_seqlen``.
+    written as zeros (lse too). No sequence is longer than ``max_seqlen``. ``bias`` (3, A, D) is in qkv already:
+    nothing reads it here, the backward makes its gradient.
     """
     tokens, _, heads, size = qkv.shape
     outs, lses = [], []
@@ -176,14 +178,22 @@ def attention_bwd(
     scale: float,
     p: float,
     site: int,
-) -> Tensor:
-    """-> gradient of qkv (T, 3, A, D); zeros past ``cu_seqlens[-1]``.
+    bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of qkv (T, 3, A, D), zeros past ``cu_seqlens[-1]``, and of a bias (3, A, D) that qkv has in it, in
+    ``bias_dtype``; empty (0,) where that is None.
 
     With P = exp(scores - lse), mask M (0 or 1/keep): dV = (P*M)^T dO, dP = M * (dO V^T),
     dS = P * (dP - rowsum(dO * out)), dQ = scale dS K, dK = scale dS^T Q.
+
+    The bias's gradient is that of qkv summed over all tokens, before it is rounded. Of k it is 0: a vector added to
+    every key adds one number to all scores of a query, which a softmax does not see. In terms of dK: out is (P*M) V, so
+    rowsum(dO * out) is rowsum(P * dP), each row of dS sums to 0, and so does dS^T Q over the keys. A sum of the dK that
+    is computed would give the rounding errors of that 0; zeros are returned.
     """
     _, _, heads, size = qkv.shape
     grad_qkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+    grad_bias = _accumulate(qkv.new_zeros(qkv.shape[1:]))
     bounds = cu_seqlens.tolist()
     for start, end in itertools.pairwise(bounds):
         if start == end:
@@ -201,7 +211,19 @@ def attention_bwd(
         grad_s = probabilities * (grad_p - (grad_o * o).sum(dim=-1, keepdim=True))
         grads = (scale * (grad_s @ k), scale * (grad_s.transpose(1, 2) @ q), dropped.transpose(1, 2) @ grad_o)
         grad_qkv[start:end] = torch.stack(grads).permute(2, 0, 1, 3).to(qkv.dtype)
-    return grad_qkv
+        grad_bias[0] += grads[0].sum(dim=1)
+        grad_bias[2] += grads[2].sum(dim=1)
+    return grad_qkv, qkv.new_empty(0) if bias_dtype is None else grad_bias.to(bias_dtype)
+
+
+def attention_grad_bias(grad_qkv: Tensor, bias_dtype: torch.dtype | None) -> Tensor:
+    """The second result of attention_bwd from its first (T, 3, A, D), for a backend that makes only that."""
+    if bias_dtype is None:
+        return grad_qkv.new_empty(0)
+    grad_bias = grad_qkv.new_zeros(grad_qkv.shape[1:], dtype=bias_dtype)
+    for i in (0, 2):
+        grad_bias[i] = grad_qkv[:, i].sum(dim=0, dtype=_accumulate(grad_qkv[:0]).dtype)
+    return grad_bias
 
 
 def _drop_attention(probabilities: Tensor, row_key: Tensor, rng_key: Tensor, p: float, site: int) -> Tensor:

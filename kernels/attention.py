@@ -16,6 +16,10 @@ scores as (queries, keys), the one orientation in which a thread of a tensor cor
 The factor 1/keep of M is applied once, to sums: dS = (P * (K dP' - keep delta)) /
 keep, with K in {0, 1} and dP' = dO v^T. Exponentials are powers of two, log2(e) is folded into the scale.
 
+Where the gradient of a bias in qkv is wanted, each program of dq and of dkv leaves the sum of its rows of dq or dv, in
+float32 and before they are rounded, and a third kernel adds those: 16 A D / BLOCK bytes a token, where a pass over dq,
+dk and dv of 16 bits reads 6 A D. dk sums to 0 (reference.attention_bwd says why), so nothing sums it.
+
 Per head and sequence, in elements of e bytes, without tile padding:
     forward   4 S^2 D FLOPs;   bytes S (4 D e + 4): q, k, v read and out written, lse written
     backward  14 S^2 D FLOPs (10 S^2 D, if both kernels shared scores and dP);
@@ -45,9 +49,11 @@ _LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
 _TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _UNSPECIALIZED = ("tokens", "sequences", "blocks", "heads", "threshold", "site")  # no variant for 1 or multiples of 16
+# Of the sum of the programs' sums: 32 columns are a line of 128 bytes, and 64 x 512 tokens are 5 blocks of rows.
+_SUM_CONFIG = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 _AOT_POINTERS = {"cu_seqlens_ptr": "*i32", "row_key_ptr": "*i64", "rng_key_ptr": "*i64", "lse_ptr": "*fp32",
-                 "delta_ptr": "*fp32"}  # fmt: skip
+                 "delta_ptr": "*fp32", "partial_ptr": "*fp32"}  # fmt: skip
 _AOT_SCALARS = dict.fromkeys(("scale_log2", "grad_scale", "keep_scale", "keep"), "fp32")
 _AOT_SCALARS |= dict.fromkeys(_UNSPECIALIZED, "i32")
 
@@ -124,6 +130,14 @@ def _store_zeros(ptr, row_stride, first, rows, step, HEAD_DIM: tl.constexpr, ROW
     for row in range(first, rows, step):
         zeros = tl.zeros((ROWS, BLOCK_D), tl.float32)
         _store(ptr + tl.cast(row, tl.int64) * row_stride, row_stride, rows - row, zeros, HEAD_DIM, ROWS, BLOCK_D)
+
+
+@triton.jit
+def _store_sum(partial_ptr, width, head, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sum of the tile ``rows`` (any, BLOCK_D) to row ``program_id(0)`` of ``partial_ptr``, the head's columns."""
+    column = tl.arange(0, BLOCK_D)
+    partial_ptr += tl.program_id(0).to(tl.int64) * width + head * HEAD_DIM
+    tl.store(partial_ptr + column, tl.sum(rows, 0), mask=column < HEAD_DIM)
 
 
 @triton.jit
@@ -243,11 +257,12 @@ def _dq_keys(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _attention_bwd_dq_kernel(
     grad_out_ptr, qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, row_key_ptr, rng_key_ptr, grad_qkv_ptr, delta_ptr,
-    tokens, sequences, blocks, heads, scale_log2, grad_scale, keep, threshold, site,
+    partial_ptr, tokens, sequences, blocks, heads, scale_log2, grad_scale, keep, threshold, site,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of queries of one sequence, head): dq and delta = keep * rowsum(dO * out)."""
+    """Program (block of queries of one sequence, head): dq and delta = keep * rowsum(dO * out); the sum of dq's rows to
+    ``partial_ptr`` (programs, heads * HEAD_DIM) float32. A query past the end has dO = 0 and so dq = 0."""
     block, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks)
     head = tl.program_id(1)
     width = heads * HEAD_DIM
@@ -256,8 +271,9 @@ def _attention_bwd_dq_kernel(
     q_offset = tl.cast(start, tl.int64) * row_stride + head * HEAD_DIM
     if is_tail:
         _store_zeros(grad_qkv_ptr + q_offset, row_stride, first, length, blocks * BLOCK_M, HEAD_DIM, BLOCK_M, BLOCK_D)
-        return
-    if first >= length:
+    if is_tail | (first >= length):
+        if HAS_BIAS:
+            _store_sum(partial_ptr, width, head, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, BLOCK_D)
         return
 
     rows = length - first
@@ -285,20 +301,23 @@ def _attention_bwd_dq_kernel(
         dq, q, grad_out, lse_log2, delta, q_ptr + width, q_ptr + 2 * width, row_stride, whole, length, length, query,
         sample, rng_key, head, scale_log2, threshold, site, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_DROPOUT, False,
     )  # fmt: skip
-    _store(grad_qkv_ptr + q_offset + q_first, row_stride, rows, dq * grad_scale, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dq *= grad_scale
+    _store(grad_qkv_ptr + q_offset + q_first, row_stride, rows, dq, HEAD_DIM, BLOCK_M, BLOCK_D)
+    if HAS_BIAS:
+        _store_sum(partial_ptr, width, head, dq, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _attention_bwd_dkv_kernel(
     grad_out_ptr, qkv_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr, row_key_ptr, rng_key_ptr, grad_qkv_ptr,
-    tokens, sequences, blocks, heads, scale_log2, grad_scale, keep_scale, threshold, site,
+    partial_ptr, tokens, sequences, blocks, heads, scale_log2, grad_scale, keep_scale, threshold, site,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of keys of one sequence, head): dk and dv.
+    """Program (block of keys of one sequence, head): dk and dv, and the sum of dv's rows to ``partial_ptr``.
 
     No bounds on scores: a query past the end has dO = 0 and delta = 0, so it adds nothing; a key past the end
-    is a column of its own, whose row of dk and dv is not stored.
+    is a column of its own, whose row of dk and dv is neither stored nor summed.
     """
     block, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks)
     head = tl.program_id(1)
@@ -310,8 +329,9 @@ def _attention_bwd_dkv_kernel(
     if is_tail:
         _store_zeros(dk_ptr, row_stride, key, length, blocks * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D)
         _store_zeros(dv_ptr, row_stride, key, length, blocks * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D)
-        return
-    if key >= length:
+    if is_tail | (key >= length):
+        if HAS_BIAS:
+            _store_sum(partial_ptr, width, head, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, BLOCK_D)
         return
 
     q_ptr = qkv_ptr + offset
@@ -345,7 +365,29 @@ def _attention_bwd_dkv_kernel(
         grad_scores = p * (grad_p - delta[:, None])
         dk = tl.dot(tl.trans(grad_scores.to(q.dtype)), q, dk, input_precision="ieee")
     _store(dk_ptr + k_first, row_stride, length - key, dk * grad_scale, HEAD_DIM, BLOCK_N, BLOCK_D)
-    _store(dv_ptr + k_first, row_stride, length - key, dv * keep_scale, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dv *= keep_scale
+    _store(dv_ptr + k_first, row_stride, length - key, dv, HEAD_DIM, BLOCK_N, BLOCK_D)
+    if HAS_BIAS:
+        is_key = (key + tl.arange(0, BLOCK_N) < length)[:, None]
+        _store_sum(partial_ptr, width, head, tl.where(is_key, dv, 0.0), HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["dq_programs", "dkv_programs"])
+def _attention_bias_kernel(
+    partial_ptr, grad_bias_ptr, dq_programs, dkv_programs, width, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Program (block of columns, one of q, k, v): the sum of what the programs of dq, none, or those of dkv left."""
+    which = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < width
+    first = tl.where(which == 0, 0, dq_programs)
+    last = tl.where(which == 2, dq_programs + dkv_programs, dq_programs)
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_P):
+        program = start + tl.arange(0, BLOCK_P)[:, None]
+        offset = program.to(tl.int64) * width + column[None, :]
+        total += tl.load(partial_ptr + offset, mask=(program < last) & inside[None, :], other=0.0)
+    tl.store(grad_bias_ptr + which * width + column, tl.sum(total, 0), mask=inside)
 
 
 def _capability(device: torch.device) -> int:
@@ -355,14 +397,21 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def _programs(name: str, qkv, cu_seqlens, max_seqlen: int) -> tuple[dict, int, int]:
+    """The configuration of kernel ``name``, its blocks a sequence, and its programs a head."""
+    config = _launch_config(name, _capability(qkv.device), qkv.shape[3], qkv.dtype, max_seqlen)
+    blocks = max(1, triton.cdiv(max_seqlen, config["BLOCK_N" if name == "dkv" else "BLOCK_M"]))
+    return config, blocks, blocks * cu_seqlens.numel()  # one sequence more than there are: the unused tail
+
+
 def _launch(kernel, name, qkv, max_seqlen, arguments) -> None:
     tokens, _, heads, head_dim = qkv.shape
-    config = _launch_config(name, _capability(qkv.device), head_dim, qkv.dtype, max_seqlen)
-    blocks = max(1, triton.cdiv(max_seqlen, config["BLOCK_N" if name == "dkv" else "BLOCK_M"]))
-    sequences = arguments["cu_seqlens_ptr"].numel() - 1
-    kernel[blocks * (sequences + 1), heads](
-        **arguments, tokens=tokens, sequences=sequences, blocks=blocks, heads=heads, HEAD_DIM=head_dim, **config
-    )
+    cu_seqlens = arguments["cu_seqlens_ptr"]
+    config, blocks, programs = _programs(name, qkv, cu_seqlens, max_seqlen)
+    kernel[programs, heads](
+        **arguments, tokens=tokens, sequences=cu_seqlens.numel() - 1, blocks=blocks, heads=heads, HEAD_DIM=head_dim,
+        **config,
+    )  # fmt: skip
 
 
 def _check(qkv: torch.Tensor, scale: float) -> None:
@@ -385,7 +434,7 @@ def _one_pass_backward(grad_out, qkv, out, max_seqlen):
     return attention_hopper.attention_bwd if attention_hopper.takes(grad_out, qkv, out, max_seqlen) else None
 
 
-def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site):
+def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias=None):
     """qkv (T, 3, A, D) bf16, fp16 or fp32 -> out (T, A*D), lse (A, T) float32: see reference.attention_fwd.
 
     Raises TypeError for other dtypes, ValueError where ``scale`` is not above 0.
@@ -405,27 +454,43 @@ def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
     return out, lse
 
 
-def attention_bwd(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site):
-    """-> gradient of qkv (T, 3, A, D) in its dtype: see reference.attention_bwd. Raises as attention_fwd."""
+def attention_bwd(
+    grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias_dtype=None
+):  # fmt: skip
+    """-> gradients of qkv (T, 3, A, D) in its dtype and of its bias (3, A, D) in ``bias_dtype``, empty (0,) where that
+    is None: see reference.attention_bwd. Raises as attention_fwd."""
     _check(qkv, scale)
     one_pass = _one_pass_backward(grad_out, qkv, out, max_seqlen)
     if one_pass is not None:
-        return one_pass(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
+        return one_pass(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias_dtype)
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    if qkv.shape[0]:
-        keep_scale = dropout_scale(p)
-        arguments = {
-            "grad_out_ptr": grad_out, "qkv_ptr": qkv, "lse_ptr": lse, "delta_ptr": delta,
-            "cu_seqlens_ptr": cu_seqlens, "row_key_ptr": row_key, "rng_key_ptr": rng_key, "grad_qkv_ptr": grad_qkv,
-            "scale_log2": scale * _LOG2_E, "grad_scale": scale * keep_scale, "threshold": dropout_threshold(p),
-            "site": site, "HAS_DROPOUT": dropout_threshold(p) > 0,
-        }  # fmt: skip
-        with torch.cuda.device_of(qkv):
-            keep = 1.0 / keep_scale if keep_scale else 0.0
-            _launch(_attention_bwd_dq_kernel, "dq", qkv, max_seqlen, {**arguments, "out_ptr": out, "keep": keep})
-            _launch(_attention_bwd_dkv_kernel, "dkv", qkv, max_seqlen, {**arguments, "keep_scale": keep_scale})
-    return grad_qkv
+    tokens, _, heads, head_dim = qkv.shape
+    wanted, width = bias_dtype is not None, heads * head_dim
+    if not tokens:
+        return grad_qkv, qkv.new_zeros(qkv.shape[1:] if wanted else 0, dtype=bias_dtype)
+    grad_bias = qkv.new_empty(qkv.shape[1:] if wanted else 0, dtype=bias_dtype)
+    # The rows of dq's programs, then those of dkv's; a pointer to anything where there are none.
+    programs = [_programs(name, qkv, cu_seqlens, max_seqlen)[2] for name in ("dq", "dkv")]
+    partial = qkv.new_empty((sum(programs), width), dtype=torch.float32) if wanted else delta
+    keep_scale = dropout_scale(p)
+    arguments = {
+        "grad_out_ptr": grad_out, "qkv_ptr": qkv, "lse_ptr": lse, "delta_ptr": delta,
+        "cu_seqlens_ptr": cu_seqlens, "row_key_ptr": row_key, "rng_key_ptr": rng_key, "grad_qkv_ptr": grad_qkv,
+        "scale_log2": scale * _LOG2_E, "grad_scale": scale * keep_scale, "threshold": dropout_threshold(p),
+        "site": site, "HAS_DROPOUT": dropout_threshold(p) > 0, "HAS_BIAS": wanted,
+    }  # fmt: skip
+    for_dq = {"out_ptr": out, "keep": 1.0 / keep_scale if keep_scale else 0.0, "partial_ptr": partial}
+    for_dkv = {"keep_scale": keep_scale, "partial_ptr": partial[programs[0] :] if wanted else partial}
+    with torch.cuda.device_of(qkv):
+        _launch(_attention_bwd_dq_kernel, "dq", qkv, max_seqlen, {**arguments, **for_dq})
+        _launch(_attention_bwd_dkv_kernel, "dkv", qkv, max_seqlen, {**arguments, **for_dkv})
+        if wanted:
+            _attention_bias_kernel[triton.cdiv(width, _SUM_CONFIG["BLOCK_N"]), 3](
+                partial_ptr=partial, grad_bias_ptr=grad_bias, dq_programs=programs[0], dkv_programs=programs[1],
+                width=width, **_SUM_CONFIG,
+            )  # fmt: skip
+    return grad_qkv, grad_bias
 
 
 def aot_cases(capability: int) -> list[dict]:
@@ -433,7 +498,7 @@ def aot_cases(capability: int) -> list[dict]:
 
     ``capability`` is 80, 90 or 100. Both models have heads of 64 and only the number of heads, no constant of
     the kernels, tells them apart; sequences of 512 and 128 have one configuration. Heads of 32 and 128 are the
-    other tuned sizes.
+    other tuned sizes. The backward's are with a bias, as the model has them.
     """
     kernels = {"fwd": _attention_fwd_kernel, "dq": _attention_bwd_dq_kernel, "dkv": _attention_bwd_dkv_kernel}
     cases = []
@@ -443,9 +508,15 @@ def aot_cases(capability: int) -> list[dict]:
             element = _TRITON_TYPES[dtype]
             title = f"attention {name} D={head_dim} {element} p={p}"
             constants = {"HEAD_DIM": head_dim, "HAS_DROPOUT": p > 0.0}
+            if name != "fwd":
+                constants["HAS_BIAS"] = True
             tile = (config["BLOCK_M"], config["BLOCK_N"])
             cases.append(attention_case(kernel, title, element, constants, config, tile))
-    return cases
+    pointers = {"partial_ptr": "*fp32", "grad_bias_ptr": "*fp32"}
+    scalars = dict.fromkeys(("dq_programs", "dkv_programs", "width"), "i32")
+    case = aot_case(_attention_bias_kernel, "attention bias sum", pointers, scalars, {}, _SUM_CONFIG)
+    case["divisible_by_16"].append("width")
+    return [*cases, case]
 
 
 def attention_case(kernel, name: str, element: str, constants: dict, config: dict, score_tile: tuple[int, int]) -> dict:

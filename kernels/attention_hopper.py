@@ -49,6 +49,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
+from .. import reference
 from ..random import ROUNDS, dropout_scale, dropout_threshold
 from .attention import attention_case
 
@@ -369,8 +370,11 @@ def takes(grad_out, qkv, out, max_seqlen) -> bool:
     return qkv.dtype in _TYPES and qkv.shape[3] == 64 and max_seqlen <= LONGEST and aligned
 
 
-def attention_bwd(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site):
-    """-> gradient of qkv (T, 3, A, D) in its dtype: see reference.attention_bwd.
+def attention_bwd(
+    grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias_dtype=None
+):  # fmt: skip
+    """-> gradients of qkv (T, 3, A, D) in its dtype and of its bias: see reference.attention_bwd. The bias's is summed
+    afterwards, in two passes over dq and dv as they were written.
 
     Raises ValueError for what ``takes`` has not, and where ``scale`` is not above 0.
     """
@@ -393,7 +397,7 @@ def attention_bwd(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_
                 keep=1.0 / keep_scale if keep_scale else 0.0, threshold=dropout_threshold(p), site=site,
                 HAS_DROPOUT=dropout_threshold(p) > 0, **_launch_config(max_seqlen),
             )  # fmt: skip
-    return grad_qkv
+    return grad_qkv, reference.attention_grad_bias(grad_qkv, bias_dtype)
 
 
 def aot_cases(capability: int) -> list[dict]:

@@ -51,24 +51,27 @@ def plain(qkv, cu_seqlens, row_key, rng_key, p):
     return torch.cat([*outs, qkv.new_zeros(tokens - bounds[-1], heads * size)])
 
 
-def differentiate(function, qkv, grad_out):
-    leaf = qkv.detach().clone().requires_grad_()
-    out = function(leaf)
+def differentiate(function, qkv, grad_out, *others):
+    """function(qkv, *others), and its gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in (qkv, *others)]
+    out = function(*leaves)
     if not out.requires_grad:  # no sequence: plain PyTorch's result does not depend on qkv
         return out, torch.zeros_like(qkv)
-    (grad,) = torch.autograd.grad(out, leaf, grad_out.to(out.dtype))
-    return out.detach(), grad
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
 
 
 def compare(backend, lengths, heads, size, dtype, p, tail=0, scale=1.0):
     qkv, cu_seqlens, row_key, rng_key, longest = packed(lengths, heads, size, dtype, tail, scale)
     grad_out = torch.randn(qkv.shape[0], heads * size, device=DEVICE).to(dtype)
     keys = {"row_key": row_key, "rng_key": rng_key}
+    bias = torch.randn(3, heads, size, device=DEVICE).to(dtype)
 
     with dispatch.use_backend(attention=backend):
-        ours = differentiate(lambda x: ops.attention(x, cu_seqlens, longest, p=p, site=SITE, **keys), qkv, grad_out)
+        ours = differentiate(
+            lambda x, b: ops.attention(x, cu_seqlens, longest, p=p, site=SITE, bias=b, **keys), qkv, grad_out, bias
+        )
         _, lse = torch.ops.bert_fast.attention_fwd(
-            qkv, cu_seqlens, longest, row_key, rng_key, size**-0.5, p, SITE
+            qkv, cu_seqlens, longest, row_key, rng_key, size**-0.5, p, SITE, None
         )  # fmt: skip
     same_dtype = differentiate(lambda x: plain(x, cu_seqlens, row_key, rng_key, p), qkv, grad_out)
     arguments = (cu_seqlens, longest, row_key, rng_key, size**-0.5, p, SITE)
@@ -88,6 +91,14 @@ def compare(backend, lengths, heads, size, dtype, p, tail=0, scale=1.0):
         assert_near_truth(
             f"{name} ({backend})", ours[1][:, i], same_dtype[1][:, i], truth[1][:, i], factor=factor, floor=4.0
         )
+    sums = same_dtype[1].sum(0), truth[1].sum(0)  # what a linear layer of that dtype gives its bias, and the truth
+    for name, i in parts.items():
+        if name != "dk":
+            assert_near_truth(
+                f"{name} of the bias ({backend})", ours[2][i], sums[0][i], sums[1][i], factor=factor, floor=4.0
+            )
+    assert (ours[2][1] == 0).all(), "the keys' bias has a gradient"
+    assert float(sums[1][1].abs().max()) <= 1e-12 * float(truth[1].abs().sum())  # as it is in truth
     assert_near_truth(f"lse ({backend})", lse, true_lse.float(), true_lse, floor=16.0)
     used = sum(lengths)
     for name, rows in (("out", ours[0][used:]), ("dqkv", ours[1][used:]), ("lse", lse[:, used:])):
@@ -136,10 +147,12 @@ def test_no_token(backend):
     qkv, cu_seqlens, *_ = packed([], 2, 16)
     qkv.requires_grad_()
     with dispatch.use_backend(attention=backend):
-        out = ops.attention(qkv, cu_seqlens, 0)
-        (grad,) = torch.autograd.grad(out.sum(), qkv)
+        bias = torch.randn(96, device=DEVICE, requires_grad=True)
+        out = ops.attention(qkv, cu_seqlens, 0, bias=bias)
+        grad, grad_bias = torch.autograd.grad(out.sum(), (qkv, bias))
     assert out.shape == (0, 32)
     assert grad.shape == qkv.shape
+    assert torch.equal(grad_bias, torch.zeros_like(bias))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -189,8 +202,9 @@ def test_mask_is_the_function_of_what_an_element_is(backend, p):
     grad_out = torch.zeros(76, heads * size, device=DEVICE)
     grad_out[0, :size] = grad_out[65, :size] = 1.0  # queries 0 and 65 of the first sequence, first head
     with dispatch.use_backend(attention=backend):
-        out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments)
-        grad = torch.ops.bert_fast.attention_bwd(grad_out, qkv, out, lse, *arguments)
+        out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments, None)
+        grad, no_bias = torch.ops.bert_fast.attention_bwd(grad_out, qkv, out, lse, *arguments, None)
+    assert no_bias.shape == (0,)
     for start, length in ((0, 66), (66, 10)):
         rows = slice(start, start + length)
         keep = random.attention_keep_mask(rng_key, row_key[rows], heads, length, p, 9)
@@ -210,8 +224,9 @@ def test_same_bits_twice(backend, dtype):
     with dispatch.use_backend(attention=backend):
         runs = []
         for _ in range(2):
-            out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments)
-            runs.append((out, lse, torch.ops.bert_fast.attention_bwd(grad_out, qkv, out, lse, *arguments)))
+            out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments, None)
+            grads = torch.ops.bert_fast.attention_bwd(grad_out, qkv, out, lse, *arguments, dtype)
+            runs.append((out, lse, *grads))
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
@@ -225,8 +240,9 @@ def test_large_scores_give_no_nan(backend, sign):
     arguments = (cu_seqlens, longest, row_key, rng_key, 0.25, 0.1, SITE)
     grad_out = torch.randn(73, 16, device=DEVICE)
     with dispatch.use_backend(attention=backend):
-        out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments)
-        grad = torch.ops.bert_fast.attention_bwd(grad_out, qkv, out, lse, *arguments)
+        out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments, None)
+        grad, no_bias = torch.ops.bert_fast.attention_bwd(grad_out, qkv, out, lse, *arguments, None)
+    assert no_bias.shape == (0,)
     true_out, true_lse = reference.attention_fwd(qkv.double(), *arguments)
     assert float(true_lse.abs().min()) > 9e3
     assert out.isfinite().all()
@@ -248,21 +264,76 @@ def test_strided_and_unaligned_qkv(backend):
             torch.testing.assert_close(ops.attention(x, cu_seqlens, longest), expected)
 
 
+@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_bias_of_16_bit_qkv(backend, dtype):
+    """As under autocast: the gradient is the sum of what is rounded to 16 bits only where it is qkv's."""
+    qkv, cu_seqlens, row_key, rng_key, longest = packed([70, 5, 64], 2, 32, dtype, tail=3)
+    grad_out = torch.randn(qkv.shape[0], 64, device=DEVICE).to(dtype)
+    keys = {"p": 0.1, "row_key": row_key, "rng_key": rng_key, "site": SITE}
+    with dispatch.use_backend(attention=backend):
+        _, grad, grad_bias = differentiate(
+            lambda x, b: ops.attention(x, cu_seqlens, longest, bias=b, **keys),
+            qkv,
+            grad_out,
+            torch.randn(192).to(qkv.device),
+        )
+    assert grad_bias.shape == (192,)
+    assert grad_bias.dtype == FULL
+    rounded = grad.sum(0, dtype=FULL).flatten()
+    arguments = (cu_seqlens, longest, row_key, rng_key, 32**-0.5, 0.1, SITE)
+    _, truth = differentiate(lambda x: reference.attention_fwd(x, *arguments)[0], qkv.double(), grad_out.double())
+    truth = truth.sum(0).flatten()
+    for part in (slice(0, 64), slice(128, 192)):
+        assert_near_truth(f"bias ({backend})", grad_bias[part], rounded[part], truth[part], factor=1.2)
+    assert not grad_bias[64:128].any()
+    assert rounded[64:128].any()  # the rounding that a sum would give
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 16), (96,)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_who_needs_a_gradient(backend, shape):
+    """qkv, the bias or both: each has the same bits, and no part in the forward; a bias may be strided."""
+    qkv, cu_seqlens, *_, longest = packed([20, 7], 2, 16, tail=2)
+    grad_out = torch.randn(29, 32, device=DEVICE)
+    spread = torch.full((*shape, 2), float("nan"), device=DEVICE)
+    found = {}
+    with dispatch.use_backend(attention=backend):
+        plain_out = ops.attention(qkv, cu_seqlens, longest)
+        for wanted in ("qkv", "bias", "qkv and bias"):
+            x, b = qkv.clone().requires_grad_("qkv" in wanted), spread[..., 0].detach().requires_grad_("bias" in wanted)
+            out = ops.attention(x, cu_seqlens, longest, bias=b)
+            assert torch.equal(out, plain_out)
+            out.backward(grad_out)
+            found[wanted] = (x.grad, b.grad)
+    assert found["qkv"][1] is None
+    assert found["bias"][0] is None
+    assert torch.equal(found["qkv"][0], found["qkv and bias"][0])
+    assert torch.equal(found["bias"][1], found["qkv and bias"][1])
+    assert found["bias"][1].shape == shape
+    expected = found["qkv"][0].sum(0)
+    expected[1] = 0.0
+    torch.testing.assert_close(found["bias"][1], expected.view(shape), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, p):
     qkv, cu_seqlens, row_key, rng_key, longest = packed([3, 4], 1, 8)
     qkv.requires_grad_()
+    bias = torch.randn(3, 1, 8, device=DEVICE, requires_grad=True)
     arguments = (cu_seqlens, longest, row_key, rng_key, 0.3, p, SITE)
     with dispatch.use_backend(attention=backend):
-        torch.library.opcheck(torch.ops.bert_fast.attention_fwd, (qkv, *arguments))
+        for given in (bias, None):
+            torch.library.opcheck(torch.ops.bert_fast.attention_fwd, (qkv, *arguments, given))
         with torch.no_grad():
-            out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments)
-        torch.library.opcheck(
-            torch.ops.bert_fast.attention_bwd,
-            (torch.randn_like(out), qkv.detach(), out, lse, *arguments),
-            test_utils=("test_schema", "test_faketensor"),
-        )
+            out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments, None)
+        for bias_dtype in (FULL, BRAIN, None):
+            torch.library.opcheck(
+                torch.ops.bert_fast.attention_bwd,
+                (torch.randn_like(out), qkv.detach(), out, lse, *arguments, bias_dtype),
+                test_utils=("test_schema", "test_faketensor"),
+            )
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")

@@ -50,7 +50,7 @@ def compare(one_pass, lengths, heads, dtype, p, tail=0):
     tensors, arguments = operands(lengths, heads, dtype, p, tail)
     grad_out, qkv, *_ = tensors
     cu_seqlens, longest, row_key, rng_key, *_ = arguments
-    ours = one_pass.attention_bwd(*tensors, *arguments)
+    ours, grad_bias = one_pass.attention_bwd(*tensors, *arguments, torch.float32)
     _, truth = differentiate(
         lambda x: reference.attention_fwd(x, *arguments)[0], qkv.double(), grad_out.double()
     )  # fmt: skip
@@ -60,6 +60,9 @@ def compare(one_pass, lengths, heads, dtype, p, tail=0):
     for name, i in parts.items():
         assert_near_truth(name, ours[:, i], same_dtype[:, i], truth[:, i], factor=factor, floor=4.0)
     assert (ours[sum(lengths) :] == 0).all(), "rows past cu_seqlens[-1] are not all zero"
+    sums = ours.sum(0, dtype=torch.float32)
+    sums[1] = 0.0
+    assert torch.equal(grad_bias, sums)
     return ours, tensors, arguments
 
 
@@ -92,13 +95,15 @@ def test_a_batch(one_pass, dtype, p):
 
 def test_no_token(one_pass):
     tensors, arguments = operands([], 2, BRAIN, 0.0)
-    assert one_pass.attention_bwd(*tensors, *arguments).shape == (0, 3, 2, 64)
+    grad, grad_bias = one_pass.attention_bwd(*tensors, *arguments, BRAIN)
+    assert grad.shape == (0, 3, 2, 64)
+    assert torch.equal(grad_bias, torch.zeros(3, 2, 64, dtype=BRAIN, device=DEVICE))
 
 
 @pytest.mark.parametrize("lengths", [[70, 100], [200]], ids=["four warps", "eight warps"])
 def test_gradient_of_the_two_kernels(one_pass, lengths):
     ours, tensors, arguments = compare(one_pass, lengths, 2, BRAIN, 0.1)
-    two = portable.attention_bwd(*tensors, *arguments)
+    two, _ = portable.attention_bwd(*tensors, *arguments)
     difference = (ours.double() - two.double()).norm() / two.double().norm()
     assert float(difference) < torch.finfo(BRAIN).eps
 
@@ -114,7 +119,7 @@ def test_the_mask_bit_for_bit(one_pass, length, p):
         rows = min(64, length - first)
         grad_out = torch.zeros_like(tensors[0]).view(-1, 2, 64)
         grad_out[20 + first : 20 + first + rows, :, :rows] = torch.eye(rows, device=DEVICE, dtype=HALF)[:, None]
-        grad = one_pass.attention_bwd(grad_out.view(-1, 128), *tensors[1:], *arguments)
+        grad, _ = one_pass.attention_bwd(grad_out.view(-1, 128), *tensors[1:], *arguments)
         found[:, first : first + rows] = grad[20:, 2, :, :rows].permute(1, 2, 0) != 0
     keep = random.attention_keep_mask(rng_key, row_key[20:], 2, length, p, SITE)
     assert torch.equal(found, keep)
@@ -122,18 +127,18 @@ def test_the_mask_bit_for_bit(one_pass, length, p):
 
 def test_same_bits_twice(one_pass):
     tensors, arguments = operands([33, 150], 2, BRAIN, 0.1, tail=5)
-    first, second = (one_pass.attention_bwd(*tensors, *arguments) for _ in range(2))
-    assert torch.equal(first, second)
+    for first, second in zip(*(one_pass.attention_bwd(*tensors, *arguments, BRAIN) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_no_sequence_sees_another(one_pass):
     """Also where the other is NaN, and rows past the end are."""
     (grad_out, qkv, out, lse), arguments = operands([9, 70, 20], 1, BRAIN, 0.1, tail=4)
-    before = one_pass.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    before, _ = one_pass.attention_bwd(grad_out, qkv, out, lse, *arguments)
     for x in (grad_out, qkv, out):
         x[9:79] = float("nan")
         x[99:] = float("nan")
-    after = one_pass.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    after, _ = one_pass.attention_bwd(grad_out, qkv, out, lse, *arguments)
     assert torch.equal(before[:9], after[:9])
     assert torch.equal(before[79:], after[79:])
     assert after[9:79].isnan().any()
@@ -147,7 +152,7 @@ def test_large_scores_give_no_nan(one_pass, sign):
     arguments = (cu_seqlens, longest, row_key, rng_key, 0.125, 0.1, SITE)
     out, lse = reference.attention_fwd(qkv.double(), *arguments)
     grad_out = torch.randn(73, 64, device=DEVICE).to(BRAIN)
-    grad = one_pass.attention_bwd(grad_out, qkv, out.to(BRAIN), lse.float(), *arguments)
+    grad, _ = one_pass.attention_bwd(grad_out, qkv, out.to(BRAIN), lse.float(), *arguments)
     assert float(lse.abs().min()) > 6e3
     assert grad.isfinite().all()
 
@@ -181,14 +186,15 @@ def test_where_it_is_the_default(as_on_hopper, monkeypatch):
     tensors, arguments = operands([40], 1, BRAIN, 0.1)
     called, backward = [], as_on_hopper.attention_bwd
     as_on_hopper.attention_bwd = lambda *all_of_them: called.append(all_of_them[5]) or backward(*all_of_them)
-    two = portable.attention_bwd(*tensors, *arguments)
+    two, _ = portable.attention_bwd(*tensors, *arguments)
     monkeypatch.setattr(portable, "ONE_PASS_BACKWARD", {90: 64})
-    assert torch.equal(portable.attention_bwd(*tensors, *arguments), two)  # 40 tokens are fewer than 64
+    assert torch.equal(portable.attention_bwd(*tensors, *arguments)[0], two)  # 40 tokens are fewer than 64
     monkeypatch.setattr(portable, "ONE_PASS_BACKWARD", {90: 40})
     portable.attention_bwd(*[x.float() for x in tensors], *arguments)
     assert called == []
-    portable.attention_bwd(*tensors, *arguments)
+    _, grad_bias = portable.attention_bwd(*tensors, *arguments, torch.float32)
     assert called == [40]
+    assert grad_bias.dtype == torch.float32
 
 
 def test_make_gpu_times_it_where_it_is_right(as_on_hopper, monkeypatch):
@@ -196,14 +202,14 @@ def test_make_gpu_times_it_where_it_is_right(as_on_hopper, monkeypatch):
     script = importlib.import_module("gpu_operators")
     tensors, arguments = operands([40], 1, BRAIN, 0.1)
     backward = as_on_hopper.attention_bwd
-    expected = backward(*tensors, *arguments)
+    expected, _ = backward(*tensors, *arguments)
 
     def call():
-        return portable.attention_bwd(*tensors, *arguments)
+        return portable.attention_bwd(*tensors, *arguments)[0]
 
     assert torch.equal(script.candidate(call)(), expected)
     assert portable.ONE_PASS_BACKWARD == {}
-    as_on_hopper.attention_bwd = lambda *all_of_them: 1.5 * backward(*all_of_them)
+    as_on_hopper.attention_bwd = lambda *all_of_them: [1.5 * grad for grad in backward(*all_of_them)]
     with pytest.raises(RuntimeError, match="does not give"):
         script.candidate(call)
 
@@ -229,7 +235,7 @@ def guards() -> list[str]:
 def run_edited(edit, lengths=(300,), dropout=0.1):
     module = emulation.load_module("attention_hopper", edit)
     tensors, arguments = operands(list(lengths), 1, BRAIN, dropout)
-    return module.attention_bwd(*tensors, *arguments)
+    return module.attention_bwd(*tensors, *arguments)[0]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the emulation is for CPU tensors")
@@ -278,7 +284,7 @@ def test_a_wrong_access_is_found(what, instead):
     tensors, arguments = operands([300], 1, BRAIN, 0.1)
     module = emulation.load_module("attention_hopper", changed)
     try:
-        found = module.attention_bwd(*tensors, *arguments)
+        found, _ = module.attention_bwd(*tensors, *arguments)
     except IndexError:
         return
     assert found.isnan().any()

@@ -285,7 +285,8 @@ def test_no_launcher_reads_a_value(monkeypatch):
         assert len(embedding_layernorm.embedding_layernorm_bwd_add(*arguments, grads[0])) == 4
         qkv, cu = torch.empty(tokens, 3, 2, 32), torch.empty(4, dtype=torch.int32)
         out, lse = attention.attention_fwd(qkv, cu, 16, ids, key, 0.1, 0.1, 0)
-        assert attention.attention_bwd(out, qkv, out, lse, cu, 16, ids, key, 0.1, 0.1, 0).shape == qkv.shape
+        grads = attention.attention_bwd(out, qkv, out, lse, cu, 16, ids, key, 0.1, 0.1, 0, torch.float32)
+        assert [g.shape for g in grads] == [qkv.shape, qkv.shape[1:]]
         _, z, mean, rstd = residual_layernorm.residual_layernorm_fwd(x, row, x, row, row, ids, key, 1e-12, 0.1, 0)
         residual_layernorm.residual_layernorm_bwd(x, z, mean, rstd, row, ids, key, 0.1, 0, torch.float32, True)
         bias_gelu.bias_gelu_bwd(bias_gelu.bias_gelu_fwd(x, row), x, row)

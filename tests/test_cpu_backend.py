@@ -40,7 +40,7 @@ def run_everything(dtype):
     attention, bias_gelu, residual_layernorm = operators()
     qkv, grad_out, arguments = attention_case(dtype)
     out, lse = attention.attention_fwd(qkv, *arguments)
-    grad_qkv = attention.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    grads_qkv = attention.attention_bwd(grad_out, qkv, out, lse, *arguments, torch.float32)
     x, bias, grad = torch.randn(333, 77).to(dtype), torch.randn(77).to(dtype), torch.randn(333, 77).to(dtype)
     gelu = bias_gelu.bias_gelu_fwd(x, bias)
     residual, weight = torch.randn(333, 77).to(dtype), torch.randn(77).to(dtype)
@@ -51,25 +51,26 @@ def run_everything(dtype):
     saved = (normed[1], mean, rstd)
     grads = residual_layernorm.residual_layernorm_bwd(grad, *saved, weight, *keys, 0.1, 2, dtype, True)
     inputs = (qkv, grad_out, arguments, x, bias, grad, residual, weight, keys)
-    return inputs, (out, lse, grad_qkv, gelu, *bias_gelu.bias_gelu_bwd(grad, x, bias), *normed, *grads)
+    return inputs, (out, lse, *grads_qkv, gelu, *bias_gelu.bias_gelu_bwd(grad, x, bias), *normed, *grads)
 
 
 def reference_results(inputs, convert):
     qkv, grad_out, arguments, x, bias, grad, residual, weight, keys = inputs
     qkv, grad_out, x, bias, grad, residual, weight = map(convert, (qkv, grad_out, x, bias, grad, residual, weight))
     out, lse = reference.attention_fwd(qkv, *arguments)
-    grad_qkv = reference.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    grads_qkv = reference.attention_bwd(grad_out, qkv, out, lse, *arguments, lse.dtype)
     gelu = (reference.bias_gelu_fwd(x, bias), *reference.bias_gelu_bwd(grad, x, bias))
     *normed, mean, rstd = reference.residual_layernorm_fwd(x, bias, residual, weight, bias, *keys, 1e-5, 0.1, 2)
     saved = (normed[1], mean, rstd)
     grads = reference.residual_layernorm_bwd(grad, *saved, weight, *keys, 0.1, 2, x.dtype, True)
-    return out, lse, grad_qkv, *gelu, *normed, *grads
+    return out, lse, *grads_qkv, *gelu, *normed, *grads
 
 
 def check_operators(expected_set: str) -> None:
     """Run in a process of its own, with BERT_FAST_CPU_ISA set: values, and the same bits at 1, 2 and 7 threads."""
     assert cpu.instruction_set() == expected_set
-    names = ("out", "lse", "grad_qkv", "gelu", "grad_x", "grad_bias", "normed", "z", "grad_x of residual_layernorm",
+    names = ("out", "lse", "grad_qkv", "grad_bias of attention", "gelu", "grad_x", "grad_bias", "normed", "z",
+             "grad_x of residual_layernorm",
              "grad_residual", "grad_bias of residual_layernorm", "grad_weight", "grad_ln_bias")  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         results = []
@@ -218,8 +219,9 @@ def test_float64_is_the_reference():
     expected, expected_lse = reference.attention_fwd(qkv, *arguments)
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)
-    grad = attention.attention_bwd(grad_out, qkv, out, lse, *arguments)
-    assert torch.equal(grad, reference.attention_bwd(grad_out, qkv, out, lse, *arguments))
+    everything = (grad_out, qkv, out, lse, *arguments, torch.float64)
+    for ours, theirs in zip(attention.attention_bwd(*everything), reference.attention_bwd(*everything), strict=True):
+        assert torch.equal(ours, theirs)
     x, bias = torch.randn(4, 5).double(), torch.randn(5).double()
     assert torch.equal(bias_gelu.bias_gelu_fwd(x, bias), reference.bias_gelu_fwd(x, bias))
     for ours, theirs in zip(
@@ -242,9 +244,10 @@ def test_unaligned_data_give_the_same_bits(dtype):
     again, lse_again = attention.attention_fwd(shifted(qkv), *arguments)
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
-    grad = attention.attention_bwd(grad_out, qkv, out, lse, *arguments)
+    grads = attention.attention_bwd(grad_out, qkv, out, lse, *arguments, dtype)
     moved = (shifted(t) for t in (grad_out, qkv, out, lse))
-    assert torch.equal(grad, attention.attention_bwd(*moved, *arguments))
+    for grad, of_moved in zip(grads, attention.attention_bwd(*moved, *arguments, dtype), strict=True):
+        assert torch.equal(grad, of_moved)
     x, bias = torch.randn(70, 33).to(dtype), torch.randn(33)
     assert torch.equal(bias_gelu.bias_gelu_fwd(x, bias), bias_gelu.bias_gelu_fwd(shifted(x), shifted(bias)))
 

@@ -208,6 +208,7 @@ def good(operator):
         "attention": dict(
             qkv=torch.randn(t, 3, 2, 4, device=DEVICE), max_seqlen=4, p=0.1, **keys,
             cu_seqlens=torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE),
+            bias=torch.randn(24, device=DEVICE),
         ),
         "residual_layernorm": dict(x=rows, residual=rows, weight=row, ln_bias=row, bias=row, eps=1e-5, p=0.1, **keys),
         "bias_gelu": {"x": rows, "bias": row},
@@ -238,6 +239,10 @@ BAD = [
     ("attention", {"qkv": torch.randn(6, 3, 1, 257)}, ValueError, "the head size is 257, supported are 1 to 256"),
     ("attention", {"cu_seqlens": torch.tensor([0, 6])}, TypeError, "cu_seqlens has dtype torch.int64, expected int32"),
     ("attention", {"cu_seqlens": torch.empty(0, dtype=INT)}, ValueError, "cu_seqlens is empty"),
+    ("attention", {"bias": torch.randn(23)}, ValueError, r"bias has shape \(23,\), expected \(24,\)"),
+    ("attention", {"bias": torch.randn(2, 3, 4)}, ValueError, r"bias has shape \(2, 3, 4\), expected \(3, 2, 4\)"),
+    ("attention", {"bias": torch.zeros(24, dtype=INT)}, TypeError, "bias has dtype torch.int32, expected a floating"),
+    ("attention", {"bias": torch.randn(24, device="meta")}, ValueError, "bias is on meta, the other"),
     ("residual_layernorm", {"residual": torch.randn(6, 7)}, ValueError, r"shape \(6, 7\), expected \(6, 8\)"),
     ("residual_layernorm", {"weight": torch.randn(9)}, ValueError, r"weight has shape \(9,\), expected \(8,\)"),
     ("residual_layernorm", {"p": 1.5}, ValueError, "p is 1.5, expected 0 <= p <= 1"),
@@ -392,7 +397,7 @@ def test_flash_attn_refuses_what_it_cannot_do(qkv, p, error, message):
         flash_attn.attention_fwd(qkv, cu_seqlens, 4, none, none, 1.0, p, 0)
     with pytest.raises(error, match=message):
         flash_attn.attention_bwd(
-            qkv[:, 0].flatten(1), qkv, qkv[:, 0], qkv[:, 0, 0], cu_seqlens, 4, none, none, 1.0, p, 0
+            qkv[:, 0].flatten(1), qkv, qkv[:, 0], qkv[:, 0, 0], cu_seqlens, 4, none, none, 1.0, p, 0, None
         )
 
 
@@ -426,7 +431,7 @@ class StandInFlashAttention(types.ModuleType):
         assert deterministic
         assert dout.shape == out.shape == q.shape
         qkv, none = torch.stack([q, k, v], dim=1), torch.empty(0, dtype=torch.int64)
-        grads = reference.attention_bwd(
+        grads, _ = reference.attention_bwd(
             dout.flatten(1), qkv, out.flatten(1), softmax_lse, cu_seqlens_q, max_seqlen_q, none, none, softmax_scale,
             0.0, 0,
         )  # fmt: skip
@@ -446,13 +451,16 @@ def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch):
     grad_out = torch.randn(9, 16, device=DEVICE).to(torch.bfloat16)
     results = {}
     for backend in ("flash_attn", "reference"):
-        leaf = qkv.clone().requires_grad_()
+        leaf, bias = qkv.clone().requires_grad_(), torch.randn(48, device=DEVICE, requires_grad=True)
         with dispatch.use_backend(attention=backend):
-            out = ops.attention(leaf, cu_seqlens, 5)
-            results[backend] = [out.detach(), *torch.autograd.grad(out, leaf, grad_out)]
+            out = ops.attention(leaf, cu_seqlens, 5, bias=bias)
+            results[backend] = [out.detach(), *torch.autograd.grad(out, (leaf, bias), grad_out)]
     assert stand_in.calls == ["forward", "backward"]
-    for ours, expected in zip(*results.values(), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    *exact, (ours, expected) = zip(*results.values(), strict=True)
+    for a, b in exact:
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-2)  # it sums what is rounded already
+    assert not ours.view(3, 16)[1].any()
 
 
 class StandInApex(types.ModuleType):

@@ -156,7 +156,7 @@ def test_what_is_charged_beside_the_fused_operators_is_what_pytorch_is_called_wi
     )
     assert moved(calls, "aten::_foreach_copy_") == charged("weights q, k, v in one")
     assert moved(calls, "aten::cat") == 0
-    assert moved(calls, "aten::sum") == pytest.approx(charged("bias of q, k, v"), rel=0.01)
+    assert moved(calls, "aten::sum") == 0  # the gradients of biases come out of the fused operators
     beside = [inputs[0][1] for name, inputs, _ in calls if name == "aten::addmm_"]
     assert len(beside) == 2 * 3
     assert sum(beside) == pytest.approx(charged("residual's gradient, read by the product"), rel=1e-9)

@@ -84,9 +84,12 @@ def linear_without_bias(dense: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | N
     return dense(x), None
 
 
-def linears_side_by_side(linears: tuple[nn.Linear, ...], x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, H) through plain linears of one size, all with a bias or none: their outputs (T, N) beside each other; and
-    x for the residual, see ``linear_beside``."""
+def linears_side_by_side(
+    linears: tuple[nn.Linear, ...], x: Tensor, bias_apart: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x (T, H) through plain linears of one size, all with a bias or none: their outputs (T, N) beside each other; x
+    for the residual, see ``linear_beside``; and None or, where ``bias_apart`` and it needs a gradient, the bias (N,):
+    it was added detached, and the operator that reads the outputs makes its gradient."""
     biases = None if linears[0].bias is None else [m.bias for m in linears]
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     if x.device.type == "cpu" and not recorded and not torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
@@ -97,8 +100,11 @@ def linears_side_by_side(linears: tuple[nn.Linear, ...], x: Tensor) -> tuple[Ten
                 torch.mm(x, m.weight.t(), out=columns)
             else:
                 torch.addmm(m.bias, x, m.weight.t(), out=columns)
-        return out, x
-    return linear_beside(x, tuple(m.weight for m in linears), None if biases is None else torch.cat(biases))
+        return out, x, None
+    bias = None if biases is None else torch.cat(biases)
+    apart = bias_apart and bias is not None and bias.requires_grad
+    out, x = linear_beside(x, tuple(m.weight for m in linears), bias.detach() if apart else bias)
+    return out, x, bias if apart else None
 
 
 def is_gelu(activation) -> bool:
@@ -161,11 +167,12 @@ class BertSelfAttention(hf.BertSelfAttention):
 
     def beside(self, x: Tensor, layout: Layout, attentions: list | None = None) -> tuple[Tensor, Tensor]:
         """``forward``, and x for the residual beside it, which nothing else may look at; see ``linear_beside``."""
-        linears = (self.query, self.key, self.value)
+        linears, bias = (self.query, self.key, self.value), None
         if all(plain(m, nn.Linear) for m in linears) and all(
             (m.bias is None) == (linears[0].bias is None) for m in linears
         ):
-            qkv, x = linears_side_by_side(linears, x)
+            # the gradient of q's, k's and v's bias: attention's backward has its sums at hand
+            qkv, x, bias = linears_side_by_side(linears, x, bias_apart=not layout.explicit)
         else:
             qkv = torch.cat([m(x) for m in linears], dim=1)
         qkv = qkv.view(x.shape[0], 3, self.num_attention_heads, self.attention_head_size)
@@ -179,7 +186,7 @@ class BertSelfAttention(hf.BertSelfAttention):
             return out, x
         out = ops.attention(
             qkv, layout.cu_seqlens, layout.max_seqlen, scale=self.scaling, site=site("attention", self.layer_idx),
-            **keys,
+            bias=bias, **keys,
         )  # fmt: skip
         return out, x
 

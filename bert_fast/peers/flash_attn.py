@@ -10,6 +10,8 @@ import importlib.util
 
 import torch
 
+from .. import reference
+
 Tensor = torch.Tensor
 
 
@@ -60,6 +62,7 @@ def attention_fwd(
     scale: float,
     p: float,
     site: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See bert_fast/reference.py. fp16 and bf16, head sizes that are multiples of 8, p = 0."""
     _check(qkv, p)
@@ -89,8 +92,12 @@ def attention_bwd(
     scale: float,
     p: float,
     site: int,
-) -> Tensor:
-    """See bert_fast/reference.py. Deterministic, as the other back ends are."""
+    bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See bert_fast/reference.py. Deterministic, as the other back ends are.
+
+    The gradient of the bias is a pass of its own over dq and dv as they were written.
+    """
     _check(qkv, p)
     interface = importlib.import_module("flash_attn.flash_attn_interface")
     grad_qkv = torch.empty_like(qkv)
@@ -117,4 +124,5 @@ def attention_bwd(
         alibi_slopes=None,
         deterministic=True,
     )
-    return _zero_tail(grad_qkv, cu_seqlens, 0)
+    grad_qkv = _zero_tail(grad_qkv, cu_seqlens, 0)
+    return grad_qkv, reference.attention_grad_bias(grad_qkv, bias_dtype)

@@ -9,7 +9,9 @@
 // The backward recomputes the scores and sweeps KEY_BLOCK keys in the outer and QUERY_BLOCK queries in the inner
 // loop, five products in one sweep, so that a key block's k, v, dk and dv stay in the cache. One worker owns a
 // (sequence, head) from beginning to end: no atomics, and the same bits at any number of threads. Dropout's bits
-// are drawn again: cheaper than keeping S^2 bits a head in memory between the passes.
+// are drawn again: cheaper than keeping S^2 bits a head in memory between the passes. Where the gradient of a bias is
+// wanted, dq and dv are summed over the tokens before they are rounded: a row of each for every (sequence, head), and
+// then over the sequences in their order.
 //
 // The order of work follows T. Dao et al., "FlashAttention", NeurIPS 2022, with whole rows for the softmax.
 
@@ -51,6 +53,17 @@ void store_rows(T* to, int64_t to_row, const float* from, int64_t from_row, int6
     for (int64_t i = 0; i < count; i++)
         for (int64_t d = 0; d < size; d += LANES)
             store_first(to + i * to_row + d, load(from + i * from_row + d) * factor, size - d);
+}
+
+// sums (size) += factor * the sum of the `count` rows of `from`; by sums of few rows, which lose less than one of all.
+void add_rows(float* sums, const float* from, int64_t from_row, int64_t count, int64_t size, float factor) {
+    constexpr int64_t FEW = 16;
+    for (int64_t first = 0; first < count; first += FEW)
+        for (int64_t d = 0; d < size; d += LANES) {
+            vfloat sum = broadcast(0.0f);
+            for (int64_t i = first; i < smaller(count, first + FEW); i++) sum += load(from + i * from_row + d);
+            store(sums + d, load(sums + d) + sum * factor);
+        }
 }
 
 template <typename T>
@@ -129,8 +142,8 @@ int forward(const T* qkv, T* out, float* lse, const Shape& shape, float scale, c
 }
 
 template <typename T>
-int backward(const T* grad_out, const T* qkv, const T* out, const float* lse, T* grad_qkv, const Shape& shape,
-             float scale, const Dropout& dropout, int threads) {
+int backward(const T* grad_out, const T* qkv, const T* out, const float* lse, T* grad_qkv, float* grad_bias,
+             const Shape& shape, float scale, const Dropout& dropout, int threads) {
     typedef typename OperandsOf<T>::type Operands;
     typedef typename Operands::Unit Unit;
     constexpr int64_t DEPTH = Operands::DEPTH;
@@ -145,7 +158,11 @@ int backward(const T* grad_out, const T* qkv, const T* out, const float* lse, T*
                           2 * QUERY_BLOCK * (d_row + s_row) + lines + extra;
     if (threads > shape.sequences * shape.heads) threads = static_cast<int>(shape.sequences * shape.heads);
     const Scratch scratch(threads, floats * sizeof(float) + DEPTH * words * sizeof(uint64_t));
-    if (!scratch.ok()) return NO_MEMORY;
+    // Of every (sequence, head), the sums of dq and of dv.
+    const int64_t sums_row = round_up(size, LANES), pairs = grad_bias ? shape.sequences * shape.heads : 0;
+    const Scratch sums(1, (2 * pairs + 1) * sums_row * sizeof(float));
+    if (!scratch.ok() || !sums.ok()) return NO_MEMORY;
+    memset(sums.of<float>(0), 0, pairs * 2 * sums_row * sizeof(float));
 
     parallel(threads, shape.sequences * shape.heads, [&](int64_t item, int worker) {
         const int64_t sequence = item / shape.heads, head = item % shape.heads;
@@ -236,9 +253,21 @@ int backward(const T* grad_out, const T* qkv, const T* out, const float* lse, T*
             T* grad_k_out = grad_q_out + part + first_key * stride;
             store_rows(grad_k_out, stride, grad_k, d_row, keys, size, later.q);
             store_rows(grad_k_out + part, stride, grad_v, d_row, keys, size, later.grad_out);
+            if (grad_bias)
+                add_rows(sums.of<float>(0) + (2 * item + 1) * sums_row, grad_v, d_row, keys, size, later.grad_out);
         }
         store_rows(grad_q_out, stride, grad_q, d_row, length, size, scale);
+        if (grad_bias) add_rows(sums.of<float>(0) + 2 * item * sums_row, grad_q, d_row, length, size, scale);
     });
+    if (grad_bias) {
+        memset(grad_bias, 0, 3 * shape.heads * size * sizeof(float));  // and the key's part stays zero
+        for (int64_t item = 0; item < pairs; item++)
+            for (int64_t which = 0; which < 2; which++) {
+                const float* from = sums.of<float>(0) + (2 * item + which) * sums_row;
+                float* to = grad_bias + (2 * which * shape.heads + item % shape.heads) * size;
+                for (int64_t d = 0; d < size; d++) to[d] += from[d];
+            }
+    }
     const int64_t used = shape.cu_seqlens[shape.sequences];
     if (used < shape.tokens) memset(static_cast<void*>(grad_qkv + used * shape.token_stride()), 0,
            (shape.tokens - used) * shape.token_stride() * sizeof(T));
@@ -266,17 +295,19 @@ BERT_FAST_OPERATOR(attention_fwd)(int dtype, const void* qkv, const int32_t* cu_
     });
 }
 
-// The forward's arguments, with grad_out like out, and grad_qkv like qkv to be written.
+// The forward's arguments, with grad_out like out; grad_qkv like qkv and, unless it is null, grad_bias (3, heads, size)
+// float32 to be written: the sums of dq and dv over all tokens, and zeros for the sum of dk (bert_fast/reference.py).
 BERT_FAST_OPERATOR(attention_bwd)(int dtype, const void* grad_out, const void* qkv, const void* out, const float* lse,
                                   const int32_t* cu_seqlens, const int64_t* row_key, const int64_t* rng_key,
-                                  void* grad_qkv, int64_t sequences, int64_t tokens, int64_t heads, int64_t size,
-                                  int64_t site, int64_t threshold, float dropout_scale, float scale, int threads) {
+                                  void* grad_qkv, float* grad_bias, int64_t sequences, int64_t tokens, int64_t heads,
+                                  int64_t size, int64_t site, int64_t threshold, float dropout_scale, float scale,
+                                  int threads) {
     const Shape shape{cu_seqlens, sequences, tokens, heads, size};
     const Dropout dropout{row_key, row_key ? static_cast<uint64_t>(*rng_key) : 0, static_cast<uint32_t>(site),
                           static_cast<uint32_t>(threshold), dropout_scale};
     return with_dtype(dtype, [&](auto t) {
         typedef decltype(t) T;
         return backward(static_cast<const T*>(grad_out), static_cast<const T*>(qkv), static_cast<const T*>(out), lse,
-                        static_cast<T*>(grad_qkv), shape, scale, dropout, threads);
+                        static_cast<T*>(grad_qkv), grad_bias, shape, scale, dropout, threads);
     });
 }

@@ -6,7 +6,7 @@ from ... import random, reference
 from . import DTYPES, function
 
 _forward = function("attention_fwd", "ippppppllllllffi")
-_backward = function("attention_bwd", "ippppppppllllllffi")
+_backward = function("attention_bwd", "ipppppppppllllllffi")
 
 
 def _dropout_arguments(row_key: torch.Tensor, rng_key: torch.Tensor, p: float):
@@ -25,8 +25,9 @@ def attention_fwd(
     scale: float,
     p: float,
     site: int,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """qkv (T, 3, A, D), cu_seqlens (B+1,) int32 -> out (T, A*D), lse (A, T) float32."""
+    """qkv (T, 3, A, D), cu_seqlens (B+1,) int32 -> out (T, A*D), lse (A, T) float32. ``bias`` is not read."""
     if qkv.dtype == torch.float64:
         return reference.attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
     tokens, _, heads, size = qkv.shape
@@ -52,17 +53,19 @@ def attention_bwd(
     scale: float,
     p: float,
     site: int,
-) -> torch.Tensor:
-    """-> gradient of qkv (T, 3, A, D); zeros past ``cu_seqlens[-1]``."""
+    bias_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> gradients of qkv (T, 3, A, D), zeros past ``cu_seqlens[-1]``, and of its bias: see reference.attention_bwd."""
     if qkv.dtype == torch.float64:
         return reference.attention_bwd(
-            grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site
+            grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias_dtype
         )
     tokens, _, heads, size = qkv.shape
     row_key, rng_key, threshold, dropout_scale = _dropout_arguments(row_key, rng_key, p)
     grad_qkv = torch.empty_like(qkv)
+    grad_bias = None if bias_dtype is None else torch.empty(qkv.shape[1:], dtype=torch.float32)
     _backward(
-        DTYPES[qkv.dtype], grad_out, qkv, out, lse, cu_seqlens, row_key, rng_key, grad_qkv, cu_seqlens.numel() - 1,
-        tokens, heads, size, site, threshold, dropout_scale, scale, torch.get_num_threads(),
+        DTYPES[qkv.dtype], grad_out, qkv, out, lse, cu_seqlens, row_key, rng_key, grad_qkv, grad_bias,
+        cu_seqlens.numel() - 1, tokens, heads, size, site, threshold, dropout_scale, scale, torch.get_num_threads(),
     )  # fmt: skip
-    return grad_qkv
+    return grad_qkv, qkv.new_empty(0) if grad_bias is None else grad_bias.to(bias_dtype)

@@ -18,8 +18,8 @@
     int attention_fwd_##ISA(int, const void*, const int32_t*, const int64_t*, const int64_t*, void*, float*, int64_t,    \
                             int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);                            \
     int attention_bwd_##ISA(int, const void*, const void*, const void*, const float*, const int32_t*, const int64_t*,   \
-                            const int64_t*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float,  \
-                            int);                                                                                       \
+                            const int64_t*, void*, float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, \
+                            float, int);                                                                                \
     int bias_gelu_fwd_##ISA(int, int, const void*, const void*, void*, int64_t, int64_t, int);                          \
     int bias_gelu_bwd_##ISA(int, int, const void*, const void*, const void*, void*, void*, int64_t, int64_t, int);      \
     int dropout_mask_##ISA(const int64_t*, const int64_t*, uint64_t*, int64_t, int64_t, int64_t, int64_t, int64_t,      \
@@ -122,11 +122,13 @@ Results attention(const Operators& operators, int dtype, const std::vector<int32
     const std::vector<int64_t> keys = row_keys(tokens);
     const Bytes qkv = random(3 * tokens * width, 1, dtype), grad_out = random(tokens * width, 2, dtype);
     Bytes out = zeros(tokens * width, dtype), lse = zeros(heads * tokens, FLOAT32), grad_qkv = zeros(3 * tokens * width, dtype);
+    Bytes grad_bias = zeros(3 * width, FLOAT32);
     RUN(operators.attention_fwd(dtype, qkv.data(), cu.data(), keys.data(), &RNG, out.data(), floats(lse), sequences, tokens,
                                 heads, size, 5, THRESHOLD, KEEP_SCALE, 0.2f, threads));
     RUN(operators.attention_bwd(dtype, grad_out.data(), qkv.data(), out.data(), floats(lse), cu.data(), keys.data(), &RNG,
-                                grad_qkv.data(), sequences, tokens, heads, size, 5, THRESHOLD, KEEP_SCALE, 0.2f, threads));
-    return {out, lse, grad_qkv};
+                                grad_qkv.data(), floats(grad_bias), sequences, tokens, heads, size, 5, THRESHOLD, KEEP_SCALE,
+                                0.2f, threads));
+    return {out, lse, grad_qkv, grad_bias};
 }
 
 Results rows(const Operators& operators, int dtype, int threads) {
