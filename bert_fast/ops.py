@@ -402,16 +402,16 @@ def attention(
     """
     name = "attention"
     _check_like(name, qkv.device, qkv=(qkv, (-1, 3, -1, -1)), cu_seqlens=(cu_seqlens, (-1,)))
-    if bias is not None and bias.dim() == 1:
-        _check_like(name, qkv.device, bias=(bias, (math.prod(qkv.shape[1:]),)))
-        bias = bias.reshape(qkv.shape[1:])
-    _check_like(name, qkv.device, bias=(bias, tuple(qkv.shape[1:])))
     _check_floating(name, qkv=qkv, bias=bias)
     _require(
         cu_seqlens.dtype == torch.int32, name, f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32", TypeError
     )
     _require(cu_seqlens.shape[0] >= 1, name, "cu_seqlens is empty; without any sequence it is [0]")
     _require(1 <= qkv.shape[3] <= 256, name, f"the head size is {qkv.shape[3]}, supported are 1 to 256")
+    if bias is not None and bias.dim() == 1:
+        _check_like(name, qkv.device, bias=(bias, (math.prod(qkv.shape[1:]),)))
+        bias = bias.reshape(qkv.shape[1:])
+    _check_like(name, qkv.device, bias=(bias, tuple(qkv.shape[1:])))
     row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, qkv)
     out, _ = torch.ops.bert_fast.attention_fwd(
         qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, row_key, rng_key,

@@ -418,6 +418,34 @@ def test_gradient_checkpointing_with_dropout(use_reentrant):
     assert_same_run(plain, with_seed(ours, **batch), atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
+def test_only_biases_have_gradients(explicit):
+    """The first layer's q, k and v then need none, and their bias does. Its hooks see what is added to it."""
+    reference, ours = pair("BertForPreTraining")
+    seen = {}
+    for model in (reference, ours):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+    for name, parameter in ours.named_parameters():
+        if "self" in name and parameter.requires_grad:
+            parameter.register_hook(lambda grad, name=name: seen.update({name: grad.clone()}))
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    for model in (reference, ours):
+        model.train()(**batch, output_attentions=explicit).loss.backward()
+    theirs = dict(reference.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+            continue
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert len(seen) == 2 * 3
+    for name, grad in seen.items():
+        assert torch.equal(grad, ours.get_parameter(name).grad), name
+        assert grad.any() == (explicit or "key" not in name), name  # of k it is 0, and fused exactly so
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Losses, dtypes
 
