@@ -85,8 +85,8 @@ def _launch_config(kernel: str, capability: int, head_dim: int, dtype: torch.dty
         stages = 3 if capability >= 90 else 2
     elif kernel == "dq" and capability < 90 and block_d == 64:
         block_m, warps = 128, 8
-    elif kernel != "dkv" and capability >= 100 and max_seqlen > 64:
-        block_m = 128  # one row of scores a thread
+    elif capability >= 100 and max_seqlen > 64 and (kernel == "fwd" or (kernel == "dq" and block_d == 64)):
+        block_m = 128  # one row of scores a thread; dq of smaller heads spills with them
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
@@ -302,9 +302,9 @@ def _attention_bwd_dq_kernel(
         sample, rng_key, head, scale_log2, threshold, site, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_DROPOUT, False,
     )  # fmt: skip
     dq *= grad_scale
-    _store(grad_qkv_ptr + q_offset + q_first, row_stride, rows, dq, HEAD_DIM, BLOCK_M, BLOCK_D)
     if HAS_BIAS:
         _store_sum(partial_ptr, width, head, dq, HEAD_DIM, BLOCK_D)
+    _store(grad_qkv_ptr + q_offset + q_first, row_stride, rows, dq, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
