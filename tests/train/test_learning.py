@@ -34,8 +34,8 @@ def test_held_out_loss_falls_well_below_word_frequency(tmp_path):
 @pytest.mark.proof
 @pytest.mark.skipif(not WIKITEXT.is_dir(), reason="no WikiText-2; BERT_FAST_TEST_DATA names the folder that has it")
 def test_a_mini_bert_learns_from_wikipedia(tmp_path):
-    """Sixty articles, about thirteen minutes on two cores: the MLM loss of other articles is far below what the
-    frequency of words gives, and their NSP is right more often than guessing by five standard errors."""
+    """Sixty articles, a quarter of an hour on two cores: the MLM loss of other articles is far below what the frequency
+    of words gives, and their NSP is right more often than guessing by five standard errors."""
     found = learn(tmp_path, "--train", WIKITEXT / "valid.txt", "--heldout", WIKITEXT / "test.txt")
     assert found["mlm_loss"] < found["unigram_loss"] - 1.5
     assert found["nsp_standard_errors"] > 5
