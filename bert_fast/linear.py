@@ -49,7 +49,7 @@ def linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> 
     Equals ``F.linear(x, torch.cat(weights), bias)``, under autocast too.
     """
     if _owned(weights):
-        return _Linear.apply(x.to(_product_dtype(x)), bias, False, *weights)
+        return _Linear.apply(x.to(product_dtype(x)), bias, False, *weights)
     return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
 
 
@@ -59,7 +59,7 @@ def linear_beside(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = No
     Inside :func:`gradients_in_place` the gradient of that use is memory that the product's backward adds to and hands
     on: nobody else may keep it, as a hook could. The caller knows that there is none between here and there.
     """
-    if _owned(weights) and x.dtype == _product_dtype(x):
+    if _owned(weights) and x.dtype == product_dtype(x):
         return _Linear.apply(x, bias, True, *weights)
     return linear(x, weights, bias), x
 
@@ -69,9 +69,10 @@ def _owned(weights: Sequence[Tensor]) -> bool:
     return not tracing and torch.is_grad_enabled() and all(id(w) in _in_place for w in weights)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer multiplies ``x`` now."""
     kind = x.device.type
-    rounded = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    rounded = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves as it is
     return torch.get_autocast_dtype(kind) if rounded else x.dtype
 
 

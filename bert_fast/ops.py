@@ -13,6 +13,7 @@ import math
 import torch
 
 from . import dispatch
+from .linear import product_dtype
 
 Tensor = torch.Tensor
 
@@ -595,19 +596,12 @@ _define(
 _differentiate("feed_forward", _feed_forward_setup, _feed_forward_backward)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer multiplies ``x`` now."""
-    device = x.device.type
-    rounded = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves as it is
-    return torch.get_autocast_dtype(device) if rounded else x.dtype
-
-
 def joins_feed_forward(x: Tensor) -> bool:
     """Whether a model has to compute the feed-forward of ``x`` by ``feed_forward``: where FEED_FORWARD_EPILOGUE in
     bert_fast/dispatch.py names this GPU, in 16 bits, in forwards that are not compiled."""
     if not dispatch.FEED_FORWARD_EPILOGUE or torch.compiler.is_compiling():
         return False
-    sixteen_bits = _product_dtype(x) in (torch.float16, torch.bfloat16)
+    sixteen_bits = product_dtype(x) in (torch.float16, torch.bfloat16)
     return sixteen_bits and any(dispatch.in_epilogue(direction, x) for direction in ("fwd", "bwd"))
 
 
@@ -623,7 +617,7 @@ def feed_forward(x: Tensor, weight_in: Tensor, bias: Tensor | None, weight_out: 
     columns = weight_in.shape[0]
     _check_like(name, x.device, bias=(bias, (columns,)), weight_out=(weight_out, (-1, columns)))
     _check_floating(name, x=x, weight_in=weight_in, bias=bias, weight_out=weight_out)
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     out, *_ = torch.ops.bert_fast.feed_forward_fwd(
         x.to(dtype).contiguous(), weight_in.to(dtype).contiguous(), _contiguous(bias),
         weight_out.to(dtype).contiguous(), dispatch.in_epilogue("fwd", x),
