@@ -40,7 +40,7 @@ def configurations(operator: str, kernel: str, smoke: bool) -> list[dict]:
     if operator == "attention":
         return _grid(BLOCK_M=(64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
     if kernel == "chunk":
-        return _grid(chunk=(512, 2048, 4096, 8192))
+        return _grid(MLM_CHUNK=({"cuda": 1024}, {"cuda": 2048}, {"cuda": 8192}))
     if operator == "mlm_loss":
         return _grid(BLOCK_M=(1, 2, 4, 8), BLOCK_N=(1024, 2048, 4096), num_warps=(4, 8, 16))
     if operator == "bias_gelu":
@@ -65,13 +65,12 @@ KERNELS = {
 def applied(operator: str, kernel: str, changed: dict):
     """``changed`` in place of what ``kernel`` is launched with, for the length of a ``with`` block."""
     if kernel == "chunk":
-        defaults = ops.mlm_loss.__kwdefaults__
-        original = defaults["chunk"]
-        defaults.update(changed)
+        original = ops.MLM_CHUNK
+        ops.MLM_CHUNK = changed["MLM_CHUNK"]
         try:
             yield
         finally:
-            defaults["chunk"] = original
+            ops.MLM_CHUNK = original
         return
     module = importlib.import_module(dispatch.TABLE[operator]["triton"])
     if kernel == "one_pass":

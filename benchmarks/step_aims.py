@@ -30,7 +30,6 @@ from step_model import (
     BITS,
     DROPOUT_DKV,
     DROPOUT_DQ,
-    MLM_CHUNK,
     Ceilings,
     Entry,
     Prediction,
@@ -66,14 +65,6 @@ def gelu_in_products(x: Entry) -> Entry:
     return replace(x, bytes=x.bytes / {"forward": 2, "backward": 3}[x.direction], instructions=0, kernels=0)
 
 
-def one_chunk(x: Entry) -> Entry:
-    """d word is written once; 300 MB of logits at 4915 positions."""
-    if (x.operator, x.direction) != ("mlm_loss", "forward"):
-        return x
-    chunks = (x.kernels - 12) // 5
-    return replace(x, bytes=x.bytes - 2 * (chunks - 1) * x.least, kernels=17)
-
-
 def twice_the_batch(x: Entry) -> Entry:
     return replace(x, times=x.times / 2) if x.direction == "update" else x
 
@@ -82,7 +73,6 @@ IFS: dict[str, Callable[[Entry], Entry]] = {
     "attention's backward makes scores and d P once: five products, bits of dropout drawn once": five_products,
     "the bits of dropout are drawn while the tensor cores work": hidden_bits,
     "GELU in the epilogue of the product before it, its derivative in the one behind": gelu_in_products,
-    f"logits of all masked positions at once, not of {MLM_CHUNK}": one_chunk,
     "an update every 65536 tokens, not 32768": twice_the_batch,
 }
 

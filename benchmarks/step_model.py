@@ -26,13 +26,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from operators import masked_positions
 from workload import model_config, wikipedia_quantiles
 
+from bert_fast import ops
 from bert_fast.data import capacities
 from bert_fast.flops import step_flops
 
 CASES = [(model, seq, kind) for model in ("base", "large") for seq in (128, 512) for kind in ("full", "wikipedia")]
 TOKENS = 32768  # real tokens of a step
 WEIGHTS = ("bfloat16", "float32")  # float32: products and hidden states in bfloat16, as `pretrain` has it
-MLM_CHUNK = 1024  # positions whose logits exist at a time (bert_fast.ops.mlm_loss)
 TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit dtypes at head size 64)
 # Instructions of one lane an element, counted in what the kernels compile to (docs/performance.md). Of attention's
 # inner loops on sm_90: what dropout adds to a computed score (Philox, the comparison), forward and in dq and dkv.
@@ -203,7 +203,7 @@ def heads(config, lengths: Sequence[int], weights: str, joined: bool) -> list[En
     e, w = 2, 2 if weights == "bfloat16" else 4
     h, vocabulary = config.hidden_size, config.vocab_size
     tokens, masked = sum(lengths), predicted_rows(lengths)
-    th, mh, mv, vh, chunks = tokens * h, masked * h, masked * vocabulary, vocabulary * h, -(-masked // MLM_CHUNK)
+    th, mh, mv, vh, chunks = tokens * h, masked * h, masked * vocabulary, vocabulary * h, -(-masked // ops.MLM_CHUNK["cuda"])
     tables = (config.max_position_embeddings + config.type_vocab_size) * h * w
     # joined: the rows of the tokens that occur are read and written (benchmarks draw tokens uniformly); else all
     # rows are written, most of them zeros

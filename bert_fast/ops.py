@@ -692,6 +692,11 @@ _define(
 _differentiate("mlm_loss", _mlm_loss_setup, _mlm_loss_backward)
 
 
+# Positions whose logits exist at a time. On a GPU d hidden, of (chunk, H) with a sum over the vocabulary, needs as many
+# rows to have a tile for every multiprocessor, and d word is read and written once a chunk; elsewhere memory counts.
+MLM_CHUNK = {"cuda": 4096}
+
+
 def mlm_loss(
     hidden: Tensor,
     word: Tensor,
@@ -700,15 +705,15 @@ def mlm_loss(
     *,
     normalizer: Tensor | None = None,
     ignore_index: int = -100,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Tensor:
     """Softmax cross-entropy of hidden @ word^T + bias at masked positions: a scalar, in float32 (or float64).
 
     hidden (M, H), word (V, H), bias (V,) floating; labels (M,) int64, 0 .. V-1 or ``ignore_index``. The sum
     over labelled positions is divided by ``normalizer`` (1 element; default: their number; loss 0 and zero
-    gradients where there is none). Logits exist for at most ``chunk`` positions at a time. The gradients are
-    made in the forward pass: three matrix products, where recomputing in the backward takes five. Products are
-    in hidden's dtype, gradients in their inputs' dtypes, summed in float32.
+    gradients where there is none). Logits exist for at most ``chunk`` positions at a time (default: 4096 on a GPU,
+    1024 elsewhere). The gradients are made in the forward pass: three matrix products, where recomputing in the
+    backward takes five. Products are in hidden's dtype, gradients in their inputs' dtypes, summed in float32.
     Raises ValueError or TypeError for shapes, devices and dtypes that do not fit, IndexError for labels out of
     range on a CPU; on a GPU such a label makes the loss NaN.
     """
@@ -718,6 +723,8 @@ def mlm_loss(
     _check_like(name, hidden.device, bias=(bias, (word.shape[0],)))
     _check_floating(name, hidden=hidden, word=word, bias=bias, normalizer=normalizer)
     _require(labels.dtype == torch.int64, name, f"labels has dtype {labels.dtype}, expected int64", TypeError)
+    if chunk is None:
+        chunk = MLM_CHUNK.get(hidden.device.type, 1024)
     _require(chunk >= 1, name, f"chunk is {chunk}, expected at least 1")
     if normalizer is not None:
         _require(normalizer.numel() == 1, name, f"normalizer has shape {tuple(normalizer.shape)}, expected 1 element")

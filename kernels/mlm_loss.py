@@ -1,6 +1,6 @@
 """mlm_loss: softmax cross-entropy of hidden @ word^T + bias at masked positions, with its gradients in one pass.
 
-Positions are taken ``chunk`` at a time, so logits exist for at most that many. Per chunk, with n the normalizer:
+Positions are taken at most ``chunk`` at a time, evenly, so logits exist for at most that many. Per chunk, with n the normalizer:
 
     library product   logits   = hidden @ word^T                    (chunk, V) in hidden's dtype
     one Triton pass   lse      = log sum exp(logits + bias)         online: running maximum and sum, fp32
@@ -165,6 +165,12 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         out.copy_(torch.addmm(out.float(), a.float(), b.float(), beta=beta))
 
 
+def _even(positions: int, chunk: int) -> int:
+    """Positions a chunk when all are dealt into as few as ``chunk`` allows, whole tiles of 128 where they fit."""
+    share = triton.cdiv(max(positions, 1), max(1, triton.cdiv(positions, chunk)))
+    return min(chunk, max(positions, 1), triton.cdiv(share, _PAD) * _PAD)
+
+
 def _padded_table(word: Tensor, dtype: torch.dtype) -> Tensor:
     """The word table in ``dtype``; in 16 bits with zero rows up to a multiple of 128."""
     vocabulary, columns = word.shape
@@ -200,7 +206,7 @@ def mlm_loss_fwd(
     table = _padded_table(word, hidden.dtype)
     width = table.shape[0]
     stride = triton.cdiv(vocabulary, _PAD) * _PAD  # rows of logits start at aligned addresses in every dtype
-    chunk = min(chunk, max(positions, 1))
+    chunk = _even(positions, chunk)
     config = _launch_config(vocabulary)
     logits = torch.empty((chunk, stride), dtype=hidden.dtype, device=device)
     row_loss = torch.empty(positions, dtype=torch.float32, device=device)

@@ -103,9 +103,10 @@ def test_a_configuration_that_computes_something_else_is_not_taken(monkeypatch):
     assert tune.same((x, x + 1e-9), (x, x))
     assert not tune.same(x + 1e-3, x)
     assert not tune.same(x * float("nan"), x)
-    with tune.applied("mlm_loss", "chunk", {"chunk": 7}):
-        assert ops.mlm_loss.__kwdefaults__["chunk"] == 7
-    assert ops.mlm_loss.__kwdefaults__["chunk"] == script("step_model").MLM_CHUNK
+    before = ops.MLM_CHUNK
+    with tune.applied("mlm_loss", "chunk", {"MLM_CHUNK": {"cuda": 7}}):
+        assert ops.MLM_CHUNK == {"cuda": 7}
+    assert ops.MLM_CHUNK is before
     monkeypatch.setattr(tune, "same", lambda found, expected: False)
     monkeypatch.setitem(operators.CACHE_BYTES, "cpu", 1 << 16)
     dispatch.set_backend("triton")

@@ -221,6 +221,20 @@ def test_logits_exist_for_one_chunk_at_most(backend, chunk):
     assert 1 <= largest.rows <= chunk, f"a tensor with {largest.rows} rows of logits, chunk is {chunk}"
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize("positions", [0, 1, 100, 128, 1000, 4096, 4097, 4915, 30000])
+@pytest.mark.parametrize("chunk", [1, 7, 1024, 4096])
+def test_chunks_are_few_and_even(positions, chunk):
+    from bert_fast.kernels import mlm_loss
+
+    size = mlm_loss._even(positions, chunk)
+    fewest = -(-positions // chunk)
+    assert 1 <= size <= chunk
+    assert -(-positions // size) == fewest
+    if chunk % 128 == 0 and positions > size:
+        assert size % 128 == 0 and size - positions / fewest < 128
+
+
 def _implementation(backend):
     with dispatch.use_backend(mlm_loss=backend):
         return dispatch.implementation("mlm_loss", "fwd", DEVICE)

@@ -309,14 +309,6 @@ def test_each_if_saves_time_and_leaves_the_products_alone():
                 assert change(x) == x
 
 
-def test_one_chunk_is_what_the_model_gives_for_a_chunk_of_all(monkeypatch):
-    step_aims, step_model = script("step_aims"), script("step_model")
-    config, lengths = script("workload").model_config("large", dropout=0.1), [512] * 64
-    changed = step_aims.one_chunk(line(step_model.step(config, lengths), "mlm_loss", "forward"))
-    monkeypatch.setattr(step_model, "MLM_CHUNK", 10**6)
-    assert changed == line(step_model.step(config, lengths), "mlm_loss", "forward")
-
-
 def test_the_aims_are_told_with_the_share_of_the_ceilings_that_they_need():
     step_aims, step_model = script("step_aims"), script("step_model")
     table = step_aims.aims(step_model.Ceilings())
