@@ -203,7 +203,8 @@ def heads(config, lengths: Sequence[int], weights: str, joined: bool) -> list[En
     e, w = 2, 2 if weights == "bfloat16" else 4
     h, vocabulary = config.hidden_size, config.vocab_size
     tokens, masked = sum(lengths), predicted_rows(lengths)
-    th, mh, mv, vh, chunks = tokens * h, masked * h, masked * vocabulary, vocabulary * h, -(-masked // ops.MLM_CHUNK["cuda"])
+    th, mh, mv, vh = tokens * h, masked * h, masked * vocabulary, vocabulary * h
+    chunks = -(-masked // ops.MLM_CHUNK["cuda"])
     tables = (config.max_position_embeddings + config.type_vocab_size) * h * w
     # joined: the rows of the tokens that occur are read and written (benchmarks draw tokens uniformly); else all
     # rows are written, most of them zeros
@@ -243,9 +244,9 @@ def update(config, weights: str, optimizer: str) -> list[Entry]:
     n, g = parameters(config), 2 if weights == "bfloat16" else 4
     copy = 2 if weights == "bfloat16" else 0
     lines = [
-        Entry("gradient norm", "update", 1, bytes=n * g, kernels=6),
-        # of two groups of parameters: those that decay, and the others
-        Entry("rates, clipping, skipping", "update", 1, kernels=45),
+        Entry("gradient norm", "update", 1, bytes=n * g, kernels=4),
+        # of two groups of parameters: those that decay, and the others; before them whether the losses are finite
+        Entry("rates, clipping, skipping", "update", 1, kernels=2 + 4),
     ]
     if optimizer == "adamw":
         return [*lines, Entry("adamw", "update", 1, bytes=n * (g + 24 + copy), kernels=2)]

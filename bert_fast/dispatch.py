@@ -18,7 +18,7 @@ _TRITON = "bert_fast.kernels."
 _CPU = "bert_fast.kernels.cpu."
 
 # operator -> backend -> module that defines <operator>_fwd and <operator>_bwd (also embedding_layernorm_bwd_add and
-# mlm_loss_bwd_, in place; optimizer: _norm, _adamw and _lamb)
+# mlm_loss_bwd_, in place; optimizer: _norm, _rates, _adamw and _lamb)
 TABLE = {
     "embedding_layernorm": {"triton": _TRITON + "embedding_layernorm", "cpu": _CPU + "embedding_layernorm"},
     "attention": {

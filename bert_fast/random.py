@@ -107,13 +107,11 @@ def row_keys(cu_seqlens: torch.Tensor, tokens: int, samples: torch.Tensor | None
     ``cu_seqlens`` is (B+1,); ``samples`` (B,) are the samples' numbers (0 .. 2**31-1), by default 0 .. B-1.
     Tokens past ``cu_seqlens[-1]`` (the unused tail of a fixed capacity) get keys that belong to no sample.
     """
-    starts = cu_seqlens.long()
-    index = torch.arange(tokens, device=cu_seqlens.device)
-    sequence = torch.searchsorted(starts, index, right=True) - 1
-    last = starts.numel() - 1
+    starts, device = cu_seqlens.long(), cu_seqlens.device
     if samples is None:
-        sample = sequence
+        samples = torch.arange(len(starts), device=device)
     else:
-        tail = samples.new_full((1,), 2**31 - 1)
-        sample = torch.cat([samples, tail]).long()[sequence.clamp(max=last)]
-    return (sample << 32) | (index - starts[sequence.clamp(max=last)])
+        samples = torch.cat([samples, samples.new_full((1,), 2**31 - 1)])
+    index = torch.arange(tokens, device=device)
+    sequence = torch.searchsorted(starts, index, right=True) - 1
+    return ((samples.long() << 32) - starts)[sequence] + index

@@ -1,6 +1,7 @@
 """mlm_loss: softmax cross-entropy of hidden @ word^T + bias at masked positions, with its gradients in one pass.
 
-Positions are taken at most ``chunk`` at a time, evenly, so logits exist for at most that many. Per chunk, with n the normalizer:
+Positions are dealt evenly into chunks of at most ``chunk``, so logits exist for at most that many. Per chunk, with n
+the normalizer:
 
     library product   logits   = hidden @ word^T                    (chunk, V) in hidden's dtype
     one Triton pass   lse      = log sum exp(logits + bias)         online: running maximum and sum, fp32

@@ -9,11 +9,13 @@ with masters: 2 less for every gradient, 2 more for the copy that is written las
     AdamW    28    reads w, g, m, v; writes w, m, v
     LAMB  24+16    moments, and sums of w^2 and u^2; a ratio a tensor; then w, with u computed again from m and v
 
-Clipping factor, rates and the decision to skip (a clip of NaN) are read on the device: nothing waits, and a step may
-be captured in a graph. No float atomics: a program writes its sums to its own place, and they are added in one order.
+Clipping factor, rates and the decision to skip (a clip of NaN) are made on the device, in one launch for a group of
+parameters, and read there: nothing waits, and a step may be captured in a graph. No float atomics: a program writes its
+sums to its own place, and they are added in one order.
 """
 
 import functools
+import math
 from collections import OrderedDict
 
 import torch
@@ -116,6 +118,41 @@ def _optimizer_norm_kernel(
         _squares(table_ptr, partial_ptr, tensors, tensor, offset, size, DTYPE, ALIGNED, False)
     else:
         _squares(table_ptr, partial_ptr, tensors, tensor, offset, size, DTYPE, ALIGNED, True)
+
+
+@triton.jit(do_not_specialize=["tensors", "lr", "weight_decay", "max_grad_norm"])
+def _optimizer_rates_kernel(
+    step_ptr, norm_ptr, skipped_ptr, rate_ptr, clip_ptr, lr, weight_decay, max_grad_norm, tensors,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, LR_THERE: tl.constexpr, DECAY_THERE: tl.constexpr,
+    COUNTS: tl.constexpr, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A single program. ``lr`` and ``weight_decay`` are numbers, or addresses where they are on the device."""
+    norm = tl.load(norm_ptr).to(tl.float32)
+    finite = norm - norm == 0.0
+    clip = 1.0
+    if CLIPS:
+        clip = tl.minimum(tl.div_rn(max_grad_norm, norm + 1e-6), 1.0)
+    tl.store(clip_ptr, tl.where(finite, clip, float("nan")))
+    if COUNTS:
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(finite, 0, 1))
+    if LR_THERE:
+        lr = tl.load(lr).to(tl.float32)
+    if DECAY_THERE:
+        weight_decay = tl.load(weight_decay).to(tl.float32)
+    for first in range(0, tensors, BLOCK):
+        tensor = first + tl.arange(0, BLOCK)
+        mask = tensor < tensors
+        step = tl.load(step_ptr + tensor, mask=mask, other=0.0) + tl.where(finite, 1.0, 0.0)
+        tl.store(step_ptr + tensor, step, mask=mask)
+        t = tl.maximum(step, 1.0).to(tl.float64)  # a first step that is skipped leaves 0, and its rates unused
+        row = rate_ptr + 4 * tensor
+        tl.store(row, tl.zeros((BLOCK,), tl.float32) + lr, mask=mask)
+        tl.store(row + 1, tl.zeros((BLOCK,), tl.float32) + weight_decay, mask=mask)
+        # 1 - beta^t is 1e-3 and more for any beta in use: in float64 it keeps far more digits than float32 has
+        first_rate = 1.0 / (1.0 - tl.exp(t * LOG_BETA1))
+        second_rate = 1.0 / tl.sqrt(1.0 - tl.exp(t * LOG_BETA2))
+        tl.store(row + 2, first_rate.to(tl.float32), mask=mask)
+        tl.store(row + 3, second_rate.to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -323,7 +360,37 @@ def optimizer_norm(tensors) -> Tensor:
         if work.programs:
             _optimizer_norm_kernel[(work.programs,)](partial_ptr=partial, **work.arguments)
         parts.append(partial)
-    return torch.cat(parts).double().sum().sqrt().float()
+    together = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return together.sum(dtype=torch.float64).sqrt().float()
+
+
+def optimizer_rates(steps, norm, skipped, lr, weight_decay, betas, max_grad_norm) -> tuple[Tensor, Tensor]:
+    """See bert_fast/optim/reference.py; ``rates`` is float32."""
+    lr, weight_decay = (x.to(steps.device) if isinstance(x, Tensor) else float(x) for x in (lr, weight_decay))
+    rates, clip = steps.new_empty((len(steps), 4)), steps.new_empty(())
+    beta1, beta2 = betas or (0.0, 0.0)  # a beta of 0 has no bias
+    _optimizer_rates_kernel[(1,)](
+        step_ptr=steps,
+        norm_ptr=norm,
+        skipped_ptr=skipped,
+        rate_ptr=rates,
+        clip_ptr=clip,
+        lr=lr,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm or 0.0,
+        tensors=len(steps),
+        LOG_BETA1=math.log(beta1) if beta1 else -math.inf,
+        LOG_BETA2=math.log(beta2) if beta2 else -math.inf,
+        LR_THERE=isinstance(lr, Tensor),
+        DECAY_THERE=isinstance(weight_decay, Tensor),
+        COUNTS=skipped is not None,
+        CLIPS=max_grad_norm is not None,
+        **_RATES_CONFIG,
+    )
+    return rates, clip
+
+
+_RATES_CONFIG = {"BLOCK": 256, "num_warps": 4, "num_stages": 1}  # BERT-large has 398 tensors in two groups
 
 
 def _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
@@ -390,6 +457,12 @@ def aot_cases(capability: int) -> list[dict]:
                     constants, _CONFIG,
                 )
             )  # fmt: skip
+    pointers = {"step_ptr": "*fp32", "norm_ptr": "*fp32", "skipped_ptr": "*i64", "rate_ptr": "*fp32"}
+    pointers |= {"clip_ptr": "*fp32", "lr": "*fp64"}
+    numbers = {"weight_decay": "fp32", "max_grad_norm": "fp32", "tensors": "i32"}
+    constants = {"LOG_BETA1": math.log(0.9), "LOG_BETA2": math.log(0.999), "CLIPS": True}
+    constants |= {"LR_THERE": True, "DECAY_THERE": False, "COUNTS": True}
+    cases.append(rows.aot_case(_optimizer_rates_kernel, "optimizer rates", pointers, numbers, constants, _RATES_CONFIG))
     pointers = {"partial_ptr": "*fp32", "start_ptr": "*i64", "rate_ptr": "*fp32", "ratio_ptr": "*fp32"}
     cases.append(
         rows.aot_case(

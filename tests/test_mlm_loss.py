@@ -232,7 +232,8 @@ def test_chunks_are_few_and_even(positions, chunk):
     assert 1 <= size <= chunk
     assert -(-positions // size) == fewest
     if chunk % 128 == 0 and positions > size:
-        assert size % 128 == 0 and size - positions / fewest < 128
+        assert size % 128 == 0
+        assert size - positions / fewest < 128
 
 
 def _implementation(backend):

@@ -49,7 +49,7 @@ def test_every_backend_has_the_signatures_of_the_reference():
         specification = importlib.import_module(dispatch.TABLE[operator]["reference"])
         for backend in available_backends(operator):
             module = importlib.import_module(dispatch.TABLE[operator][backend])
-            for direction in ("norm", "adamw", "lamb") if operator == "optimizer" else ("fwd", "bwd"):
+            for direction in ("norm", "rates", "adamw", "lamb") if operator == "optimizer" else ("fwd", "bwd"):
                 ours = inspect.signature(getattr(module, f"{operator}_{direction}"))
                 specified = inspect.signature(getattr(specification, f"{operator}_{direction}"))
                 assert list(ours.parameters) == list(specified.parameters), (operator, backend, direction)

@@ -60,6 +60,32 @@ def bits(params, optimizer):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", [0.5, 3.0, math.inf, math.nan])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.98, 0.99999), None])
+@pytest.mark.parametrize("there", [False, True], ids=["numbers", "on-device"])
+def test_rates_and_the_clipping_factor(backend, norm, betas, there):
+    counted = [0.0, 1.0, 9.0, 1000.0, 1e6] + [float(i) for i in range(300)]
+    steps = torch.tensor(counted, device=DEVICE)
+    skipped = torch.tensor(7, device=DEVICE)
+    lr, decay = (torch.tensor(x, dtype=torch.float64, device=DEVICE) if there else x for x in (1.7e-4, 0.01))
+    with dispatch.use_backend(optimizer=backend):
+        rates = dispatch.implementation("optimizer", "rates", DEVICE)
+        found, clip = rates(steps, torch.tensor(norm, device=DEVICE), skipped, lr, decay, betas, 1.0)
+    finite = math.isfinite(norm)
+    assert steps.tolist() == [t + finite for t in counted]
+    assert int(skipped) == 7 + (not finite)
+    expected = []
+    for t in counted:
+        t = max(1.0, t + finite)
+        corrections = [1 - beta**t if beta else 1.0 for beta in betas or (0.0, 0.0)]
+        expected.append([1.7e-4, 0.01, 1 / corrections[0], corrections[1] ** -0.5])
+    torch.testing.assert_close(found.double().cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+    assert math.isnan(float(clip)) if not finite else float(clip) == pytest.approx(min(1.0, 1 / norm), rel=1e-5)
+    unclipped = rates(steps, torch.tensor(norm, device=DEVICE), None, lr, decay, betas, None)[1]
+    assert float(unclipped) == 1.0 or not finite
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 2.0, "weight_decay": 0.1}], ids=["plain", "clipped"])
 def test_against_float64(backend, kind, options):

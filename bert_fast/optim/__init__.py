@@ -124,30 +124,26 @@ class _Fused(torch.optim.Optimizer):
         _check([*grads, *trained])
         states = {p: self._state_of(p) for p in trained}
         norm = _run("norm", grads, grads) if grad_norm is None else grad_norm.detach()
-        norm = norm.to(trained[0].device)
-        finite = norm.isfinite()
-        clip = torch.ones_like(norm)
-        if self.max_grad_norm is not None:
-            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        clip = torch.where(finite, clip, torch.nan)
-        self.grad_norm = norm
-        self.skipped = self.skipped.to(norm.device)
-        self.skipped += ~finite  # in place: a replayed graph counts on in the same memory
+        self.grad_norm = norm.to(trained[0].device)
+        self.skipped = skipped = self.skipped.to(self.grad_norm.device)
         for group, params in groups:
             if params:
-                self._update(group, params, [states[p] for p in params], finite, clip)
+                self._update(group, params, [states[p] for p in params], skipped)
+                skipped = None  # it is counted once
         return loss
 
-    def _update(self, group: dict, params: list[Tensor], states: list[dict], finite: Tensor, clip: Tensor) -> None:
-        steps = self._steps(states, params)
-        steps += finite
-        function, extra = self._function()
+    def _update(self, group: dict, params: list[Tensor], states: list[dict], skipped: Tensor | None) -> None:
         exact = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        rates, clip = _run(
+            "rates", params, self._steps(states, params), self.grad_norm, skipped, group["lr"], group["weight_decay"],
+            group["betas"] if self.bias_correction else None, self.max_grad_norm,
+        )  # fmt: skip
+        function, extra = self._function()
         _run(
             function, params, params, [state.get("master", p) for state, p in zip(states, params, strict=True)],
             [p.grad.to(p.dtype).contiguous() for p in params], [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states], self._rates(group, steps).to(exact), clip.to(exact),
-            *group["betas"], group["eps"], *extra,
+            [state["exp_avg_sq"] for state in states], rates.to(exact), clip.to(exact), *group["betas"], group["eps"],
+            *extra,
         )  # fmt: skip
         torch.autograd.graph.increment_version(params)  # kernels write past autograd, which must refuse old graphs
         self._written.update((p, _mark(p)) for p in params if p.dtype in _SIXTEEN_BITS)
@@ -195,21 +191,6 @@ class _Fused(torch.optim.Optimizer):
             for i, state in enumerate(states):
                 state["step"] = base[i]
         return base
-
-    def _rates(self, group: dict, steps: Tensor) -> Tensor:
-        """(n, 4) float64: see bert_fast/optim/reference.py. Made on the device: a step may be captured in a graph."""
-        t = steps.double().clamp(min=1)  # a first step that is skipped leaves 0, and its rates unused
-        rates = torch.ones((len(t), 4), dtype=torch.float64, device=t.device)
-        for column, value in enumerate((group["lr"], group["weight_decay"])):
-            if isinstance(value, Tensor):
-                rates[:, column] = value.to(device=t.device, dtype=torch.float64)
-            else:
-                rates[:, column].fill_(value)
-        if self.bias_correction:
-            for column, beta, power in ((2, group["betas"][0], -1.0), (3, group["betas"][1], -0.5)):
-                if beta > 0:
-                    rates[:, column] = (-torch.expm1(t * torch.log(torch.tensor(beta, dtype=torch.float64)))) ** power
-        return rates
 
     def _function(self) -> tuple[str, tuple]:
         raise NotImplementedError

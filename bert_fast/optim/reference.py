@@ -1,6 +1,7 @@
 """The optimisers' updates in plain PyTorch: the specification of every backend, and the fallback.
 
-A backend has three functions over lists of tensors on one device. Lists go together: element i of each belongs to
+A backend has ``optimizer_norm`` over a list of tensors on one device, ``optimizer_rates``, which makes of a norm what
+follows for a group of parameters, and an update over lists of tensors. Lists go together: element i of each belongs to
 parameter i. All updates are in place.
 
     params         the model's parameters, float32 or in 16 bits
@@ -24,6 +25,7 @@ Sources: I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", I
 Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020, algorithm 2.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +47,39 @@ def optimizer_norm(tensors: Tensors) -> Tensor:
     total = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     squares = torch.stack([t.double().square().sum() for t in tensors])
     return squares.sum().sqrt().to(total)
+
+
+def optimizer_rates(
+    steps: Tensor,
+    norm: Tensor,
+    skipped: Tensor | None,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    betas: tuple[float, float] | None,
+    max_grad_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """``rates`` (n, 4) and ``clip`` () of the parameters whose updates are counted in ``steps`` (n,) float32.
+
+    Where ``norm`` () is finite ``steps`` goes up by one, and else ``skipped`` () int64, if it is given. ``lr`` and
+    ``weight_decay`` may be on the device, ``betas`` are None without bias correction, ``max_grad_norm`` is what
+    gradients are clipped to. ``rates`` is float64, or float32 rounded from it.
+    """
+    finite = norm.isfinite()
+    steps += finite
+    if skipped is not None:
+        skipped += ~finite
+    clip = torch.ones_like(norm) if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    t = steps.double().clamp(min=1)  # a first step that is skipped leaves 0, and its rates unused
+    rates = t.new_ones((len(t), 4))
+    for column, value in enumerate((lr, weight_decay)):
+        if isinstance(value, Tensor):
+            rates[:, column] = value.to(rates)
+        else:
+            rates[:, column].fill_(value)
+    for column, beta, power in zip((2, 3), betas or (), (-1.0, -0.5), strict=False):
+        if beta > 0:
+            rates[:, column] = (-torch.expm1(t * math.log(beta))) ** power
+    return rates, torch.where(finite, clip, torch.nan)
 
 
 def _moments(grad: Tensor, m: Tensor, v: Tensor, clip: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:

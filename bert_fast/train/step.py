@@ -36,19 +36,19 @@ class Outcome:
 
     scalars  float64 (4,): MLM loss, NSP loss (both of the whole update), how many ranks asked to stop, and the
              gradient norm before clipping; the update was applied where all are finite
-    finite   bool (micro-batches,): whether the loss of each micro-batch of this rank was
+    parts    float32 (micro-batches, 2): what each micro-batch of this rank added to the MLM and to the NSP loss
     """
 
-    def __init__(self, scalars: Tensor, finite: Tensor):
+    def __init__(self, scalars: Tensor, parts: Tensor):
         self._arrived = None
         if scalars.is_cuda:  # copied behind the update: reading the device's tensors would wait for later ones too
-            scalars, finite = (
+            scalars, parts = (
                 torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-                for t in (scalars, finite)
+                for t in (scalars, parts)
             )
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        self._scalars, self._finite = scalars, finite
+        self._scalars, self._parts = scalars, parts
 
     @property
     def scalars(self) -> Tensor:
@@ -57,8 +57,9 @@ class Outcome:
 
     @property
     def finite(self) -> Tensor:
+        """bool (micro-batches,): whether the loss of each micro-batch of this rank was."""
         self._wait()
-        return self._finite
+        return self._parts.isfinite().all(dim=1)
 
     def _wait(self) -> None:
         if self._arrived is not None:
@@ -99,7 +100,7 @@ class Step:
 
         self._counts = {name: scalar(torch.float32) for name in ("num_items_in_batch", "num_sequences_in_batch")}
         self._totals = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-        self._finite, self._norm = scalar(torch.bool), scalar(torch.float32)
+        self._parts, self._norm = torch.zeros(2, device=ranks.device), scalar(torch.float32)
         self._rate = scalar(torch.float64) if recorder else None  # float64: exactly the number
         self._forget()
 
@@ -122,7 +123,7 @@ class Step:
         self._set_rate(lr)
         shapes = [_shape(batch) for batch in batches] if self.recorder else []
         known = bool(shapes) and all(shape in self._inputs for shape in shapes)
-        finite = []
+        parts = []
         for number, batch in enumerate(batches):
             place = number == 0, number == len(batches) - 1
             run = self._recorded(batch, shapes[number], *place) if known and self.recorder else None
@@ -133,8 +134,8 @@ class Step:
                 self._micro_batch(batch, *place)
             else:
                 run()
-            finite.append(self._finite.clone())
-        return Outcome(torch.cat([self._totals, self._norm.double().reshape(1)]), torch.stack(finite))
+            parts.append(self._parts.clone())
+        return Outcome(torch.cat([self._totals, self._norm.double().reshape(1)]), torch.stack(parts))
 
     def prepare(self, examples: Sequence[dict]) -> None:
         """Gets ready to record updates of batches like ``examples``, packed, and of no others; trains nothing.
@@ -174,13 +175,12 @@ class Step:
             self._set_gradients(None)
         quiet = contextlib.nullcontext() if last or self.ranks.world == 1 else self.parallel.no_sync()
         with quiet:
-            parts = self._differentiate(batch, into)
-        self._totals[:2] += parts
-        self._finite.copy_(torch.isfinite(parts).all())
+            self._parts.copy_(self._differentiate(batch, into))
+        self._totals[:2].add_(self._parts)
         if last:
             self.ranks.sum(self._totals)
             norm = optim.grad_norm(self.parameters)
-            self._norm.copy_(torch.where(torch.isfinite(self._totals).all(), norm, torch.nan))
+            self._norm.copy_(norm + (0 * self._totals).sum())  # NaN where a loss is not finite
             self.optimizer.step(grad_norm=self._norm)
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -194,10 +194,10 @@ class Step:
             # DistributedDataParallel averages gradients over ranks, which are to be summed
             (output.loss * self.ranks.world).backward()
         loss, labels = output.loss.detach(), batch.get("next_sentence_label")
-        nsp = torch.zeros_like(loss)
-        if labels is not None:
-            logits = output.seq_relationship_logits.detach().float()
-            nsp = cross_entropy(logits, labels, self._counts["num_sequences_in_batch"])
+        if labels is None:
+            return torch.stack([loss, torch.zeros_like(loss)])
+        logits = output.seq_relationship_logits.detach().float()
+        nsp = cross_entropy(logits, labels, self._counts["num_sequences_in_batch"])
         return torch.stack([loss - nsp, nsp])
 
     def _set_rate(self, lr: float) -> None:

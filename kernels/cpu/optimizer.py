@@ -2,10 +2,12 @@
 
 import torch
 
-from ...optim.reference import by_dtype
+from ...optim.reference import by_dtype, optimizer_rates
 from . import DTYPES, function
 
 Tensor = torch.Tensor
+
+__all__ = ["optimizer_adamw", "optimizer_lamb", "optimizer_norm", "optimizer_rates"]
 
 _norm = function("optimizer_norm", "ipplpi")
 _update = function("optimizer_update", "iiplpffffffi")
