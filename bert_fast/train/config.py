@@ -18,6 +18,8 @@ SIZES = {  # hidden layers, hidden size, attention heads; the feed-forward is fo
     "large": (24, 1024, 16),
 }
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
 
 class ConfigError(ValueError):
     """An option, or options together, that make no sense; the message names them."""
@@ -132,8 +134,8 @@ class PretrainConfig:
         _require(self, "validation_sequences", self.validation_sequences >= 1, "at least 1")
         for name in ("warmup", "lr", "power", "weight_decay", "clip"):
             _require(self, name, 0 <= getattr(self, name) < float("inf"), "a number of at least 0")
-        for name in ("short_seq_prob", "dropout"):
-            _require(self, name, getattr(self, name) is None or 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        _require(self, "short_seq_prob", 0 <= self.short_seq_prob <= 1, "between 0 and 1")
+        _require(self, "dropout", self.dropout is None or 0 <= self.dropout < 1, "at least 0 and below 1")
         _require(self, "initializer_range", self.initializer_range is None or self.initializer_range > 0, "above 0")
         for name in ("validation", "beta1", "beta2"):
             _require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
@@ -197,7 +199,7 @@ def _converted(field: dataclasses.Field, kind: type, value):
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         right, value = True, float(value)
     if not right:
-        raise ConfigError(f"{flag(field.name)} takes a {kind.__name__}, got {value!r}")
+        raise ConfigError(f"{flag(field.name)} takes {KINDS[kind]}, got {value!r}")
     if choices and value not in choices:
         raise ConfigError(f"{flag(field.name)} is one of {', '.join(choices)}, got {value!r}")
     return value

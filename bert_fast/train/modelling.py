@@ -1,13 +1,14 @@
 """The model that a run trains: one of the published sizes, any BertConfig, or a checkpoint of transformers."""
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import BertConfig
+from transformers import BertConfig, PreTrainedConfig
 
 from bert_fast.data import load_tokenizer, special_ids
-from bert_fast.inference import readable_weights
+from bert_fast.inference import readable_weights, silent_transformers
 from bert_fast.model import BertForPreTraining
 from bert_fast.train.config import SIZES, ConfigError, PretrainConfig
 
@@ -22,7 +23,7 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, longest: int) -> 
     """
     vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
     if config.init_from:
-        made = BertConfig.from_pretrained(config.init_from)
+        made = _checkpoint_config(config.init_from)
         if made.vocab_size < vocabulary:
             raise ConfigError(
                 f"--init-from {config.init_from} has a vocabulary of {made.vocab_size}, the data's tokenizer "
@@ -39,9 +40,11 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, longest: int) -> 
         )
     elif Path(config.model).is_file():
         try:
-            made = BertConfig.from_json_file(config.model)
+            fields = json.loads(Path(config.model).read_text(encoding="utf-8"))
+            made = BertConfig(**fields)
         except (ValueError, TypeError, OSError) as error:
             raise ConfigError(f"--model {config.model} is no BertConfig: {error}") from error
+        _require_bert(f"--model {config.model}", fields.get("model_type", "bert"))  # Google's files name no type
     else:
         raise ConfigError(f"--model {config.model} is none of {', '.join(SIZES)}, and no file")
     if not config.init_from:
@@ -55,22 +58,51 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, longest: int) -> 
     return made
 
 
+def _checkpoint_config(source: str) -> BertConfig:
+    """The configuration of a folder or a name on the Hub; ConfigError where there is none, or not that of a BERT."""
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--init-from {source} is no checkpoint of transformers: {error}") from error
+    if not fields:
+        raise ConfigError(f"--init-from {source} is no checkpoint of transformers: it has no config.json")
+    _require_bert(f"--init-from {source}", fields.get("model_type", "bert"))
+    return BertConfig.from_dict(fields)
+
+
+def _require_bert(what: str, kind: str) -> None:
+    if kind != "bert":
+        raise ConfigError(f"{what} is a model of type {kind!r}; this engine trains BERT")
+
+
 def comparable(config: BertConfig) -> dict:
     """The fields of ``config`` that make the model what it is, as JSON has them."""
     return {k: v for k, v in config.to_dict().items() if k not in NOT_THE_MODEL}
 
 
 def new_model(config: PretrainConfig, made: BertConfig, seed: int) -> tuple[BertForPreTraining, list[str]]:
-    """A model with fresh weights drawn from ``seed``, or those of ``--init-from``; and what there is to say of it."""
+    """A model with fresh weights drawn from ``seed``, or those of ``--init-from``; and what there is to say of it.
+
+    Heads and pooler that the checkpoint lacks are drawn; ConfigError where it lacks more or has no weights to read.
+    """
     torch.manual_seed(seed)
     if not config.init_from:
         return BertForPreTraining(made), []
-    with readable_weights(config.init_from):
-        model, info = BertForPreTraining.from_pretrained(
-            config.init_from, config=made, dtype=torch.float32, output_loading_info=True
+    try:
+        with silent_transformers(), readable_weights(config.init_from):
+            model, info = BertForPreTraining.from_pretrained(
+                config.init_from, config=made, dtype=torch.float32, output_loading_info=True
+            )
+    except OSError as error:
+        raise ConfigError(f"--init-from {config.init_from}: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if needed := [name for name in missing if not name.startswith(("cls.", "bert.pooler."))]:
+        raise ConfigError(
+            f"--init-from {config.init_from} has no weights of a BERT's encoder: {needed[0]} and {len(needed) - 1} "
+            "more are missing and would be random"
         )
     notes = []
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         notes.append(f"{config.init_from} lacks {', '.join(missing)}: drawn at random")
     if unexpected := sorted(info["unexpected_keys"]):
         notes.append(f"of {config.init_from} not used: {', '.join(unexpected)}")

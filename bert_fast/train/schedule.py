@@ -64,7 +64,8 @@ def _parsed(text: str, config: PretrainConfig) -> dict:
                 raise ValueError(f"{part!r} is none of lr=, warmup=, batch=")
             draft[name] = int(value) if name == "batch" else float(value)
             draft["own"] = draft["own"] or name != "batch"
-        if min(draft["seq"], draft["steps"], draft["batch"]) < 1 or min(draft["lr"], draft["warmup"]) < 0:
+        rates = all(0 <= draft[name] < float("inf") for name in ("lr", "warmup"))  # false for NaN
+        if min(draft["seq"], draft["steps"], draft["batch"]) < 1 or not rates:
             raise ValueError("lengths, steps and batch sizes are at least 1, rates and warm-up at least 0")
     except ValueError as error:
         raise ConfigError(f"--phases: {text!r} is not a phase: {error}") from error

@@ -16,6 +16,7 @@ from training_runs import losses, train, weights
 import bert_fast
 from bert_fast.data import PretrainingDataset, load_tokenizer, open_corpus, pad_samples
 from bert_fast.data.files import FolderInUse
+from bert_fast.output import Output
 from bert_fast.train import checkpoint, metrics, modelling, pretrain
 from bert_fast.train.checkpoint import CheckpointError
 from bert_fast.train.config import ConfigError, resolve
@@ -321,11 +322,41 @@ def test_continued_pre_training_from_a_checkpoint(configure, prepared, tmp_path,
         assert torch.equal(a, b), name
     # a checkpoint without the head of next-sentence prediction
     transformers.BertForMaskedLM.from_pretrained(source).save_pretrained(tmp_path / "mlm")
+    capsys.readouterr()
     config = configure(out=str(tmp_path / "headless"), init_from=str(tmp_path / "mlm"), steps=2)
     assert pretrain.pretrain(config) == 0
     told = capsys.readouterr().err
     assert "cls.seq_relationship.weight" in told
     assert "drawn at random" in told
+    assert "LOAD REPORT" not in told  # transformers': what it would say is said above
+    assert pretrain.pretrain(dataclasses.replace(config, out=str(tmp_path / "quiet")), Output(quiet=True)) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_that_would_leave_the_encoder_random_is_refused(configure, prepared, tmp_path):
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    other = transformers.RobertaForMaskedLM(transformers.RobertaConfig(vocab_size=300, **size))
+    other.save_pretrained(tmp_path / "roberta")
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=300, **{**size, "num_hidden_layers": 1}))
+    bert.save_pretrained(tmp_path / "shallow")
+    about = json.loads((tmp_path / "shallow" / "config.json").read_text())
+    (tmp_path / "shallow" / "config.json").write_text(json.dumps({**about, "num_hidden_layers": 2}))
+    bert.config.save_pretrained(tmp_path / "weightless")
+    for source, message in (
+        ("roberta", "roberta is a model of type 'roberta'; this engine trains BERT"),
+        ("shallow", "no weights of a BERT's encoder: bert.encoder.layer.1.attention.* and 15 more are missing"),
+        ("weightless", "--init-from .*weightless: .*model.safetensors"),
+        ("nowhere/nothing", "nowhere/nothing is no checkpoint of transformers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(configure(init_from=str(tmp_path / source)))
+    with pytest.raises(ConfigError, match="config.json is a model of type 'roberta'"):
+        train(configure(model=str(tmp_path / "roberta" / "config.json")))
+
+
+def test_the_samples_told_are_those_of_the_first_phase(configure, capsys):
+    assert pretrain.pretrain(configure(phases="16:1,32:1", seq=64)) == 0
+    assert "samples an epoch at 16 tokens" in capsys.readouterr().err
 
 
 def test_new_weights_have_the_spread_that_was_asked_for(configure, prepared):

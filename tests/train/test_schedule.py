@@ -53,7 +53,11 @@ def test_a_phase_with_its_own_rate_has_its_own_schedule_as_lamb_does():
     assert learning_rate(71, two) == 4e-3
 
 
-@pytest.mark.parametrize("text", ["128", "128:x", "0:10", "128:10:rate=1", "128:10:lr=-1", "128:10,", "128:10:batch=0"])
+@pytest.mark.parametrize(
+    "text",
+    ["128", "128:x", "0:10", "128:10:rate=1", "128:10:lr=-1", "128:10:lr=nan", "128:10:warmup=inf", "128:10,",
+     "128:10:batch=0"],
+)  # fmt: skip
 def test_wrong_phases_are_refused(text):
     with pytest.raises(ConfigError, match="--phases"):
         phases(config(phases=text))
