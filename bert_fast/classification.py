@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_examples(
     if kind not in (".tsv", ".csv", ".jsonl", ".ndjson"):
         raise ValueError(f"{path}: its name must end with .tsv, .csv or .jsonl")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
             if kind in (".jsonl", ".ndjson"):
                 examples = list(_from_json(path, file, text or "text", pair, label or "label"))
             else:
@@ -57,12 +58,13 @@ def _from_json(path: Path, lines: Iterable[str], text: str, pair: str | None, la
             continue
         try:
             values = json.loads(line)
-            found = Example(values[text], None if pair is None else values[pair], str(values[label]))
+            name = "" if values[label] is None else str(values[label])
+            found = Example(values[text], None if pair is None else values[pair], name)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: no JSON object with {text!r} and {label!r}: {error}") from error
         if not all(isinstance(part, str) for part in found[: 1 if pair is None else 2]):
             raise ValueError(f"{path}, line {number}: {text!r} is no text")
-        yield found
+        yield _labelled(found, path, number)
 
 
 def _from_table(
@@ -87,9 +89,15 @@ def _from_table(
                 raise ValueError(f"{path}, line {rows.line_num}: only {len(row)} columns") from None
             if len(row) < len(names):
                 raise ValueError(f"{path}, line {rows.line_num}: only {len(row)} columns")
-            yield Example(*found)
+            yield _labelled(Example(*found), path, rows.line_num)
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
+
+
+def _labelled(example: Example, path: Path, line: int) -> Example:
+    if not example.label.strip():
+        raise ValueError(f"{path}, line {line}: the label is empty: leave out what has none")
+    return example
 
 
 def label_names(examples: Iterable[Example]) -> list[str]:
@@ -131,13 +139,15 @@ def finetune(
     ``dropout`` is that of hidden states and attention (None: the model's own). ``from_scratch`` keeps the
     architecture and the tokenizer, with random weights: what pre-training is worth is the difference. ``precision``
     is "fp32" or "bf16" (autocast). ``on_step(step, steps, loss)`` is called after every update, ``on_epoch`` with the
-    measures after every epoch. The same seed gives the same weights.
+    measures after every epoch. The same seed gives the same weights. Raises ValueError for examples that do not fit
+    together or begin with the names of columns, FloatingPointError where the loss is not finite in the end.
     """
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
     labels = label_names(train)
+    _require_no_header(train, validation, labels)
     if unknown := sorted({example.label for example in validation} - set(labels)):
         raise ValueError(f"the validation examples have the label {unknown[0]!r}, which no training example has")
     if len({example.pair is None for example in (*train, *validation)}) > 1:
@@ -179,6 +189,8 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    if not math.isfinite(report.measured["loss"]):
+        raise FloatingPointError(f"the loss is {report.measured['loss']}: nothing was kept; lower the learning rate")
     if out is not None:
         with silent_transformers():
             network.save_pretrained(out)
@@ -192,6 +204,20 @@ def finetune(
         "labels": labels,
         "epochs": epochs,
     }
+
+
+def _require_no_header(train: list[Example], validation: list[Example], labels: list[str]) -> None:
+    """ValueError where both files begin with the same line, whose label no other line has: names of columns."""
+    first = train[0]
+    if (
+        first == validation[0]
+        and len(labels) > 2
+        and all(sum(example.label == first.label for example in part) == 1 for part in (train, validation))
+    ):
+        raise ValueError(
+            f"both files begin with {first.text!r} and {first.label!r}, which looks like the names of their columns: "
+            f"name these, as in --text {first.text} --label {first.label}"
+        )
 
 
 def _network(model: str | Path, labels: list[str], dropout: float | None, from_scratch: bool):

@@ -1,7 +1,9 @@
 """``bert-fast finetune``: a classifier of sentences or sentence pairs."""
 
 import argparse
+import sys
 
+from bert_fast.cli import NOT_FINITE
 from bert_fast.cli.device import add_device_argument, chosen_device
 from bert_fast.output import Output, add_command, writable_folder
 
@@ -40,9 +42,18 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
     add_device_argument(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     """Trains, measures, saves."""
-    if options.epochs <= 0 or options.batch_size < 1 or options.lr < 0 or not 0 <= options.warmup < 1:
+    try:
+        _finetune(options)
+    except FloatingPointError as error:
+        print(f"bert-fast finetune: error: {error}", file=sys.stderr)
+        return NOT_FINITE
+    return 0
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    if not options.epochs > 0 or options.batch_size < 1 or not options.lr >= 0 or not 0 <= options.warmup < 1:
         raise ValueError("--epochs and --batch-size must be above 0, --lr at least 0, --warmup from 0 to below 1")
     from bert_fast.classification import finetune, read_examples
 

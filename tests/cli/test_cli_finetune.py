@@ -113,6 +113,9 @@ def test_examples_are_read_as_the_file_has_them(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "t", "other": "o", "label": 3}\n\n')
     assert read_examples(tmp_path / "a.jsonl") == [Example("t", None, "3")]
     assert read_examples(tmp_path / "a.jsonl", pair="other") == [Example("t", "o", "3")]
+    (tmp_path / "mark.csv").write_text("text,label\nt,1\n", encoding="utf-8-sig")  # as spreadsheets write it
+    assert read_examples(tmp_path / "mark.csv", text="text", label="label") == [Example("t", None, "1")]
+    assert read_examples(tmp_path / "mark.csv")[0].text == "text"
     assert label_names([Example("", None, label) for label in ("10", "9", "10")]) == ["9", "10"]
     assert label_names([Example("", None, label) for label in ("10", "b", "a")]) == ["10", "a", "b"]
 
@@ -128,6 +131,9 @@ def test_examples_are_read_as_the_file_has_them(tmp_path):
         ("t.jsonl", '{"text": "a"}\n', (), "line 1"),
         ("t.jsonl", '{"text": 1, "label": 1}\n', (), "line 1: 'text' is no text"),
         ("t.csv", 'a,1\n"b,2\n', (), "line 2"),
+        ("t.tsv", "a\t1\nb\t\n", (), "line 2: the label is empty"),
+        ("t.jsonl", '{"text": "a", "label": null}\n', (), "line 1: the label is empty"),
+        ("t.tsv", "sentence\tlabel\na\t1\nb\t0\n", (), "--text sentence --label label"),
         ("t.tsv", b"a\xff\t1\n", (), "not UTF-8"),
     ],
 )
@@ -154,6 +160,15 @@ def test_more_that_finetune_refuses(run, folder, files, tmp_path):
         assert done.code == 1
         assert done.err.count("\n") == 1
         assert message in done.err
+
+
+def test_finetune_that_diverges_is_exit_code_3_and_keeps_nothing(run, folder, files, tmp_path):
+    train, dev = files
+    done = run("finetune", folder / "model", "--train", train, "--validation", dev, "--out", tmp_path / "out",
+               "--epochs", 0.5, "--lr", 1e30, "--quiet")  # fmt: skip
+    assert done.code == 3
+    assert "the loss is nan: nothing was kept" in done.err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def metrics(path, start: float, *, nsp: bool = True):
