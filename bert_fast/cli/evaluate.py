@@ -51,6 +51,8 @@ def run(options: argparse.Namespace) -> None:
     out = Output.of(options)
     if options.max_sequences is not None and options.max_sequences < 1:
         raise ValueError("--max-sequences must be at least 1")
+    if options.batch_tokens < 1:
+        raise ValueError("--batch-tokens must be at least 1")
     model, tokenizer, missing = load_model(
         BertForPreTraining, options.model, optional=("cls.seq_relationship.", "bert.pooler."),
         device=chosen_device(options),
@@ -61,9 +63,11 @@ def run(options: argparse.Namespace) -> None:
     if options.baseline is not None:
         _require_same_tokenizer(tokenizer, options.baseline)
         baseline = data.open_corpus(options.baseline)
-    has_nsp = not missing and not options.no_nsp
-    if missing and not options.no_nsp:
-        out.note(f"{options.model} has no next-sentence head: MLM alone is measured")
+    untrained = not trained.get("nsp", True)  # such a run's head is as it was drawn
+    has_nsp = not missing and not untrained and not options.no_nsp
+    if (missing or untrained) and not options.no_nsp:
+        why = "was trained without next-sentence prediction" if untrained else "has no next-sentence head"
+        out.note(f"{options.model} {why}: MLM alone is measured")
     positions = model.config.max_position_embeddings
     length = options.seq or min(_longest(trained) or 128, positions)
     if length > positions:

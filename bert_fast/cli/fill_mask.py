@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--top-k must be at least 1")
     model, tokenizer, _ = load_model(BertForMaskedLM, options.model, device=chosen_device(options))
     texts = options.text or (line.rstrip("\n") for line in sys.stdin if line.strip())
+    text = None
     for text in texts:
         masks = fill_mask(model, tokenizer, text, options.top_k)
         lines = [text]
@@ -45,3 +46,5 @@ def run(options: argparse.Namespace) -> None:
             lines += [f"  {100 * c.probability:5.1f} %  {c.token}" for c in candidates]
         out.result({"text": text, "masks": [[c._asdict() for c in candidates] for candidates in masks]},
                    "\n".join(lines))  # fmt: skip
+    if text is None:
+        raise ValueError("no text: the input is empty")

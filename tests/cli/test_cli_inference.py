@@ -62,6 +62,9 @@ def test_fill_mask_reads_stdin_and_refuses_texts_without_mask(run, folder):
     done = run("fill-mask", folder / "model", "no gap here")
     assert done.code == 1
     assert "no [MASK] in 'no gap here'" in done.err
+    done = run("fill-mask", folder / "model", stdin="\n")
+    assert done.code == 1
+    assert "the input is empty" in done.err
     done = run("fill-mask", folder / "model", "[MASK] " + "word " * 100)
     assert done.code == 1
     assert "64 positions" in done.err
@@ -162,6 +165,17 @@ def test_evaluate_of_a_run_takes_the_documents_that_it_held_out(run, folder, run
         assert word in shown.out
 
 
+def test_evaluate_of_a_run_without_next_sentence_prediction(run, folder, run_folder):
+    path = run_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "nsp": False}))
+    done = run("evaluate", run_folder, "--data", folder / "data", "--max-sequences", 4, "--json")
+    assert done.result["nsp_accuracy"] is None  # its head is as it was drawn
+    assert any("was trained without next-sentence prediction" in line.get("text", "") for line in done.lines)
+    refused = run("evaluate", run_folder, "--data", folder / "data", "--batch-tokens", 0)
+    assert refused.code == 1
+    assert "--batch-tokens must be at least 1" in refused.err
+
+
 def test_evaluate_without_the_next_sentence_head(run, folder, tmp_path):
     bert_fast.BertForMaskedLM.from_pretrained(folder / "model").save_pretrained(tmp_path / "mlm")
     data.save_tokenizer(data.load_tokenizer(folder / "tok"), tmp_path / "mlm")
@@ -180,6 +194,8 @@ def test_models_that_cannot_serve_are_refused(run, folder, run_folder, tmp_path)
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "metrics.jsonl").touch()
     (run_folder / "model" / "tokenizer.json").unlink()
     (run_folder / "model" / "vocab.txt").unlink()
     for argv, message in (
@@ -191,6 +207,7 @@ def test_models_that_cannot_serve_are_refused(run, folder, run_folder, tmp_path)
         (("fill-mask", tmp_path / "gpt", "a [MASK]"), "'gpt2'"),
         (("fill-mask", tmp_path / "nothing", "a [MASK]"), "neither a run"),
         (("fill-mask", tmp_path / "begun", "a [MASK]"), "start it again"),
+        (("fill-mask", tmp_path / "early", "a [MASK]"), "start it again"),
         (("fill-mask", run_folder, "a [MASK]"), "neither tokenizer.json nor vocab.txt"),
         (("fill-mask", folder / "model", "a [MASK]", "--top-k", 0), "--top-k"),
     ):
