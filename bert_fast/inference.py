@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import logging as transformers_logging
 
-from bert_fast.data.tokenizer import load_tokenizer, special_ids
+from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, special_ids
 
 # Sentences that are sorted by length together; their vectors are held until all of them are there.
 WINDOW = 8192
@@ -28,7 +28,7 @@ def model_folder(path: str | Path) -> Path:
         config = folder / "config.json"
         if config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8")):
             return folder
-    if (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{path} has no model yet: pre-training has not come to its end; start it again")
     raise FileNotFoundError(f"{path} is neither a run of `bert-fast pretrain` nor a Hugging Face folder with a model")
 
@@ -105,6 +105,7 @@ def fill_mask(model, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[li
 
     Raises ValueError where the text has no [MASK] or more tokens than the model has positions.
     """
+    tokenizer = bare_tokenizer(tokenizer)
     ids = tokenizer.encode(text).ids
     places = [place for place, number in enumerate(ids) if number == special_ids(tokenizer).mask]
     if not places:
@@ -144,7 +145,7 @@ def encode_sentences(
     length = positions if max_length is None else max_length
     if not 3 <= length <= positions:
         raise ValueError(f"max_length must be between 3 and the model's {positions} positions, got {length}")
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
     tokenizer.enable_truncation(length)
     tokenizer.no_padding()
     sentences = iter(sentences)

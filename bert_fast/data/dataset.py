@@ -12,17 +12,21 @@ from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.packing import Capacities, plan_batches
 from bert_fast.data.pairs import NO_LABEL, Corpus, permutation, plan_epoch
 from bert_fast.data.samples import SampleMaker
-from bert_fast.data.tokenizer import continuation_table, special_ids
+from bert_fast.data.tokenizer import bare_tokenizer, continuation_table, special_ids
 
 
 def encode_documents(documents: Iterable[Sequence[str]], tokenizer: Tokenizer) -> Corpus:
     """Token ids (uint16, or uint32 for large vocabularies) of documents in memory, each a list of sentences.
 
     Text that looks like a special token ("[SEP]") is encoded as text. Sentences and documents without a token are
-    left out; raises ValueError where nothing is left.
+    left out; raises ValueError where nothing is left, TypeError for a document that is a string. ``tokenizer`` may be a
+    fast one of ``transformers``, here and below.
     """
+    documents = list(documents)
+    if any(isinstance(document, str) for document in documents):
+        raise TypeError("a document is a list of sentences, not a string: bert_fast.data.split_sentences makes one")
     documents = [list(document) for document in documents]
-    encoder = SentenceEncoder(tokenizer)
+    encoder = SentenceEncoder(bare_tokenizer(tokenizer))
     tokens, lengths = encoder([sentence for document in documents for sentence in document])
     if not len(tokens):
         raise ValueError("the documents hold no token")
@@ -53,6 +57,7 @@ class PretrainingDataset(Dataset):
     ):
         self.corpus, self.max_length, self.seed, self.nsp = corpus, max_length, seed, nsp
         self.short_seq_prob = short_seq_prob
+        tokenizer = bare_tokenizer(tokenizer)
         self.special = special_ids(tokenizer)
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.continues = continuation_table(tokenizer) if whole_word else None
@@ -112,7 +117,7 @@ class PretrainingCollator:
     """Samples to a padded batch, for ``transformers.Trainer`` (``remove_unused_columns=False``) or a DataLoader."""
 
     def __init__(self, tokenizer: Tokenizer, *, length: int | None = None, multiple_of: int = 8):
-        self.pad_id, self.length, self.multiple_of = special_ids(tokenizer).pad, length, multiple_of
+        self.pad_id, self.length, self.multiple_of = special_ids(bare_tokenizer(tokenizer)).pad, length, multiple_of
 
     def __call__(self, samples: Sequence[Sample]) -> dict:
         batch = pad_samples(samples, pad_id=self.pad_id, length=self.length, multiple_of=self.multiple_of)

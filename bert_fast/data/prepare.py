@@ -23,7 +23,7 @@ from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.files import sole_writer, write_atomically
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.shards import finish, map_tensors, prepared_files, shard_made, shard_path, write_shard
-from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_files
+from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_files
 from bert_fast.data.workers import in_processes
 
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # of the environment: whether `tokenizers` uses threads
@@ -71,19 +71,21 @@ def prepare(
     document and about 1 KiB a file and a shard.
 
     Counted in the manifest: ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` (documents from which
-    they were removed), ``documents_cut``, ``invalid_json``. Raises FileNotFoundError for missing input; ValueError for
-    a damaged file, for a corpus without text, where another process makes the same part in ``out`` (``FolderInUse``),
-    where ``out`` holds shards of other settings or of text that has changed since (modification times do not matter),
-    and where a file changes while being read; ChildProcessError where a worker is killed.
+    they were removed), ``documents_cut``, ``invalid_json``, and ``unknown_tokens`` ([UNK]). ``tokenizer`` may be a
+    fast one of ``transformers``. Raises FileNotFoundError for missing input; ValueError for a damaged file, for a
+    corpus without text, where another process makes the same part in ``out`` (``FolderInUse``), where ``out`` holds
+    shards of other settings or of text that has changed since (modification times do not matter), and where a file
+    changes while being read; ChildProcessError where a worker is killed.
     """
     index, of = shard
     if not 0 <= index < of:
         raise ValueError(f"shard {index}/{of}: the first number must be 0 to {of - 1}")
     out, no_text = Path(out), prepared_files(out)
-    if not isinstance(tokenizer, Tokenizer):
+    at_path = isinstance(tokenizer, (str, Path))
+    if at_path:
         no_text += tokenizer_files(tokenizer)
     files = expand_paths(paths, without=no_text)
-    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    tokenizer = load_tokenizer(tokenizer) if at_path else bare_tokenizer(tokenizer)
     special_ids(tokenizer)
     versions = {path: _version(path) for path in files}
     made_by = {
@@ -257,6 +259,8 @@ def _make_shard(
     full = document_sentences > 0
     if empty := int((~full).sum()):
         counts["empty_documents"] += empty
+    if unknown := int((tokens == special_ids(encoder.tokenizer).unk).sum()):
+        counts["unknown_tokens"] += unknown
     arrays = {
         "tokens": tokens,
         "sentence_lengths": lengths[lengths > 0].astype(np.uint32),

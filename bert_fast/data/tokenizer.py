@@ -24,6 +24,17 @@ class SpecialIds(NamedTuple):
     mask: int
 
 
+def bare_tokenizer(tokenizer) -> Tokenizer:
+    """``tokenizer`` itself, or the one inside a fast tokenizer of ``transformers``; TypeError for anything else."""
+    bare = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(bare, Tokenizer):
+        raise TypeError(
+            f"a tokenizer is a tokenizers.Tokenizer (bert_fast.data.load_tokenizer reads every form) or a fast one of "
+            f"transformers, got {type(tokenizer).__name__}"
+        )
+    return bare
+
+
 def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int = 30522,
@@ -161,8 +172,9 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> Tokeni
 
     A ``vocab.txt`` does not say whether it is cased: ``lowercase`` tells; None takes ``do_lower_case`` of a
     ``tokenizer_config.json`` beside it, else upper-case letters in the vocabulary mean cased. ``strip_accents`` and
-    ``tokenize_chinese_chars`` of that file hold in any case. Raises
-    FileNotFoundError where there is none, ValueError where the file is damaged or special tokens are missing.
+    ``tokenize_chinese_chars`` of that file hold in any case. A ``tokenizer.json`` says it itself. Raises
+    FileNotFoundError where there is none, ValueError where the file is damaged, special tokens are missing, or
+    ``lowercase`` contradicts a ``tokenizer.json``.
     """
     path = Path(path)
     if path.is_dir():
@@ -180,6 +192,10 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> Tokeni
         tokenizer.no_truncation()
         tokenizer.no_padding()
         special_ids(tokenizer)
+        does = bool((json.loads(tokenizer.to_str())["normalizer"] or {}).get("lowercase", False))
+        if lowercase is not None and does != lowercase:
+            asked, is_now = ("uncased", "cased") if lowercase else ("cased", "uncased")
+            raise ValueError(f"{path} says itself that it is {is_now}, but {asked} was asked for: take its vocab.txt")
         return tokenizer
     try:
         pieces = path.read_text(encoding="utf-8").split("\n")
