@@ -43,7 +43,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False) or isinstance(action.default, list):
+        if action.default is None or action.default is False or isinstance(action.default, list):
             return action.help
         return super()._get_help_string(action)
 

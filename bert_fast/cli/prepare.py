@@ -7,6 +7,8 @@ from bert_fast.cli import INTERRUPTED, TERMINATED, Terminated
 from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, skipped_text
 from bert_fast.output import Output, add_command, writable_folder
 
+UNKNOWN = 0.01  # a share of [UNK] that is worth a warning; a vocabulary made for the text gives far less
+
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
@@ -34,16 +36,15 @@ bert-fast prepare corpus/ --tokenizer tok --out /shared/data --shard 0/4     # a
     parser.add_argument("--out", metavar="DIR", required=True, help="where shards, index and manifest go")
     parser.add_argument("--workers", metavar="N", type=_positive, help="processes (default: one a core)")
     parser.add_argument(
-        "--shard", metavar="I/N", type=_shard, default=(0, 1), help="make every N-th shard, from the I-th (0 to N-1)"
+        "--shard", metavar="I/N", type=_shard, help="make every N-th shard, from the I-th (0 to N-1) (default: all)"
     )
     parser.add_argument("--language", metavar="CODE", default="en", help="of the sentences, as en, de, zh")
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -75,7 +76,7 @@ def _prepare(options: argparse.Namespace) -> None:
     lowercase = False if options.cased else True if options.uncased else None
     tokenizer = data.load_tokenizer(options.tokenizer, lowercase=lowercase)
     folder = writable_folder(options.out)
-    size, (index, of) = corpus_bytes(files), options.shard
+    size, (index, of) = corpus_bytes(files), options.shard or (0, 1)
     done: dict = {}
     with out.progress(None if size is None else size / of, "preparing", "bytes") as bar:
 
@@ -88,7 +89,7 @@ def _prepare(options: argparse.Namespace) -> None:
             files,
             tokenizer,
             folder,
-            shard=options.shard,
+            shard=(index, of),
             workers=options.workers,
             language=options.language,
             one_per_file=options.one_per_file,
@@ -103,6 +104,11 @@ def _prepare(options: argparse.Namespace) -> None:
         return
     if skipped := skipped_text(manifest["counts"]):
         out.warn(skipped)
+    if (unknown := manifest["counts"].get("unknown_tokens", 0) / manifest["counts"]["tokens"]) > UNKNOWN:
+        out.warn(
+            f"{unknown:.1%} of the tokens are [UNK], of which a model learns nothing: the tokenizer was made for other "
+            "text, or keeps too few of its characters (`bert-fast tokenizer --limit-alphabet`)"
+        )
     facts = {k: manifest[k] for k in ("documents", "duplicate_documents", "sentences", "tokens", "counts")}
     facts = {"out": str(folder), "complete": True, "shards": len(manifest["shards"])} | made | facts
     lines = [

@@ -38,7 +38,9 @@ def add_parser(subparsers) -> None:
     for field, kind in fields():
         about = field.metadata
         text = about["help"].replace("%", "%%")
-        if kind is not bool and field.default not in (None, ""):
+        if kind is bool:
+            text += f" [default: {flag(field.name if field.default else f'no_{field.name}')}]"
+        elif field.default not in (None, ""):
             text += f" [default: {field.default}]"
         given = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool:

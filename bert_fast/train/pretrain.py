@@ -290,8 +290,8 @@ class _Run:
         self.output.note(
             f"{self.model.num_parameters():,} parameters ({made.num_hidden_layers} layers, hidden size "
             f"{made.hidden_size}, vocabulary {made.vocab_size}), {config.optimizer}, {self.precision} on "
-            f"{self.ranks.world} x {self.ranks.device.type}; {len(self.dataset):,} samples an epoch at {self.phases[0].seq} "
-            f"tokens; MFU against {self.peak / 1e12:.3g} TFLOP/s a process "
+            f"{self.ranks.world} x {self.ranks.device.type}; {len(self.dataset):,} samples an epoch at "
+            f"{self.phases[0].seq} tokens; MFU against {self.peak / 1e12:.3g} TFLOP/s a process "
             + ("(--peak-tflops)" if config.peak_tflops else "(a matrix product, measured)")
         )
         if self.validation is None:

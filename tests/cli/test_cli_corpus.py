@@ -129,6 +129,26 @@ def test_language_splits_sentences(run, folder, tmp_path):
     assert done.result["sentences"] == 2
 
 
+def test_text_that_the_tokenizer_does_not_know_is_told(run, folder, tmp_path):
+    (tmp_path / "ar.txt").write_text("ذهب الطبيب إلى المستشفى. قال نعم.\n", encoding="utf-8")
+    argv = ("--tokenizer", folder / "tok", "--workers", 1, "--json")
+    done = run("prepare", tmp_path / "ar.txt", *argv, "--out", tmp_path / "d")
+    assert done.code == 0
+    assert done.result["counts"]["unknown_tokens"] == 6  # all but two full stops
+    (warning,) = [line["text"] for line in done.lines if line["kind"] == "warning"]
+    assert warning.startswith("75.0% of the tokens are [UNK]")
+    known = run("prepare", folder / "corpus.jsonl", *argv, "--out", tmp_path / "known")
+    assert not [line for line in known.lines if line["kind"] == "warning"]
+
+
+def test_a_tokenizer_that_says_its_case_is_not_overruled(run, corpus, folder, tmp_path):
+    argv = ("prepare", corpus, "--tokenizer", folder / "tok", "--workers", 1, "--out", tmp_path / "d")
+    done = run(*argv, "--cased")
+    assert done.code == 1
+    assert "says itself that it is uncased, but cased was asked for" in done.err
+    assert run(*argv, "--uncased").code == 0
+
+
 BAD = {
     "missing": (None, "no corpus file"),
     "empty": (b"", "no "),

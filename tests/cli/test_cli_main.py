@@ -25,6 +25,16 @@ def test_every_command_has_help_with_examples(run, command):
     assert "--json" in done.out
 
 
+def test_help_tells_every_default(run):
+    def told(command: str) -> str:
+        return " ".join(run(command, "--help").out.split())
+
+    assert "of pairs and masks (default: 0)" in told("evaluate")
+    assert "(default: all)" in told("prepare")
+    assert "sentences of one document [default: --nsp]" in told("pretrain")
+    assert "mask whole words [default: --no-whole-word]" in told("pretrain")
+
+
 def test_help_and_wrong_usage_import_nothing_heavy():
     code = """
 import sys
@@ -48,6 +58,7 @@ assert not heavy, heavy
         (["prepare", "x", "--out", "o"], "--tokenizer"),
         (["prepare", "x", "--tokenizer", "t", "--out", "o", "--shard", "2/2"], "--shard"),
         (["prepare", "x", "--tokenizer", "t", "--out", "o", "--shard", "half"], "I/N"),
+        (["prepare", "x", "--tokenizer", "t", "--out", "o", "--workers", "x"], "'x' is no whole number of at least 1"),
         (["tokenizer", "x", "--out", "o", "--vocab-size", "many"], "--vocab-size"),
         (["encode", "m", "--pooling", "max"], "--pooling"),
     ],

@@ -350,7 +350,7 @@ def test_a_checkpoint_that_would_leave_the_encoder_random_is_refused(configure, 
     ):
         with pytest.raises(ConfigError, match=message):
             train(configure(init_from=str(tmp_path / source)))
-    with pytest.raises(ConfigError, match="config.json is a model of type 'roberta'"):
+    with pytest.raises(ConfigError, match=r"config\.json is a model of type 'roberta'"):
         train(configure(model=str(tmp_path / "roberta" / "config.json")))
 
 
