@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
 
@@ -40,7 +41,7 @@ echo "A sentence." | bert-fast encode path/to/all-MiniLM-L6-v2 --normalize""",
     parser.add_argument(
         "--seq", metavar="N", type=int, help="cut sentences to N tokens (default: the model's positions)"
     )
-    parser.add_argument("--batch-tokens", metavar="N", type=int, default=8192, help="tokens of a packed batch")
+    parser.add_argument("--batch-tokens", metavar="N", type=positive, default=8192, help="tokens of a packed batch")
     add_device_argument(parser)
 
 
@@ -50,8 +51,6 @@ def run(options: argparse.Namespace) -> None:
     from bert_fast.inference import load_model
 
     out = Output.of(options)
-    if options.batch_tokens < 1:
-        raise ValueError("--batch-tokens must be at least 1")
     if options.out is not None:
         writable_folder(Path(options.out).parent)
     # no vector reads the pooler, so its weights may be missing

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command
 
 
@@ -33,11 +34,11 @@ bert-fast evaluate path/to/bert-base-uncased --data heldout --seq 512""",
         "the run was trained on, where --data is its data; else --data itself)",
     )
     parser.add_argument("--seq", metavar="N", type=int, help="longest sequence (default: the run's, else 128)")
-    parser.add_argument("--max-sequences", metavar="N", type=int, help="so many sequences at most (default: all)")
+    parser.add_argument("--max-sequences", metavar="N", type=positive, help="so many sequences at most (default: all)")
     parser.add_argument("--no-nsp", action="store_true", help="runs of sentences of one document in place of pairs")
     parser.add_argument("--whole-word", action="store_true", help="mask whole words")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of pairs and masks")
-    parser.add_argument("--batch-tokens", metavar="N", type=int, default=8192, help="tokens of a packed batch")
+    parser.add_argument("--batch-tokens", metavar="N", type=positive, default=8192, help="tokens of a packed batch")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products")
     add_device_argument(parser)
 
@@ -49,10 +50,6 @@ def run(options: argparse.Namespace) -> None:
     from bert_fast.train.evaluation import evaluate, token_counts, unigram_loss
 
     out = Output.of(options)
-    if options.max_sequences is not None and options.max_sequences < 1:
-        raise ValueError("--max-sequences must be at least 1")
-    if options.batch_tokens < 1:
-        raise ValueError("--batch-tokens must be at least 1")
     model, tokenizer, missing = load_model(
         BertForPreTraining, options.model, optional=("cls.seq_relationship.", "bert.pooler."),
         device=chosen_device(options),

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command
 
 
@@ -22,7 +23,7 @@ bert-fast fill-mask path/to/bert-base-uncased "Paris is the [MASK] of France." -
     )
     parser.add_argument("model", metavar="MODEL", help="a run's folder or a Hugging Face folder")
     parser.add_argument("text", metavar="TEXT", nargs="*", help="texts with [MASK] (default: the lines of stdin)")
-    parser.add_argument("--top-k", metavar="K", type=int, default=5, help="tokens to show for each [MASK]")
+    parser.add_argument("--top-k", metavar="K", type=positive, default=5, help="tokens to show for each [MASK]")
     add_device_argument(parser)
 
 
@@ -32,8 +33,6 @@ def run(options: argparse.Namespace) -> None:
     from bert_fast.inference import fill_mask, load_model
 
     out = Output.of(options)
-    if options.top_k < 1:
-        raise ValueError("--top-k must be at least 1")
     model, tokenizer, _ = load_model(BertForMaskedLM, options.model, device=chosen_device(options))
     texts = options.text or (line.rstrip("\n") for line in sys.stdin if line.strip())
     text = None

@@ -5,6 +5,7 @@ import sys
 
 from bert_fast.cli import NOT_FINITE
 from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
 
@@ -31,7 +32,7 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
     parser.add_argument("--pair", metavar="COLUMN", help="column or key of the second sentence of a pair")
     parser.add_argument("--label", metavar="COLUMN", help="column or key of the label")
     parser.add_argument("--epochs", metavar="N", type=float, default=3.0, help="times through the examples")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="examples an update")
+    parser.add_argument("--batch-size", metavar="N", type=positive, default=32, help="examples an update")
     parser.add_argument("--lr", metavar="LR", type=float, default=3e-5, help="highest learning rate")
     parser.add_argument("--warmup", metavar="SHARE", type=float, default=0.1, help="share of updates to warm up")
     parser.add_argument("--seq", metavar="N", type=int, help="cut examples to N tokens (default: 128)")
@@ -53,8 +54,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    if not options.epochs > 0 or options.batch_size < 1 or not options.lr >= 0 or not 0 <= options.warmup < 1:
-        raise ValueError("--epochs and --batch-size must be above 0, --lr at least 0, --warmup from 0 to below 1")
+    if not options.epochs > 0 or not options.lr >= 0 or not 0 <= options.warmup < 1:
+        raise ValueError("--epochs must be above 0, --lr at least 0, --warmup from 0 to below 1")
     from bert_fast.classification import finetune, read_examples
 
     out = Output.of(options)

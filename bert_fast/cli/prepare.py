@@ -5,6 +5,7 @@ import sys
 
 from bert_fast.cli import INTERRUPTED, TERMINATED, Terminated
 from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, skipped_text
+from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
 UNKNOWN = 0.01  # a share of [UNK] that is worth a warning; a vocabulary made for the text gives far less
@@ -34,17 +35,11 @@ bert-fast prepare corpus/ --tokenizer tok --out /shared/data --shard 0/4     # a
     case.add_argument("--cased", action="store_true", help="a vocab.txt is cased (default: seen from what is in it)")
     case.add_argument("--uncased", action="store_true", help="a vocab.txt is uncased")
     parser.add_argument("--out", metavar="DIR", required=True, help="where shards, index and manifest go")
-    parser.add_argument("--workers", metavar="N", type=_positive, help="processes (default: one a core)")
+    parser.add_argument("--workers", metavar="N", type=positive, help="processes (default: one a core)")
     parser.add_argument(
         "--shard", metavar="I/N", type=_shard, help="make every N-th shard, from the I-th (0 to N-1) (default: all)"
     )
     parser.add_argument("--language", metavar="CODE", default="en", help="of the sentences, as en, de, zh")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:

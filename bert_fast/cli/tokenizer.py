@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, skipped_text
+from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, Progress, add_command, writable_folder
 
 
@@ -25,14 +26,16 @@ bert-fast tokenizer zh.txt.gz --limit-alphabet 8000 --vocab-size 21128 --out tok
     )
     add_corpus_arguments(parser)
     parser.add_argument("--out", metavar="DIR", required=True, help="where the tokenizer goes")
-    parser.add_argument("--vocab-size", metavar="N", type=int, default=30522, help="pieces, at most")
+    parser.add_argument("--vocab-size", metavar="N", type=positive, default=30522, help="pieces, at most")
     parser.add_argument(
         "--cased", action="store_true", help="keep upper case and accents (default: lower case, accents stripped)"
     )
     parser.add_argument("--keep-accents", action="store_true", help="lower case, but with accents")
-    parser.add_argument("--min-frequency", metavar="N", type=int, default=2, help="least occurrences of a pair to join")
     parser.add_argument(
-        "--limit-alphabet", metavar="N", type=int, default=1000, help="characters to keep; about 8000 for Chinese"
+        "--min-frequency", metavar="N", type=positive, default=2, help="least occurrences of a pair to join"
+    )
+    parser.add_argument(
+        "--limit-alphabet", metavar="N", type=positive, default=1000, help="characters to keep; about 8000 for Chinese"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is in DIR")
 
@@ -42,8 +45,6 @@ def run(options: argparse.Namespace) -> None:
     from bert_fast.data import save_tokenizer, tokenizer_files, train_tokenizer
 
     out = Output.of(options)
-    if options.vocab_size < 1 or options.min_frequency < 1 or options.limit_alphabet < 1:
-        raise ValueError("--vocab-size, --min-frequency and --limit-alphabet must be at least 1")
     files = corpus_files(options.corpus, without=tokenizer_files(options.out))
     folder = writable_folder(options.out)
     if (folder / "tokenizer.json").exists() and not options.overwrite:

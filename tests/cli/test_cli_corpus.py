@@ -195,9 +195,8 @@ def test_vocabulary_without_mask_is_refused(run, corpus, tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--vocab-size", 5), ("--vocab-size", 0), ("--min-frequency", 0)])
-def test_impossible_sizes_are_refused(run, corpus, tmp_path, flag, value):
-    done = run("tokenizer", corpus, "--out", tmp_path / "t", flag, value, "--quiet")
+def test_a_vocabulary_without_room_is_refused(run, corpus, tmp_path):
+    done = run("tokenizer", corpus, "--out", tmp_path / "t", "--vocab-size", 5, "--quiet")
     assert done.code == 1
     assert done.err.count("\n") == 1
 

@@ -126,7 +126,6 @@ def test_encode_goes_window_by_window(folder, monkeypatch):
         (b"fine\n\xff\xfe\n", (), "stdin: line 2 is not UTF-8"),
         (b"fine\n", ("nowhere.txt",), "nowhere.txt"),
         (b"fine\n", ("--seq", "65"), "64 positions"),
-        (b"fine\n", ("--batch-tokens", "0"), "--batch-tokens"),
     ],
 )
 def test_encode_refuses_bad_input_and_leaves_the_output_as_it_was(run, folder, tmp_path, stdin, argv, message):
@@ -171,9 +170,6 @@ def test_evaluate_of_a_run_without_next_sentence_prediction(run, folder, run_fol
     done = run("evaluate", run_folder, "--data", folder / "data", "--max-sequences", 4, "--json")
     assert done.result["nsp_accuracy"] is None  # its head is as it was drawn
     assert any("was trained without next-sentence prediction" in line.get("text", "") for line in done.lines)
-    refused = run("evaluate", run_folder, "--data", folder / "data", "--batch-tokens", 0)
-    assert refused.code == 1
-    assert "--batch-tokens must be at least 1" in refused.err
 
 
 def test_evaluate_without_the_next_sentence_head(run, folder, tmp_path):
@@ -202,14 +198,12 @@ def test_models_that_cannot_serve_are_refused(run, folder, run_folder, tmp_path)
         (("evaluate", folder / "model", "--data", tmp_path / "other"), "another vocabulary"),
         (("evaluate", folder / "model", "--data", tmp_path / "nothing"), "manifest.json"),
         (("evaluate", folder / "model", "--data", folder / "data", "--seq", 65), "64 positions"),
-        (("evaluate", folder / "model", "--data", folder / "data", "--max-sequences", 0), "--max-sequences"),
         (("fill-mask", tmp_path / "encoder", "a [MASK]"), "cls.predictions"),
         (("fill-mask", tmp_path / "gpt", "a [MASK]"), "'gpt2'"),
         (("fill-mask", tmp_path / "nothing", "a [MASK]"), "neither a run"),
         (("fill-mask", tmp_path / "begun", "a [MASK]"), "start it again"),
         (("fill-mask", tmp_path / "early", "a [MASK]"), "start it again"),
         (("fill-mask", run_folder, "a [MASK]"), "neither tokenizer.json nor vocab.txt"),
-        (("fill-mask", folder / "model", "a [MASK]", "--top-k", 0), "--top-k"),
     ):
         done = run(*argv, "--quiet")
         assert done.code == 1, argv

@@ -60,7 +60,14 @@ assert not heavy, heavy
         (["prepare", "x", "--tokenizer", "t", "--out", "o", "--shard", "half"], "I/N"),
         (["prepare", "x", "--tokenizer", "t", "--out", "o", "--workers", "x"], "'x' is no whole number of at least 1"),
         (["tokenizer", "x", "--out", "o", "--vocab-size", "many"], "--vocab-size"),
+        (["tokenizer", "x", "--out", "o", "--vocab-size", "0"], "--vocab-size: '0' is no whole number of at least 1"),
+        (["tokenizer", "x", "--out", "o", "--min-frequency", "-1"], "--min-frequency"),
         (["encode", "m", "--pooling", "max"], "--pooling"),
+        (["encode", "m", "--batch-tokens", "0"], "--batch-tokens"),
+        (["evaluate", "m", "--data", "d", "--max-sequences", "0"], "--max-sequences"),
+        (["evaluate", "m", "--data", "d", "--batch-tokens", "0"], "--batch-tokens"),
+        (["fill-mask", "m", "a [MASK]", "--top-k", "0"], "--top-k"),
+        (["finetune", "m", "--train", "t", "--validation", "v", "--batch-size", "0"], "--batch-size"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(run, argv, word):
