@@ -1,6 +1,7 @@
 """``bert-fast prepare``: a corpus to token shards."""
 
 import argparse
+import re
 import sys
 
 from bert_fast.cli import INTERRUPTED, TERMINATED, Terminated
@@ -39,7 +40,15 @@ bert-fast prepare corpus/ --tokenizer tok --out /shared/data --shard 0/4     # a
     parser.add_argument(
         "--shard", metavar="I/N", type=_shard, help="make every N-th shard, from the I-th (0 to N-1) (default: all)"
     )
-    parser.add_argument("--language", metavar="CODE", default="en", help="of the sentences, as en, de, zh")
+    parser.add_argument(
+        "--language", metavar="CODE", type=_language, default="en", help="of the sentences (ISO 639), as en, de, zh"
+    )
+
+
+def _language(text: str) -> str:
+    if not re.fullmatch(r"[a-z]{2,3}(-[a-z]+)*", text):  # sentencex takes any text, and English rules for it
+        raise argparse.ArgumentTypeError(f"{text!r} is no code of a language, as en, de, zh")
+    return text
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -15,6 +15,7 @@ learning rate, and the gradients that one micro-batch leaves for the next.
 
 import contextlib
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -91,8 +92,10 @@ class Step:
         self.parallel: nn.Module = model
         if ranks.world > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            named = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it and warns of the old
+            synced = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
             self.parallel = DistributedDataParallel(
-                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+                model, device_ids=ids, gradient_as_bucket_view=True, **{synced: False}
             )
 
         def scalar(dtype: torch.dtype) -> Tensor:

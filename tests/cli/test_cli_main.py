@@ -59,6 +59,8 @@ assert not heavy, heavy
         (["prepare", "x", "--tokenizer", "t", "--out", "o", "--shard", "2/2"], "--shard"),
         (["prepare", "x", "--tokenizer", "t", "--out", "o", "--shard", "half"], "I/N"),
         (["prepare", "x", "--tokenizer", "t", "--out", "o", "--workers", "x"], "'x' is no whole number of at least 1"),
+        (["prepare", "x", "--tokenizer", "t", "--out", "o", "--language", "German"], "'German' is no code"),
+        (["prepare", "x", "--tokenizer", "t", "--out", "o", "--language", "de_AT"], "'de_AT' is no code"),
         (["tokenizer", "x", "--out", "o", "--vocab-size", "many"], "--vocab-size"),
         (["tokenizer", "x", "--out", "o", "--vocab-size", "0"], "--vocab-size: '0' is no whole number of at least 1"),
         (["tokenizer", "x", "--out", "o", "--min-frequency", "-1"], "--min-frequency"),
