@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-PACKED_SUFFIXES = {".gz", ".zst", ".zstd", ".parquet"}
+PACKED_SUFFIXES = {".gz", ".bz2", ".zst", ".zstd", ".parquet"}
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="CORPUS",
         help="files, folders or 'patterns': text with a blank line between documents, JSON lines, Parquet; "
-        "plain, .gz or .zst",
+        "plain, .gz, .bz2 or .zst",
     )
     parser.add_argument("--one-per-file", action="store_true", help="a text file is one document")
     parser.add_argument(
@@ -45,16 +45,3 @@ def corpus_bytes(files: list[Path]) -> int | None:
     if any(path.suffix.lower() in PACKED_SUFFIXES for path in files):
         return None
     return sum(path.stat().st_size for path in files)
-
-
-def skipped_text(counts: dict) -> str | None:
-    """What of a corpus was skipped or changed, in words; None where nothing was."""
-    words = {
-        "invalid_utf8": "documents skipped: not UTF-8",
-        "nul_bytes": "documents with NUL bytes, which were removed",
-        "empty_documents": "documents without a token",
-        "documents_cut": "cuts of documents longer than 16 MiB",
-        "invalid_json": "JSON lines skipped: no object with that text field, or beyond 64 MiB",
-    }
-    found = [f"{counts[key]:,} {text}" for key, text in words.items() if counts.get(key)]
-    return "; ".join(found) or None

@@ -5,7 +5,7 @@ import re
 import sys
 
 from bert_fast.cli import INTERRUPTED, TERMINATED, Terminated
-from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, skipped_text
+from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _prepare(options: argparse.Namespace) -> None:
     from bert_fast import data
+    from bert_fast.data.corpus import skipped_text
 
     out = Output.of(options)
     made_here = [*data.prepared_files(options.out), *data.tokenizer_files(options.tokenizer)]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, skipped_text
+from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, Progress, add_command, writable_folder
 
@@ -43,6 +43,7 @@ bert-fast tokenizer zh.txt.gz --limit-alphabet 8000 --vocab-size 21128 --out tok
 def run(options: argparse.Namespace) -> None:
     """Trains and saves the tokenizer."""
     from bert_fast.data import save_tokenizer, tokenizer_files, train_tokenizer
+    from bert_fast.data.corpus import skipped_text
 
     out = Output.of(options)
     files = corpus_files(options.corpus, without=tokenizer_files(options.out))

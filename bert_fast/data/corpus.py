@@ -1,4 +1,4 @@
-"""Documents of a corpus: text, JSON lines and Parquet, plain, gzip or zstd; streamed in bounded memory."""
+"""Documents of a corpus: text, JSON lines and Parquet, plain, gzip, bzip2 or zstd; streamed in bounded memory."""
 
 import glob
 import json
@@ -16,7 +16,7 @@ LONGEST_DOCUMENT = 16 << 20
 LONGEST_JSON_LINE = 64 << 20
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
-COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
 
 
 def expand_paths(paths: str | Path | Iterable[str | Path], *, without: Iterable[Path] = ()) -> list[Path]:
@@ -55,7 +55,7 @@ def stream_documents(
 
     The name tells the format: ``.jsonl``, ``.ndjson`` and ``.json`` hold one JSON object a line, ``.parquet`` rows,
     whose ``text_field`` is the text; anything else is text with blank lines between documents, or one document
-    where ``one_per_file``. ``.gz`` and ``.zst`` after it decompress. Memory: a document longer than 16 MiB is cut
+    where ``one_per_file``. ``.gz``, ``.bz2`` and ``.zst`` after it decompress. Memory: a document beyond 16 MiB is cut
     there (at white space if there is some) and JSON lines beyond 64 MiB are skipped.
 
     ``counts`` gets ``documents_cut``, ``invalid_json`` (lines skipped: no object, or no text in ``text_field``).
@@ -82,6 +82,19 @@ def stream_documents(
             document = document[cut:].lstrip()
         if document:
             yield document
+
+
+def skipped_text(counts: dict) -> str | None:
+    """What of a corpus was skipped or changed, in words; None where nothing was."""
+    words = {
+        "invalid_utf8": "documents skipped: not UTF-8",
+        "nul_bytes": "documents with NUL bytes, which were removed",
+        "empty_documents": "documents without a token",
+        "documents_cut": "cuts of documents longer than 16 MiB",
+        "invalid_json": "JSON lines skipped: not an object a line with that text field, or beyond 64 MiB",
+    }
+    found = [f"{counts[key]:,} {text}" for key, text in words.items() if counts.get(key)]
+    return "; ".join(found) or None
 
 
 def _cut(document: bytes) -> int:

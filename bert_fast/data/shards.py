@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from bert_fast.data.corpus import skipped_text
 from bert_fast.data.files import write_atomically, written_aside
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def finish(folder: Path, shards: int, made_by: dict) -> dict:
     for entry in entries:
         total.update({key: entry[key] for key in ("tokens", "sentences", "documents")})
     if not total["documents"]:
-        raise ValueError(f"the corpus holds no usable document; counted: {dict(counts) or 'nothing'}")
+        raise ValueError(f"the corpus holds no usable document: {skipped_text(counts) or 'it is empty'}")
     keep = _first_of_each(paths, total["documents"])
     sentence = document = kept = end = 0
     sizes = (total["sentences"] + 1,), (int(keep.sum()), 2)

@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001 (text in several scripts)
 """Reading documents and splitting sentences."""
 
+import bz2
 import gzip
 import json
 
@@ -53,14 +54,15 @@ def test_formats_agree(tmp_path):
     with pyarrow.output_stream(str(tmp_path / "d.jsonl.zst"), compression="zstd") as file:
         file.write(lines)
     pyarrow.parquet.write_table(pyarrow.table({"text": [*texts, None]}), tmp_path / "e.parquet")
+    (tmp_path / "f.txt.bz2").write_bytes(bz2.compress(plain[:9]) + bz2.compress(plain[9:]))
     (tmp_path / ".hidden").write_text("not read")
     files = expand_paths(tmp_path)
-    assert [f.name for f in files] == ["a.txt", "b.txt.gz", "c.jsonl", "d.jsonl.zst", "e.parquet"]
-    assert expand_paths([tmp_path / "*.txt*", tmp_path / "a.txt"]) == files[:2]
+    assert [f.name for f in files] == ["a.txt", "b.txt.gz", "c.jsonl", "d.jsonl.zst", "e.parquet", "f.txt.bz2"]
+    assert expand_paths([tmp_path / "*.txt*", tmp_path / "a.txt"]) == [*files[:2], files[5]]
     for file in files:
         assert [d.decode() for d in stream_documents(file)] == texts, file
     assert len(list(stream_documents(files[0], one_per_file=True))) == 1
-    assert len(read_documents(tmp_path)) == 15
+    assert len(read_documents(tmp_path)) == 18
 
 
 def test_one_huge_line_is_cut_between_characters(tmp_path):
@@ -84,6 +86,9 @@ def test_bad_files(tmp_path):
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(bytes(range(65, 91)) * 100)[:-12])
     with pytest.raises(ValueError, match="decompress"):
         read_documents(tmp_path / "cut.txt.gz")
+    (tmp_path / "cut.txt.bz2").write_bytes(bz2.compress(bytes(range(65, 91)) * 100)[:-4])
+    with pytest.raises(ValueError, match="decompress"):
+        read_documents(tmp_path / "cut.txt.bz2")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="Parquet"):
         read_documents(tmp_path / "x.parquet")

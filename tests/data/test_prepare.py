@@ -106,7 +106,7 @@ def test_dirty_text_is_counted(tokenizer, tmp_path):
 
 def test_nothing_usable_is_an_error(tokenizer, tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="invalid_utf8"):
+    with pytest.raises(ValueError, match="1 documents skipped: not UTF-8"):
         prepare(tmp_path / "x.txt", tokenizer, tmp_path / "out", workers=1)
 
 
