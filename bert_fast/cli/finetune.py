@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from bert_fast.cli import NOT_FINITE
 from bert_fast.cli.device import add_device_argument, chosen_device
@@ -57,12 +58,16 @@ def _finetune(options: argparse.Namespace) -> None:
     if not options.epochs > 0 or not options.lr >= 0 or not 0 <= options.warmup < 1:
         raise ValueError("--epochs must be above 0, --lr at least 0, --warmup from 0 to below 1")
     from bert_fast.classification import finetune, read_examples
+    from bert_fast.inference import model_folder
 
     out = Output.of(options)
     columns = {"text": options.text, "pair": options.pair, "label": options.label}
     train, validation = (read_examples(path, **columns) for path in (options.train, options.validation))
     if options.out is not None:
-        writable_folder(options.out)
+        folder = Path(options.out)
+        if folder.resolve() == model_folder(options.model).resolve() or (folder / "metrics.jsonl").is_file():
+            raise ValueError(f"--out {folder} holds a run, or the model that is fine-tuned: choose another folder")
+        writable_folder(folder)
     updates = -(-len(train) // options.batch_size) * options.epochs
     with out.progress(round(updates), "fine-tuning", "updates") as bar:
         found = finetune(

@@ -148,11 +148,15 @@ def test_bad_examples_are_one_line_and_exit_code_1(run, folder, tmp_path, name, 
 
 def test_more_that_finetune_refuses(run, folder, files, tmp_path):
     train, dev = files
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
     stranger = write(tmp_path / "stranger.tsv", [("a", "good"), ("b", "ugly")])
     for flags, message in (
         (("--validation", stranger), "label 'ugly'"),
         (("--validation", tmp_path / "no.tsv"), "no.tsv"),
         (("--validation", dev, "--epochs", 0), "--epochs"),
+        (("--validation", dev, "--out", folder / "model"), "holds a run, or the model that is fine-tuned"),
+        (("--validation", dev, "--out", tmp_path / "run"), "holds a run"),
         (("--validation", dev, "--seq", 65), "64 positions"),
         (("--validation", dev, "--out", train / "inside"), str(train)),
     ):
