@@ -1,6 +1,7 @@
 """``bert-fast finetune``: a classifier of sentences or sentence pairs."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def _finetune(options: argparse.Namespace) -> None:
         if folder.resolve() == model_folder(options.model).resolve() or (folder / "metrics.jsonl").is_file():
             raise ValueError(f"--out {folder} holds a run, or the model that is fine-tuned: choose another folder")
         writable_folder(folder)
-    updates = -(-len(train) // options.batch_size) * options.epochs
-    with out.progress(round(updates), "fine-tuning", "updates") as bar:
+    updates = math.ceil(-(-len(train) // options.batch_size) * options.epochs)  # as Trainer counts
+    with out.progress(updates, "fine-tuning", "updates") as bar:
         found = finetune(
             options.model,
             train,

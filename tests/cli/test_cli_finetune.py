@@ -169,10 +169,12 @@ def test_more_that_finetune_refuses(run, folder, files, tmp_path):
 def test_finetune_that_diverges_is_exit_code_3_and_keeps_nothing(run, folder, files, tmp_path):
     train, dev = files
     done = run("finetune", folder / "model", "--train", train, "--validation", dev, "--out", tmp_path / "out",
-               "--epochs", 0.5, "--lr", 1e30, "--quiet")  # fmt: skip
+               "--epochs", 0.5, "--lr", 1e30, "--json")  # fmt: skip
     assert done.code == 3
     assert "the loss is nan: nothing was kept" in done.err
     assert not list((tmp_path / "out").iterdir())
+    shown = [line for line in done.lines if line["kind"] == "progress"][-1]
+    assert (shown["done"], shown["total"]) == (3, 3)  # half of five updates, rounded up
 
 
 def metrics(path, start: float, *, nsp: bool = True):
