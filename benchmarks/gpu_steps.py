@@ -156,8 +156,8 @@ def timed_steps(run: Callable[[], object], device: str, smoke: bool) -> list[flo
         run()
         marks.append(torch.cuda.Event(enable_timing=True))
         marks[-1].record()
-        if len(marks) % 2:
-            marks[-1].synchronize()  # the host runs at most two steps ahead, so that the time above is the device's
+        # of the step before: the time above is the device's, and it has its next step when it is done with one
+        marks[-2].synchronize()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
 

@@ -76,6 +76,57 @@ def test_limits_then_whole_steps(tmp_path, monkeypatch):
     assert len(results.data["steps"]) == count
 
 
+class Queue:
+    """In place of torch.cuda: tells in order what is queued and waited for."""
+
+    def __init__(self, monkeypatch):
+        self.told: list = []
+        monkeypatch.setattr(torch.cuda, "Event", lambda **_: Mark(self.told))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.told.append("synchronize"))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.told.append(cycles), raising=False)
+
+
+class Mark:
+    def __init__(self, told: list):
+        self.told = told
+
+    def record(self) -> None:
+        self.told.append(self)
+
+    def synchronize(self) -> None:
+        self.told.append(("wait", self))
+
+    def elapsed_time(self, other: "Mark") -> float:
+        return 1.0
+
+
+def test_a_gpu_waits_for_the_host_to_launch_what_is_timed(monkeypatch):
+    operators = script("operators")
+    monkeypatch.setitem(operators.CACHE_BYTES, "cpu", 1 << 16)
+    queue, stopwatch = Queue(monkeypatch), operators.Stopwatch("cpu")
+    stopwatch.device = "cuda"
+    for seconds in (0.01, 0.5, 0.0):
+        stopwatch(lambda seconds=seconds: (queue.told.append("call"), time.sleep(seconds)))
+    cycles = queue.told[::5]
+    assert [queue.told[i::5] for i in (2, 4)] == [["call"] * 3, ["synchronize"] * 3]
+    assert cycles[0] == 0
+    assert cycles[1] >= 0.01 * operators.GPU_CYCLES
+    assert cycles[2] == operators.MOST_WAITING * operators.GPU_CYCLES  # it compiled
+
+
+def test_a_gpu_has_its_next_step_when_it_is_done_with_one(monkeypatch):
+    queue, steps = Queue(monkeypatch), script("gpu_steps")
+    times = steps.timed_steps(lambda: queue.told.append("step"), "cuda", smoke=False)
+    assert times == [1e-3] * steps.MOST_STEPS
+    queued = 0  # marks after the one that was waited for
+    for told in queue.told:
+        queued += isinstance(told, Mark)
+        if isinstance(told, tuple):
+            marks = [x for x in queue.told if isinstance(x, Mark)]
+            assert marks.index(told[1]) == queued - 2
+    assert sum(isinstance(told, tuple) for told in queue.told) == steps.MOST_STEPS
+
+
 @needs_triton
 def test_a_sweep_of_launch_configurations(tmp_path):
     from bert_fast.kernels import bias_gelu
