@@ -157,6 +157,11 @@ def implementation(operator: str, direction: str, device_type: str):
     key = (operator, direction, device_type)
     if key not in _functions:
         backend = choose(operator, device_type)
+        if backend == "cpu" and device_type != "cpu":  # they would read the device's addresses as the host's
+            raise BackendUnavailable(
+                f"the C++ operators of backend 'cpu' cannot run {operator} on tensors of {device_type}: move the "
+                "tensors or the model to the CPU, or ask for another backend"
+            )
         if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             importlib.import_module("bert_fast.interpreter").correct_bfloat16()
         module = importlib.import_module(TABLE[operator][backend])

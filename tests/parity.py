@@ -8,8 +8,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def available_backends(operator: str) -> list[str]:
-    """The backends of ``operator`` that can run here and are ours to test (peers are not)."""
-    ours = ("triton", "cpu", "reference")
+    """The backends of ``operator`` that can run here on tensors of DEVICE and are ours to test (peers are not)."""
+    ours = ("triton", "cpu", "reference") if DEVICE == "cpu" else ("triton", "reference")
     return [b for b in ours if b in dispatch.TABLE[operator] and dispatch.why_unavailable(b) is None]
 
 

@@ -164,6 +164,14 @@ def test_environment_variable(monkeypatch):
         dispatch.choose("attention", "cuda")
 
 
+def test_the_cpp_operators_refuse_other_tensors(monkeypatch):
+    """They would take the device's addresses for the host's, and end the process."""
+    available(monkeypatch, "cpu")
+    dispatch.set_backend("cpu")
+    with pytest.raises(dispatch.BackendUnavailable, match="'cpu' cannot run attention on tensors of cuda: move"):
+        dispatch.implementation("attention", "fwd", "cuda")
+
+
 def test_environment_variable_in_a_new_process():
     code = "import bert_fast.dispatch as b; print(b.backends()['attention']['cpu'])"
     environment = os.environ | {"BERT_FAST_BACKEND": "reference"}
