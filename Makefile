@@ -16,7 +16,7 @@ help:
 	@echo "make test      set up .venv and run the tests (the fast tier)"
 	@echo "make test-all  the slow tier too"
 	@echo "make gpu       what a GPU proves: limits, parity, operators, whole steps, with the Python that has torch with CUDA"
-	@echo "make gpu-test  the same operator and model tests on a GPU, with the Python that has torch with CUDA"
+	@echo "make gpu-test  the same operator and model tests on a GPU, with the Python that has torch with CUDA (ARGS='-n 8')"
 	@echo "make sanitize  the C++ operators' tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make emulate   the C++ operators' tests with their AVX-512 code run by AVX2 instructions"
 	@echo "make lint      check style (ruff); make format rewrites it"
@@ -57,13 +57,16 @@ test-all: setup
 	@echo "== The proof that it learns (about 15 minutes on 2 cores)"
 	@$(BIN)/python -m pytest -s -m proof tests
 
-# On a GPU machine the Python that has torch with CUDA is used as it is: PYTHON=... chooses it.
+# On a GPU machine the Python that has torch with CUDA is used as it is: PYTHON=... chooses it. Hundreds of kernels are
+# compiled: ARGS='-n 8' does so in 8 processes, where pytest-xdist is installed.
 gpu-test:
 	@$(PYTHON) -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'make gpu-test needs a GPU that torch sees; none is visible')"
-	@$(PYTHON) -m pytest -m "not slow" tests/test_attention.py tests/test_embedding_layernorm.py \
+	@$(PYTHON) -m pytest -m "not slow" --continue-on-collection-errors $(ARGS) \
+		tests/test_attention.py tests/test_attention_hopper.py tests/test_embedding_layernorm.py \
 		tests/test_residual_layernorm.py tests/test_bias_gelu.py tests/test_feed_forward.py tests/test_mlm_loss.py \
-		tests/test_random.py tests/test_ops.py tests/test_model.py tests/test_packing.py tests/test_captured_step.py \
-		tests/test_gradients_in_place.py tests/train/test_pretrain_recorded.py
+		tests/test_optim.py tests/test_random.py tests/test_ops.py tests/test_model.py tests/test_packing.py \
+		tests/test_captured_step.py tests/test_gradients_in_place.py tests/test_hidden_dtype.py \
+		tests/test_one_table_gradient.py tests/test_accelerate.py tests/train/test_pretrain_recorded.py
 
 # Neither .venv nor a network nor the C++ operators: ARGS='--budget 540 --phase 1 4 --tune --out DIR'.
 gpu:

@@ -2,7 +2,8 @@
 
 An operator has up to five implementations, all with the signatures of bert_fast/reference.py (the optimisers' in
 bert_fast/optim/reference.py). The tensor's device decides (cuda: triton; cpu: the C++ operators where they are built,
-else the reference); a backend asked for by name is used or its absence raised, never replaced in silence.
+else the reference), float64 is the reference's; a backend asked for by name is used or its absence raised, never
+replaced in silence.
 """
 
 import contextlib
@@ -79,7 +80,7 @@ def why_unavailable(backend: str) -> str | None:
 
 
 _override: dict[str, str] = {}  # operator (or "*": every operator) -> backend
-_functions: dict[tuple[str, str, str], object] = {}  # (operator, direction, device) -> implementation, as chosen
+_functions: dict[tuple[str, str, str, bool], object] = {}  # arguments of implementation() -> what was chosen
 _warned: set[str] = set()
 
 
@@ -127,8 +128,8 @@ def use_backend(backend: str | None = None, **operators: str | None):
         _functions.clear()
 
 
-def choose(operator: str, device_type: str) -> str:
-    """The backend that runs ``operator`` on tensors of ``device_type``."""
+def choose(operator: str, device_type: str, float64: bool = False) -> str:
+    """The backend that runs ``operator`` on tensors of ``device_type``; ``float64``: whether these are."""
     named = _override.get(operator) or _override.get("*")
     if named is None and os.environ.get("BERT_FAST_BACKEND"):
         named = os.environ["BERT_FAST_BACKEND"]
@@ -136,7 +137,7 @@ def choose(operator: str, device_type: str) -> str:
     if named is not None and named in TABLE[operator]:
         return named
     preferred = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
-    if preferred not in TABLE[operator]:
+    if preferred not in TABLE[operator] or (preferred == "triton" and float64):  # which the kernels do not have
         return "reference"
     reason = why_unavailable(preferred)
     if reason is None:
@@ -152,11 +153,11 @@ def choose(operator: str, device_type: str) -> str:
     return "reference"
 
 
-def implementation(operator: str, direction: str, device_type: str):
+def implementation(operator: str, direction: str, device_type: str, float64: bool = False):
     """The function ``<operator>_<direction>`` of the chosen backend; direction is fwd or bwd (optimizer: see TABLE)."""
-    key = (operator, direction, device_type)
+    key = (operator, direction, device_type, float64)
     if key not in _functions:
-        backend = choose(operator, device_type)
+        backend = choose(operator, device_type, float64)
         if backend == "cpu" and device_type != "cpu":  # they would read the device's addresses as the host's
             raise BackendUnavailable(
                 f"the C++ operators of backend 'cpu' cannot run {operator} on tensors of {device_type}: move the "

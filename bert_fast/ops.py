@@ -28,7 +28,9 @@ def _define(operator: str, direction: str, schema: str, fake, check=None) -> Non
         device = args[0].device
         if check is not None and device.type == "cpu":
             check(*args)
-        implementation = dispatch.implementation(operator, direction, device.type)
+        # more than one element: a normalizer may have a dtype of its own
+        float64 = any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.numel() > 1 for x in args)
+        implementation = dispatch.implementation(operator, direction, device.type, float64)
         if device.type != "cuda":
             return implementation(*args)
         with torch.cuda.device(device):  # kernels are launched on the current device, which may be another

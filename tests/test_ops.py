@@ -164,6 +164,34 @@ def test_environment_variable(monkeypatch):
         dispatch.choose("attention", "cuda")
 
 
+@pytest.mark.parametrize("named", [None, "triton"])
+def test_float64_on_a_gpu_is_the_reference_s_unless_triton_is_named(monkeypatch, named):
+    pytest.importorskip("triton")
+    available(monkeypatch, "triton")
+    dispatch.set_backend(named)
+    assert dispatch.choose("attention", "cuda") == "triton"
+    for operator, direction in (("attention", "bwd"), ("mlm_loss", "bwd_"), ("embedding_layernorm", "bwd_add")):
+        found = dispatch.implementation(operator, direction, "cuda", True)
+        assert (found.__module__ == "bert_fast.reference") == (named is None), operator
+
+
+def test_operators_tell_float64(monkeypatch):
+    told = []
+
+    def implementation(*asked):
+        told.append(asked)
+        return real(*asked)
+
+    real = dispatch.implementation
+    monkeypatch.setattr(dispatch, "implementation", implementation)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(4, 8, dtype=dtype, requires_grad=True)
+        ops.bias_gelu(x, torch.randn(8, dtype=dtype)).sum().backward()
+    labels, normalizer = torch.zeros(4, dtype=torch.int64), torch.ones(1, dtype=torch.float64)
+    ops.mlm_loss(torch.randn(4, 8), torch.randn(9, 8), torch.randn(9), labels, normalizer=normalizer)
+    assert [asked[-1] for asked in told] == [False, False, True, True, False]
+
+
 def test_the_cpp_operators_refuse_other_tensors(monkeypatch):
     """They would take the device's addresses for the host's, and end the process."""
     available(monkeypatch, "cpu")

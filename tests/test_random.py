@@ -69,7 +69,7 @@ def _hidden_kernel(out_ptr, rng_key_ptr, row_key_ptr, start, site, BLOCK_M: tl.c
     tl.store(out_ptr + row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], halves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])  # as attention's kernels have it: 1 would be no tensor
 def _attention_kernel(
     out_ptr, rng_key_ptr, sample, head, start, threshold, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
