@@ -205,6 +205,7 @@ def measure_batch(
         run = (our_step if ours else their_step)(variant, config, batch, options)
         first = run()
         loss = float(first.scalars[:2].sum() if ours else first)
+        run()  # the first backward had no optimiser's state beside it, unless a rehearsal made that
     times = timed_steps(run, options.device, options.smoke)
     alone = kernel_seconds(run, options.device) if kernels else None
     del run

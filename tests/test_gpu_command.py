@@ -127,6 +127,29 @@ def test_a_gpu_has_its_next_step_when_it_is_done_with_one(monkeypatch):
     assert sum(isinstance(told, tuple) for told in queue.told) == steps.MOST_STEPS
 
 
+def test_peak_memory_is_that_of_a_step_with_the_optimizer_s_state(tmp_path, monkeypatch):
+    steps, within = script("gpu_steps"), []
+    began = []
+
+    class Peak(steps.PeakMemory):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            within.append(len(began))
+
+    def their_step(*arguments):
+        run = real(*arguments)
+        return lambda: began.append(1) or run()
+
+    real = steps.their_step
+    monkeypatch.setattr(steps, "PeakMemory", Peak)
+    monkeypatch.setattr(steps, "their_step", their_step)
+    options = SimpleNamespace(device="cpu", smoke=True, until=time.time() + 60)
+    results = new_results(tmp_path / "r.json", smoke=True)
+    row = steps.measure(steps.THEIRS[0], "micro", 24, "full", options, results)
+    assert row["peak_memory_mib"] >= 0
+    assert within == [2]
+
+
 @needs_triton
 def test_a_sweep_of_launch_configurations(tmp_path):
     from bert_fast.kernels import bias_gelu
