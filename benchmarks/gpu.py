@@ -15,6 +15,7 @@ of its time, 1 where one failed, 2 for bad arguments.
 """
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import itertools
@@ -38,6 +39,8 @@ from gpu_results import DeviceLost, Results, markdown, pictures, reason
 PHASES = {1: "limits", 2: "parity", 3: "operators", 4: "whole steps", 5: "launch configurations"}
 ORDER = (1, 2, 4, 3, 5)  # the most telling first
 SHARES = {1: 2, 2: 4, 4: 9, 3: 5, 5: 5}  # of the time that is left; what a phase does not take goes to the next
+# Seconds in which a phase at work writes something: a kernel that hangs leaves its case behind, as one that dies does.
+PATIENCE = {1: 60, 2: 150, 3: 60, 4: 200, 5: 150}
 CONTINUE = 75  # exit status of a phase whose device was lost: a new process goes on after the case that lost it
 GRACE_SECONDS = 10
 
@@ -126,8 +129,22 @@ def child(options) -> int:
     return 0
 
 
+def watch(process: subprocess.Popen, file: Path, patience: float, until: float) -> int | None:
+    """The exit status of a phase's process; that of a killed one where it wrote nothing to ``file`` for ``patience``
+    seconds; None where it still runs when the time is up."""
+    begun = time.time()
+    while time.time() < until + GRACE_SECONDS:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=0.5)
+        if time.time() - max(begun, file.stat().st_mtime) > patience:
+            process.kill()
+            return process.wait()
+    return None
+
+
 def supervise(phase: int, results: Results, options) -> dict:
-    """Run a phase in processes of its own; a case that kills one is left behind, the rest goes on in the next."""
+    """Run a phase in processes of its own; a case that kills or hangs one is left behind, the rest goes on in the
+    next."""
     start = time.time()
     command = [sys.executable, str(Path(__file__).resolve()), "--child", str(phase), "--file", str(results.path)]
     command += ["--until", str(options.until), *(["--smoke"] if options.smoke else [])]
@@ -143,16 +160,15 @@ def supervise(phase: int, results: Results, options) -> dict:
         begun = len(results.begun(phase))
         process = subprocess.Popen(command, env=environment)
         try:
-            code = process.wait(timeout=max(1, options.until - time.time()) + GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            state = "cut off"
-            code = 0
+            code = watch(process, results.path, PATIENCE[phase], options.until)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
         results.reload()
-        if code == 0:
+        if code is None:
+            state = "cut off"
+        if not code:
             break
         if code == 1 and "error_of_phase" in results.data:
             state, error = "failed", results.data.pop("error_of_phase")

@@ -359,6 +359,18 @@ def test_a_phase_that_hangs_is_cut_off(tmp_path, monkeypatch):
     assert data["begun"]["3"] == ["first"]
 
 
+def test_a_case_that_hangs_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setitem(script("gpu").PATIENCE, 3, 3.0)
+    code = "import time; time.sleep(60 if case == 'second' else 0); os.kill(os.getpid(), 9 * (case == 'first'))"
+    outcome, data = supervised(tmp_path, monkeypatch, code)
+    assert outcome["state"] == "with losses"
+    assert outcome["error"].splitlines() == [
+        f"a process ended with status -9 at: {case}" for case in ("first", "second")
+    ]
+    assert outcome["seconds"] < 30
+    assert data["begun"]["3"] == ["first", "second", "third"]
+
+
 def test_a_phase_that_raises_is_recorded_with_its_traceback(tmp_path, monkeypatch):
     gpu = script("gpu")
     new_results(tmp_path / "r.json")
