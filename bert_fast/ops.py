@@ -8,6 +8,7 @@ checked on CPU tensors when the operator runs, and never on a GPU, where that wo
 
 import contextlib
 import contextvars
+import itertools
 import math
 
 import torch
@@ -28,12 +29,12 @@ def _define(operator: str, direction: str, schema: str, fake, check=None) -> Non
         device = args[0].device
         if check is not None and device.type == "cpu":
             check(*args)
-        # more than one element: a normalizer may have a dtype of its own
-        float64 = any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.numel() > 1 for x in args)
+        # One of the first four has the operator's dtype; more than one element: a loss's gradient may have another.
+        float64 = any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.numel() > 1 for x in args[:4])
         implementation = dispatch.implementation(operator, direction, device.type, float64)
-        if device.type != "cuda":
+        if device.type != "cuda" or torch.cuda.current_device() == device.index:
             return implementation(*args)
-        with torch.cuda.device(device):  # kernels are launched on the current device, which may be another
+        with torch.cuda.device(device):  # kernels are launched on the current device, which is another
             return implementation(*args)
 
     _library.define(f"{name}{schema}", tags=_TAGS)
@@ -41,16 +42,43 @@ def _define(operator: str, direction: str, schema: str, fake, check=None) -> Non
     torch.library.register_fake(f"bert_fast::{name}", fake, lib=_library)
 
 
+def _call(name: str, *args):
+    """The operator ``name``; past what autograd does for it, where that is nothing."""
+    operator = getattr(torch.ops.bert_fast, name).default
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+_nodes: dict[str, type[torch.autograd.Function]] = {}
+
+
 def _differentiate(operator: str, setup_context, backward) -> None:
+    """Gives ``<operator>_fwd`` the derivative ``backward``, of its first output; the others are for that alone.
+
+    Twice: registered for the operator, as torch.compile and exports want it, and as a node of autograd that calls the
+    operator, which costs the host a third of what a registered derivative does.
+    """
+
     def setup(ctx, inputs, output):
-        # The outputs after the first are for the backward alone. Zeros in the place of their gradients, among them a
-        # whole word table's, would be written in every step.
+        # Zeros in the place of the gradients of what the backward alone reads, among them a whole word table's, would
+        # be written in every step.
         ctx.set_materialize_grads(False)
         if isinstance(output, tuple):
             ctx.mark_non_differentiable(*output[1:])
         setup_context(ctx, inputs, output)
 
     torch.library.register_autograd(f"bert_fast::{operator}_fwd", backward, setup_context=setup, lib=_library)
+
+    def node_forward(ctx, *inputs):
+        output = _call(f"{operator}_fwd", *inputs)
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+        return output[0] if isinstance(output, tuple) else output
+
+    methods = {"forward": staticmethod(node_forward), "backward": staticmethod(backward)}
+    _nodes[operator] = type(operator, (torch.autograd.Function,), methods)
 
     def setup_bwd(ctx, inputs, output):
         pass
@@ -64,6 +92,14 @@ def _differentiate(operator: str, setup_context, backward) -> None:
     torch.library.register_autograd(
         f"bert_fast::{operator}_bwd", double_backward, setup_context=setup_bwd, lib=_library
     )
+
+
+def _first_output(operator: str, *inputs) -> Tensor:
+    """The first output of ``<operator>_fwd``, differentiable."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return _nodes[operator].apply(*inputs)
+    output = _call(f"{operator}_fwd", *inputs)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _total_dtype(x: Tensor) -> torch.dtype:
@@ -81,21 +117,25 @@ def _check_like(operator: str, device: torch.device, **tensors: tuple[Tensor | N
     for name, (tensor, shape) in tensors.items():
         if tensor is None:
             continue
-        _require(
-            tensor.device == device, operator, f"{name} is on {tensor.device}, the other tensors on {device}: move it"
-        )
-        fits = tensor.dim() == len(shape) and all(
-            want in (-1, have) for want, have in zip(shape, tensor.shape, strict=False)
-        )
-        expected = tuple("any" if n == -1 else n for n in shape)
-        _require(fits, operator, f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+        if tensor.device != device:
+            raise ValueError(
+                f"bert_fast.{operator}: {name} is on {tensor.device}, the other tensors on {device}: move it"
+            )
+        found = tensor.shape
+        if found != shape and (
+            len(found) != len(shape) or any(want not in (-1, have) for want, have in zip(shape, found, strict=True))
+        ):
+            expected = tuple("any" if n == -1 else n for n in shape)
+            raise ValueError(f"bert_fast.{operator}: {name} has shape {tuple(found)}, expected {expected}")
+
+
+_FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def _check_floating(operator: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None:
-            ok = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-            _require(ok, operator, f"{name} has dtype {tensor.dtype}, expected a floating-point dtype", TypeError)
+        if tensor is not None and tensor.dtype not in _FLOATING:
+            raise TypeError(f"bert_fast.{operator}: {name} has dtype {tensor.dtype}, expected a floating-point dtype")
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -104,7 +144,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _dropout_keys(operator: str, p: float, row_key: Tensor | None, rng_key: Tensor | None, x: Tensor):
     """The checked keys of a mask over ``x``'s rows; empty tensors where nothing is dropped."""
-    _require(0.0 <= p <= 1.0, operator, f"the dropout probability p is {p}, expected 0 <= p <= 1")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"bert_fast.{operator}: the dropout probability p is {p}, expected 0 <= p <= 1")
     if p == 0.0:
         none = x.new_empty(0, dtype=torch.int64)
         return none, none
@@ -115,7 +156,8 @@ def _dropout_keys(operator: str, p: float, row_key: Tensor | None, rng_key: Tens
     )
     _check_like(operator, x.device, rng_key=(rng_key, (1,)), row_key=(row_key, (x.shape[0],)))
     for name, key in (("rng_key", rng_key), ("row_key", row_key)):
-        _require(key.dtype == torch.int64, operator, f"{name} has dtype {key.dtype}, expected int64", TypeError)
+        if key.dtype != torch.int64:
+            raise TypeError(f"bert_fast.{operator}: {name} has dtype {key.dtype}, expected int64")
     return row_key.contiguous(), rng_key.contiguous()
 
 
@@ -179,8 +221,8 @@ def _embedding_layernorm_setup(ctx, inputs, output):
 
 
 def _embedding_layernorm_backward(ctx, grad_out, *_):
-    grads = torch.ops.bert_fast.embedding_layernorm_bwd(
-        grad_out.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site, ctx.padding_idx
+    grads = _call(
+        "embedding_layernorm_bwd", grad_out.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site, ctx.padding_idx
     )
     return None, None, None, *grads, None, None, None, None, None, None, None
 
@@ -223,7 +265,7 @@ class _EmbeddingLayerNormAndTable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = torch.ops.bert_fast.embedding_layernorm_fwd(*inputs)
+        output = _call("embedding_layernorm_fwd", *inputs)
         ctx.set_materialize_grads(False)  # a table that nobody read has no gradient
         _embedding_layernorm_setup(ctx, inputs, output)
         return output[0], inputs[3].detach()
@@ -238,9 +280,10 @@ class _EmbeddingLayerNormAndTable(torch.autograd.Function):
             return tuple(grads)
         grad_word, grads = grad_word.contiguous(), (None,) * 4
         if grad_out is not None:
-            grads = torch.ops.bert_fast.embedding_layernorm_bwd_add(
-                grad_out.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site, ctx.padding_idx, grad_word
-            )
+            grads = _call(
+                "embedding_layernorm_bwd_add", grad_out.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site,
+                ctx.padding_idx, grad_word,
+            )  # fmt: skip
         return None, None, None, grad_word, *grads, None, None, None, None, None, None, None
 
 
@@ -314,7 +357,7 @@ def embedding_layernorm(
         out, given_on = _EmbeddingLayerNormAndTable.apply(*arguments)
         embedded[:] = word, given_on
         return out
-    return torch.ops.bert_fast.embedding_layernorm_fwd(*arguments)[0]
+    return _first_output("embedding_layernorm", *arguments)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -327,16 +370,17 @@ def _attention_fake(qkv, *_):
 
 
 def _check_cu_seqlens(qkv, cu_seqlens, max_seqlen, *_):
-    lengths = cu_seqlens.diff()
-    if int(cu_seqlens[0]) != 0 or (lengths < 0).any() or int(cu_seqlens[-1]) > qkv.shape[0]:
+    ends = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    if ends[0] != 0 or min(lengths, default=0) < 0 or ends[-1] > qkv.shape[0]:
         raise ValueError(
             f"bert_fast.attention: cu_seqlens must start at 0, never fall, and end at or before the {qkv.shape[0]} "
-            f"tokens of qkv; it is {cu_seqlens.tolist()}"
+            f"tokens of qkv; it is {ends}"
         )
-    if lengths.numel() and int(lengths.max()) > max_seqlen:
+    if (longest := max(lengths, default=0)) > max_seqlen:
         raise ValueError(
-            f"bert_fast.attention: max_seqlen is {max_seqlen}, but sequence {int(lengths.argmax())} of cu_seqlens "
-            f"has {int(lengths.max())} tokens"
+            f"bert_fast.attention: max_seqlen is {max_seqlen}, but sequence {lengths.index(longest)} of cu_seqlens "
+            f"has {longest} tokens"
         )
 
 
@@ -346,12 +390,12 @@ def _attention_setup(ctx, inputs, output):
     ctx.save_for_backward(qkv, *output, cu_seqlens, row_key, rng_key)
 
 
-def _attention_backward(ctx, grad_out, _):
+def _attention_backward(ctx, grad_out, *_):
     qkv, out, lse, cu_seqlens, row_key, rng_key = ctx.saved_tensors
     bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[-1] else None
-    grad_qkv, grad_bias = torch.ops.bert_fast.attention_bwd(
-        grad_out.contiguous(), qkv, out, lse, cu_seqlens, ctx.max_seqlen, row_key, rng_key, ctx.scale, ctx.p, ctx.site,
-        bias_dtype,
+    grad_qkv, grad_bias = _call(
+        "attention_bwd", grad_out.contiguous(), qkv, out, lse, cu_seqlens, ctx.max_seqlen, row_key, rng_key, ctx.scale,
+        ctx.p, ctx.site, bias_dtype,
     )  # fmt: skip
     return grad_qkv, *(None,) * 7, None if bias_dtype is None else grad_bias
 
@@ -416,11 +460,10 @@ def attention(
         bias = bias.reshape(qkv.shape[1:])
     _check_like(name, qkv.device, bias=(bias, tuple(qkv.shape[1:])))
     row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, qkv)
-    out, _ = torch.ops.bert_fast.attention_fwd(
-        qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, row_key, rng_key,
+    return _first_output(
+        name, qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, row_key, rng_key,
         qkv.shape[3] ** -0.5 if scale is None else scale, p, site, _contiguous(bias),
     )  # fmt: skip
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -447,8 +490,8 @@ def _residual_layernorm_setup(ctx, inputs, output):
 
 
 def _residual_layernorm_backward(ctx, grad_out, *_):
-    grad_x, grad_residual, grad_bias, grad_weight, grad_ln_bias = torch.ops.bert_fast.residual_layernorm_bwd(
-        grad_out.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site, ctx.x_dtype, ctx.has_bias
+    grad_x, grad_residual, grad_bias, grad_weight, grad_ln_bias = _call(
+        "residual_layernorm_bwd", grad_out.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site, ctx.x_dtype, ctx.has_bias
     )
     if ctx.p == 0.0 and ctx.x_dtype == grad_residual.dtype:
         grad_x = grad_residual
@@ -504,11 +547,10 @@ def residual_layernorm(
                 weight=(weight, (columns,)), ln_bias=(ln_bias, (columns,)))  # fmt: skip
     _check_floating(name, x=x, residual=residual, bias=bias, weight=weight, ln_bias=ln_bias)
     row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, x)
-    out, *_ = torch.ops.bert_fast.residual_layernorm_fwd(
-        x.contiguous(), _contiguous(bias), _contiguous(residual), weight.contiguous(), ln_bias.contiguous(),
+    return _first_output(
+        name, x.contiguous(), _contiguous(bias), _contiguous(residual), weight.contiguous(), ln_bias.contiguous(),
         row_key, rng_key, eps, p, site,
     )  # fmt: skip
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -525,7 +567,7 @@ def _bias_gelu_setup(ctx, inputs, output):
 
 def _bias_gelu_backward(ctx, grad_out):
     x, bias = ctx.saved_tensors
-    grad_x, grad_bias = torch.ops.bert_fast.bias_gelu_bwd(grad_out.contiguous(), x, bias)
+    grad_x, grad_bias = _call("bias_gelu_bwd", grad_out.contiguous(), x, bias)
     return grad_x, None if bias is None else grad_bias
 
 
@@ -542,7 +584,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     _check_like("bias_gelu", x.device, x=(x, (-1, -1)))
     _check_like("bias_gelu", x.device, bias=(bias, (x.shape[1],)))
     _check_floating("bias_gelu", x=x, bias=bias)
-    return torch.ops.bert_fast.bias_gelu_fwd(x.contiguous(), _contiguous(bias))
+    return _first_output("bias_gelu", x.contiguous(), _contiguous(bias))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -567,7 +609,8 @@ def _feed_forward_setup(ctx, inputs, output):
 
 def _feed_forward_backward(ctx, grad_out, *_):
     for_x, for_weight_in, _, for_weight_out, _ = ctx.needs_input_grad
-    grad_x, grad_weight_in, grad_bias, grad_weight_out = torch.ops.bert_fast.feed_forward_bwd(
+    grad_x, grad_weight_in, grad_bias, grad_weight_out = _call(
+        "feed_forward_bwd",
         grad_out.contiguous(),
         *ctx.saved_tensors,
         [for_x, for_weight_in, for_weight_out],
@@ -620,11 +663,10 @@ def feed_forward(x: Tensor, weight_in: Tensor, bias: Tensor | None, weight_out: 
     _check_like(name, x.device, bias=(bias, (columns,)), weight_out=(weight_out, (-1, columns)))
     _check_floating(name, x=x, weight_in=weight_in, bias=bias, weight_out=weight_out)
     dtype = product_dtype(x)
-    out, *_ = torch.ops.bert_fast.feed_forward_fwd(
-        x.to(dtype).contiguous(), weight_in.to(dtype).contiguous(), _contiguous(bias),
+    return _first_output(
+        name, x.to(dtype).contiguous(), weight_in.to(dtype).contiguous(), _contiguous(bias),
         weight_out.to(dtype).contiguous(), dispatch.in_epilogue("fwd", x),
     )  # fmt: skip
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -665,9 +707,9 @@ def _is_last_backward(grad_loss: Tensor) -> bool:
 def _mlm_loss_backward(ctx, grad_loss, *_):
     if _is_last_backward(grad_loss):  # a copy of the table's gradient (V, H) less, and a pass where the factor is one
         grads = tuple(g.detach() for g in ctx.saved_tensors)
-        torch.ops.bert_fast.mlm_loss_bwd_(grad_loss, *grads)
+        _call("mlm_loss_bwd_", grad_loss, *grads)
     else:
-        grads = torch.ops.bert_fast.mlm_loss_bwd(grad_loss, *ctx.saved_tensors)
+        grads = _call("mlm_loss_bwd", grad_loss, *ctx.saved_tensors)
     return *grads, None, None, None, None, None
 
 
@@ -734,8 +776,7 @@ def mlm_loss(
     if embedded and embedded[0] is word:
         word = embedded[1]
     with_grads = torch.is_grad_enabled() and (hidden.requires_grad or word.requires_grad or bias.requires_grad)
-    loss, *_ = torch.ops.bert_fast.mlm_loss_fwd(
-        hidden.contiguous(), word.contiguous(), bias.contiguous(), labels.contiguous(), normalizer, ignore_index,
+    return _first_output(
+        name, hidden.contiguous(), word.contiguous(), bias.contiguous(), labels.contiguous(), normalizer, ignore_index,
         chunk, with_grads,
     )  # fmt: skip
-    return loss

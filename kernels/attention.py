@@ -42,8 +42,8 @@ import triton
 import triton.language as tl
 
 from ..random import dropout_scale, dropout_threshold
+from . import rows
 from .philox import attention_keep
-from .rows import aot_case
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -71,7 +71,7 @@ def _launch_config(kernel: str, capability: int, head_dim: int, dtype: torch.dty
     products are the target's own matrix instructions. Not yet tuned by running. Small tiles and few warps
     leave room for several programs a multiprocessor, and waste least past the end of a sequence.
     """
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, rows.next_power_of_2(head_dim))
     block_m, warps, stages = 64, 4, 2
     if dtype == torch.float32:  # exact products on the ordinary units: registers are the limit
         block_m, warps, stages = (32 if block_d <= 64 else 16), 8, 1
@@ -390,17 +390,10 @@ def _attention_bias_kernel(
     tl.store(grad_bias_ptr + which * width + column, tl.sum(total, 0), mask=inside)
 
 
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _programs(name: str, qkv, cu_seqlens, max_seqlen: int) -> tuple[dict, int, int]:
     """The configuration of kernel ``name``, its blocks a sequence, and its programs a head."""
-    config = _launch_config(name, _capability(qkv.device), qkv.shape[3], qkv.dtype, max_seqlen)
-    blocks = max(1, triton.cdiv(max_seqlen, config["BLOCK_N" if name == "dkv" else "BLOCK_M"]))
+    config = _launch_config(name, rows.capability(qkv.device), qkv.shape[3], qkv.dtype, max_seqlen)
+    blocks = max(1, rows.cdiv(max_seqlen, config["BLOCK_N" if name == "dkv" else "BLOCK_M"]))
     return config, blocks, blocks * cu_seqlens.numel()  # one sequence more than there are: the unused tail
 
 
@@ -426,7 +419,7 @@ def _check(qkv: torch.Tensor, scale: float) -> None:
 
 def _one_pass_backward(grad_out, qkv, out, max_seqlen):
     """The backward of attention_hopper.py where it is to be used, else None."""
-    shortest = ONE_PASS_BACKWARD.get(_capability(qkv.device))
+    shortest = ONE_PASS_BACKWARD.get(rows.capability(qkv.device))
     if shortest is None or max_seqlen < shortest:
         return None
     from . import attention_hopper
@@ -449,8 +442,7 @@ def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site,
             "out_ptr": out, "lse_ptr": lse, "scale_log2": scale * _LOG2_E, "keep_scale": dropout_scale(p),
             "threshold": dropout_threshold(p), "site": site, "HAS_DROPOUT": dropout_threshold(p) > 0,
         }  # fmt: skip
-        with torch.cuda.device_of(qkv):
-            _launch(_attention_fwd_kernel, "fwd", qkv, max_seqlen, arguments)
+        _launch(_attention_fwd_kernel, "fwd", qkv, max_seqlen, arguments)
     return out, lse
 
 
@@ -482,14 +474,13 @@ def attention_bwd(
     }  # fmt: skip
     for_dq = {"out_ptr": out, "keep": 1.0 / keep_scale if keep_scale else 0.0, "partial_ptr": partial}
     for_dkv = {"keep_scale": keep_scale, "partial_ptr": partial[programs[0] :] if wanted else partial}
-    with torch.cuda.device_of(qkv):
-        _launch(_attention_bwd_dq_kernel, "dq", qkv, max_seqlen, {**arguments, **for_dq})
-        _launch(_attention_bwd_dkv_kernel, "dkv", qkv, max_seqlen, {**arguments, **for_dkv})
-        if wanted:
-            _attention_bias_kernel[triton.cdiv(width, _SUM_CONFIG["BLOCK_N"]), 3](
-                partial_ptr=partial, grad_bias_ptr=grad_bias, dq_programs=programs[0], dkv_programs=programs[1],
-                width=width, **_SUM_CONFIG,
-            )  # fmt: skip
+    _launch(_attention_bwd_dq_kernel, "dq", qkv, max_seqlen, {**arguments, **for_dq})
+    _launch(_attention_bwd_dkv_kernel, "dkv", qkv, max_seqlen, {**arguments, **for_dkv})
+    if wanted:
+        _attention_bias_kernel[rows.cdiv(width, _SUM_CONFIG["BLOCK_N"]), 3](
+            partial_ptr=partial, grad_bias_ptr=grad_bias, dq_programs=programs[0], dkv_programs=programs[1],
+            width=width, **_SUM_CONFIG,
+        )  # fmt: skip
     return grad_qkv, grad_bias
 
 
@@ -514,7 +505,7 @@ def aot_cases(capability: int) -> list[dict]:
             cases.append(attention_case(kernel, title, element, constants, config, tile))
     pointers = {"partial_ptr": "*fp32", "grad_bias_ptr": "*fp32"}
     scalars = dict.fromkeys(("dq_programs", "dkv_programs", "width"), "i32")
-    case = aot_case(_attention_bias_kernel, "attention bias sum", pointers, scalars, {}, _SUM_CONFIG)
+    case = rows.aot_case(_attention_bias_kernel, "attention bias sum", pointers, scalars, {}, _SUM_CONFIG)
     case["divisible_by_16"].append("width")
     return [*cases, case]
 
@@ -524,5 +515,5 @@ def attention_case(kernel, name: str, element: str, constants: dict, config: dic
     never do; it computes scores in tiles of ``score_tile`` (compile_report.py)."""
     names = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
     pointers = {argument: _AOT_POINTERS.get(argument, f"*{element}") for argument in names}
-    case = aot_case(kernel, name, pointers, _AOT_SCALARS, constants, config)
+    case = rows.aot_case(kernel, name, pointers, _AOT_SCALARS, constants, config)
     return {**case, "dot": True, "score_tile": score_tile}

@@ -43,7 +43,6 @@ Sources: T. Dao, "FlashAttention-2", 2023 (the equations; keys outside and queri
 import itertools
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
@@ -52,6 +51,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 from .. import reference
 from ..random import ROUNDS, dropout_scale, dropout_threshold
 from .attention import attention_case
+from .rows import cdiv, next_power_of_2
 
 CAPABILITY = 90
 LONGEST = 512  # tokens of a sequence: more sums of dQ do not fit in shared memory
@@ -73,7 +73,7 @@ def _launch_config(max_seqlen: int) -> dict:
     Four warps where two programs then fit on a multiprocessor, in registers and shared memory; otherwise eight,
     which read every tile of Q and dO, and add to dQ, half as often.
     """
-    blocks = max(1, triton.next_power_of_2(triton.cdiv(max_seqlen, 64)))
+    blocks = max(1, next_power_of_2(cdiv(max_seqlen, 64)))
     return {"BLOCKS": blocks, "num_warps": 4 if blocks <= 2 else 8}
 
 

@@ -27,7 +27,7 @@ def _launch_config(columns: int, direction: str) -> dict:
     BERT's 3072 and 4096 columns are whole tiles. Four rows share one read of the bias and put four 128-bit loads a
     tensor under way; the backward has two tensors to load and its sums to keep, so it takes two rows.
     """
-    block_n = min(1024, max(16, triton.next_power_of_2(columns)))
+    block_n = min(1024, max(16, rows.next_power_of_2(columns)))
     block_m = min(32, (4096 if direction == "fwd" else 2048) // block_n)
     return {
         "BLOCK_M": block_m,
@@ -116,7 +116,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     if out.numel():
         config = _launch_config(columns, "fwd")
-        tiles = triton.cdiv(tokens, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
+        tiles = rows.cdiv(tokens, config["BLOCK_M"]) * rows.cdiv(columns, config["BLOCK_N"])
         _bias_gelu_fwd_kernel[(tiles,)](
             x_ptr=x,
             bias_ptr=x if bias is None else bias,
@@ -135,10 +135,10 @@ def bias_gelu_bwd(grad_out: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Ten
     tokens, columns = x.shape
     grad_x = torch.empty_like(x)
     config = _launch_config(columns, "bwd")
-    column_blocks = triton.cdiv(columns, config["BLOCK_N"])
-    tiles = triton.cdiv(tokens, config["BLOCK_M"])
+    column_blocks = rows.cdiv(columns, config["BLOCK_N"])
+    tiles = rows.cdiv(tokens, config["BLOCK_M"])
     # Without a bias there is no sum to keep: one program a tile.
-    programs = tiles if bias is None else min(tiles, triton.cdiv(rows.row_programs(x.device, 2**30), column_blocks))
+    programs = tiles if bias is None else min(tiles, rows.cdiv(rows.row_programs(x.device, 2**30), column_blocks))
     partial = torch.empty((0 if bias is None else programs, 1, columns), dtype=torch.float32, device=x.device)
     if grad_x.numel():
         _bias_gelu_bwd_kernel[(programs * column_blocks,)](

@@ -48,7 +48,7 @@ def _table_config(columns: int) -> dict:
 
     Reasoned; no GPU has measured it yet.
     """
-    block_n = min(1024, max(16, triton.next_power_of_2(columns)))
+    block_n = min(1024, max(16, rows.next_power_of_2(columns)))
     return {"BLOCK_R": 4, "BLOCK_N": block_n, "num_warps": max(1, block_n // 256), "num_stages": 1}
 
 
@@ -316,7 +316,7 @@ def embedding_layernorm_fwd(
     rstd = torch.empty_like(mean)
     if tokens:
         config = _launch_config(columns, "fwd")
-        _embedding_layernorm_fwd_kernel[(triton.cdiv(tokens, config["BLOCK_M"]),)](
+        _embedding_layernorm_fwd_kernel[(rows.cdiv(tokens, config["BLOCK_M"]),)](
             id_ptr=ids,
             position_id_ptr=positions,
             segment_id_ptr=segments,
@@ -374,7 +374,7 @@ def embedding_layernorm_bwd(
     key = torch.empty((3, tokens), dtype=torch.int32, device=device)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
     config = _launch_config(columns, "bwd")
-    programs = rows.row_programs(device, triton.cdiv(tokens, config["BLOCK_M"]))
+    programs = rows.row_programs(device, rows.cdiv(tokens, config["BLOCK_M"]))
     partial = torch.empty((programs, 2, columns), dtype=torch.float32, device=device)
     if tokens:
         _embedding_layernorm_bwd_kernel[(programs,)](
@@ -431,7 +431,7 @@ def _table_grads(
     runs = 3 * tokens // run
     run_sum = torch.empty((runs, columns), dtype=torch.float32, device=key.device)
     config = _table_config(columns)
-    column_blocks = triton.cdiv(columns, config["BLOCK_N"])
+    column_blocks = rows.cdiv(columns, config["BLOCK_N"])
     if runs:
         _run_sum_kernel[(runs, column_blocks)](
             grad_z_ptr=grad_z,

@@ -162,7 +162,7 @@ def _feed_forward_bwd_kernel(
 
 def _programs(device: torch.device, tiles: int, programs: int) -> int:
     """How many programs share the tiles, ``programs`` of them a multiprocessor; the interpreter has two of those."""
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    count = rows.multiprocessors(device) if device.type == "cuda" else 2
     return min(tiles, programs * count)
 
 
@@ -204,7 +204,7 @@ def product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     out = torch.empty_like(z)
     config = _launch_config(x.dtype, "fwd")
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    programs = _programs(x.device, triton.cdiv(tokens, m) * triton.cdiv(columns, n), config.pop("PROGRAMS"))
+    programs = _programs(x.device, rows.cdiv(tokens, m) * rows.cdiv(columns, n), config.pop("PROGRAMS"))
     with torch.cuda.device_of(x):
         _feed_forward_fwd_kernel[(programs,)](
             x_desc=_descriptor(x, m, k),
@@ -229,8 +229,8 @@ def product_gelu_bwd(grad_out: Tensor, weight: Tensor, z: Tensor, bias: Tensor |
     grad_z = torch.empty_like(z)
     config = _launch_config(z.dtype, "bwd")
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    row_tiles = triton.cdiv(tokens, m)
-    programs = _programs(z.device, row_tiles * triton.cdiv(columns, n), config.pop("PROGRAMS"))
+    row_tiles = rows.cdiv(tokens, m)
+    programs = _programs(z.device, row_tiles * rows.cdiv(columns, n), config.pop("PROGRAMS"))
     partial = torch.empty((0 if bias is None else row_tiles, 1, columns), dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
         _feed_forward_bwd_kernel[(programs,)](

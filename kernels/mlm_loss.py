@@ -45,7 +45,7 @@ def _launch_config(vocabulary: int) -> dict:
 
     Four rows: a chunk of 1024 gives 256 programs, and the buffer of d bias sums stays a quarter of fp32 logits.
     """
-    block_n = min(1024, max(16, triton.next_power_of_2(vocabulary)))
+    block_n = min(1024, max(16, rows.next_power_of_2(vocabulary)))
     return {"BLOCK_M": 4, "BLOCK_N": block_n, "num_warps": max(1, min(8, 4 * block_n // 256)), "num_stages": 1}
 
 
@@ -168,14 +168,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 
 def _even(positions: int, chunk: int) -> int:
     """Positions a chunk when all are dealt into as few as ``chunk`` allows, whole tiles of 128 where they fit."""
-    share = triton.cdiv(max(positions, 1), max(1, triton.cdiv(positions, chunk)))
-    return min(chunk, max(positions, 1), triton.cdiv(share, _PAD) * _PAD)
+    share = rows.cdiv(max(positions, 1), max(1, rows.cdiv(positions, chunk)))
+    return min(chunk, max(positions, 1), rows.cdiv(share, _PAD) * _PAD)
 
 
 def _padded_table(word: Tensor, dtype: torch.dtype) -> Tensor:
     """The word table in ``dtype``; in 16 bits with zero rows up to a multiple of 128."""
     vocabulary, columns = word.shape
-    width = vocabulary if dtype == torch.float32 else triton.cdiv(vocabulary, _PAD) * _PAD
+    width = vocabulary if dtype == torch.float32 else rows.cdiv(vocabulary, _PAD) * _PAD
     if width == vocabulary:
         return word.to(dtype)
     table = torch.empty((width, columns), dtype=dtype, device=word.device)
@@ -206,12 +206,12 @@ def mlm_loss_fwd(
 
     table = _padded_table(word, hidden.dtype)
     width = table.shape[0]
-    stride = triton.cdiv(vocabulary, _PAD) * _PAD  # rows of logits start at aligned addresses in every dtype
+    stride = rows.cdiv(vocabulary, _PAD) * _PAD  # rows of logits start at aligned addresses in every dtype
     chunk = _even(positions, chunk)
     config = _launch_config(vocabulary)
     logits = torch.empty((chunk, stride), dtype=hidden.dtype, device=device)
     row_loss = torch.empty(positions, dtype=torch.float32, device=device)
-    partial = row_loss.new_empty((triton.cdiv(chunk, config["BLOCK_M"]) if with_grads else 0, stride))
+    partial = row_loss.new_empty((rows.cdiv(chunk, config["BLOCK_M"]) if with_grads else 0, stride))
     grad_hidden = torch.empty_like(hidden) if with_grads else hidden.new_empty(0)
     grad_word = row_loss.new_empty((width, columns) if with_grads else (0,))
     chunk_grad = row_loss.new_empty((chunk, columns) if with_grads else (0, columns))
@@ -221,7 +221,7 @@ def mlm_loss_fwd(
         part = hidden[start : start + count]
         chunk_logits = logits[:count, :width]
         _product(part, table.T, chunk_logits)
-        _mlm_loss_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
+        _mlm_loss_kernel[(rows.cdiv(count, config["BLOCK_M"]),)](
             logits_ptr=logits,
             bias_ptr=bias,
             labels_ptr=labels[start:],
@@ -272,7 +272,7 @@ def mlm_loss_bwd_(grad_loss: Tensor, grad_hidden: Tensor, grad_word: Tensor, gra
 def _scale(factor: Tensor, grads: tuple[Tensor, ...], outs: tuple[Tensor, ...]) -> None:
     """outs = factor * grads, three tensors each; they may be the same."""
     rows.check_tensors("mlm_loss", grad_hidden=grads[0], grad_word=grads[1], grad_bias=grads[2])
-    blocks = [triton.cdiv(g.numel(), _SCALE_CONFIG["BLOCK"]) for g in grads]
+    blocks = [rows.cdiv(g.numel(), _SCALE_CONFIG["BLOCK"]) for g in grads]
     if sum(blocks):
         _scale_kernel[(sum(blocks),)](
             scale_ptr=factor,
@@ -299,7 +299,7 @@ def aot_cases(capability: int) -> list[dict]:
     matrix products are the library's.
     """
     vocabulary = 30522
-    stride = triton.cdiv(vocabulary, _PAD) * _PAD
+    stride = rows.cdiv(vocabulary, _PAD) * _PAD
     pointers = {"logits_ptr": "*bf16", "bias_ptr": "*fp32", "labels_ptr": "*i64", "scale_ptr": "*fp32"}
     pointers |= {"row_loss_ptr": "*fp32", "partial_ptr": "*fp32"}
     scalars = {"count": "i32", "ignore_index": "i32"}

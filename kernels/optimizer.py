@@ -315,7 +315,7 @@ def _plan(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[tup
 
     Kept by the sizes, which are a few hundred: BERT-large has 160 000 chunks, too many to list in every step.
     """
-    counts = torch.tensor([triton.cdiv(size, block) for size in sizes])
+    counts = torch.tensor([rows.cdiv(size, block) for size in sizes])
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     tensor = torch.repeat_interleave(counts)
     chunks = torch.stack([tensor, torch.arange(len(tensor)) - starts[tensor]], dim=1).int()

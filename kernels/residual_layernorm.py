@@ -172,7 +172,7 @@ def residual_layernorm_fwd(
     rstd = torch.empty_like(mean)
     if tokens:
         config = _launch_config(columns, "fwd")
-        _residual_layernorm_fwd_kernel[(triton.cdiv(tokens, config["BLOCK_M"]),)](
+        _residual_layernorm_fwd_kernel[(rows.cdiv(tokens, config["BLOCK_M"]),)](
             x_ptr=x,
             bias_ptr=x if bias is None else bias,
             residual_ptr=x if residual is None else residual,
@@ -220,7 +220,7 @@ def residual_layernorm_bwd(
     grad_weight, grad_ln_bias = torch.empty_like(weight), torch.empty_like(weight)
     grad_bias = torch.empty_like(weight) if has_bias else weight.new_empty(0)
     config = _launch_config(columns, "bwd")
-    programs = rows.row_programs(z.device, triton.cdiv(tokens, config["BLOCK_M"]))
+    programs = rows.row_programs(z.device, rows.cdiv(tokens, config["BLOCK_M"]))
     outputs = [grad_weight, grad_ln_bias] + ([grad_bias] if has_bias else [])
     partial = torch.empty((programs, len(outputs), columns), dtype=torch.float32, device=z.device)
     if tokens:

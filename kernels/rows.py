@@ -6,6 +6,8 @@ parameters) have no atomics: each program keeps its own sum, writes it as one ro
 second kernel adds the rows in a fixed order, so equal inputs give equal bits.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -31,13 +33,39 @@ def check_tensors(operator: str, columns: int | None = None, **tensors: torch.Te
         )
 
 
+# Triton has these two as functions of its language, which cost the host of every launch several times as much.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """The compute capability of a GPU, 10 times the major number plus the minor one; 80 for the interpreter."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def row_tile(columns: int, elements: int) -> dict:
     """BLOCK_M, BLOCK_N and num_warps of tiles with about ``elements`` elements, at most 32 rows.
 
     A thread holds 8 neighbouring elements of a row (one 128-bit access in 16-bit dtypes, one Philox call) and
     as many rows as the tile has; 16 warps at most, so a row of 8192 is 16 elements a thread.
     """
-    block_n = max(8, triton.next_power_of_2(columns))
+    block_n = max(8, next_power_of_2(columns))
     block_m = min(32, max(1, elements // block_n))
     warps = max(block_n, min(block_m * block_n, 1024)) // 256
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(16, max(1, warps))}
@@ -50,8 +78,7 @@ def row_programs(device: torch.device, tiles: int) -> int:
     latency, while the buffer of their sums stays a few per cent of the traffic. Reasoned, not measured. It depends
     on the device alone, so the order of the sums, and their bits, do too.
     """
-    most = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return min(tiles, most)
+    return min(tiles, 4 * multiprocessors(device) if device.type == "cuda" else 4)
 
 
 @triton.jit
@@ -115,7 +142,7 @@ def sum_partials(partial: torch.Tensor, outputs: list[torch.Tensor]) -> None:
     """Sum ``partial`` (programs, len(outputs), columns) fp32 over programs into the 1 to 3 ``outputs`` (columns,)."""
     programs, count, columns = partial.shape
     first, second, third = (*outputs, *(outputs[:1] * (3 - count)))
-    _sum_partials_kernel[(triton.cdiv(columns, _SUM_CONFIG["BLOCK_N"]), count)](
+    _sum_partials_kernel[(cdiv(columns, _SUM_CONFIG["BLOCK_N"]), count)](
         partial_ptr=partial,
         first_ptr=first,
         second_ptr=second,

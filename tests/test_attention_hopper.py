@@ -174,7 +174,7 @@ def test_what_it_has_not_is_refused(one_pass):
 def as_on_hopper(one_pass, monkeypatch):
     """attention.py takes this device for one of compute capability 9.0; gives what it calls of the one-pass kernel."""
     spy = SimpleNamespace(takes=one_pass.takes, attention_bwd=one_pass.attention_bwd)
-    monkeypatch.setattr(portable, "_capability", lambda device: 90)
+    monkeypatch.setattr(portable.rows, "capability", lambda device: 90)
     monkeypatch.setitem(sys.modules, "bert_fast.kernels.attention_hopper", spy)
     monkeypatch.setattr(sys.modules["bert_fast.kernels"], "attention_hopper", spy, raising=False)
     return spy

@@ -258,9 +258,46 @@ def call(operator, **changes):
         return getattr(ops, operator)(**(good(operator) | changes))
 
 
-@pytest.mark.parametrize("operator", [name for name in dispatch.TABLE if name != "optimizer"])
+OPERATORS = [name for name in dispatch.TABLE if name != "optimizer"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_good_arguments_are_good(operator):
     assert call(operator).isfinite().all()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_registered_derivative_is_that_of_the_shorter_way(operator, monkeypatch):
+    """torch.compile and exports take the one, eager forwards the other."""
+    inputs = {
+        name: t.clone().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t
+        for name, t in good(operator).items()
+    }
+    wanted = [t for t in inputs.values() if torch.is_tensor(t) and t.requires_grad]
+
+    def ways():
+        out = call(operator, **inputs)
+        return type(out.grad_fn).__name__, [out, *torch.autograd.grad(out, wanted, torch.ones_like(out))]
+
+    name, shorter = ways()
+    assert name == f"{operator}Backward"
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    name, registered = ways()
+    assert name.startswith("GeneratedBackwardFor_bert_fast_")
+    assert all(map(torch.equal, shorter, registered))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_there_is_no_second_derivative_and_it_is_said(operator):
+    inputs = {
+        name: t.clone().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t
+        for name, t in good(operator).items()
+    }
+    wanted = [t for t in inputs.values() if torch.is_tensor(t) and t.requires_grad]
+    out = call(operator, **inputs)
+    grads = torch.autograd.grad(out, wanted, torch.ones_like(out, requires_grad=True), create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{operator} has no second derivative"):
+        sum(g.sum() for g in grads).backward()
 
 
 LONG, INT = torch.int64, torch.int32
