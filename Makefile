@@ -66,7 +66,8 @@ gpu-test:
 		tests/test_residual_layernorm.py tests/test_bias_gelu.py tests/test_feed_forward.py tests/test_mlm_loss.py \
 		tests/test_optim.py tests/test_random.py tests/test_ops.py tests/test_model.py tests/test_packing.py \
 		tests/test_captured_step.py tests/test_gradients_in_place.py tests/test_hidden_dtype.py \
-		tests/test_one_table_gradient.py tests/test_accelerate.py tests/train/test_pretrain_recorded.py
+		tests/test_one_table_gradient.py tests/test_recompute.py tests/test_accelerate.py \
+		tests/train/test_pretrain_recorded.py
 
 # Neither .venv nor a network nor the C++ operators: ARGS='--budget 540 --phase 1 4 --tune --out DIR'.
 gpu:

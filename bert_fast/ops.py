@@ -587,6 +587,26 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return _first_output("bias_gelu", x.contiguous(), _contiguous(bias))
 
 
+def made_again(y: Tensor) -> contextlib.AbstractContextManager:
+    """Around the use of ``y``, what ``bias_gelu`` gave: a backward that needs it computes it again, to the same bits.
+
+    It is made from what bias_gelu's own backward keeps, so nothing is kept for it. Where ``y`` has no such origin (no
+    gradient, a forward that is compiled) it is kept as ever.
+    """
+    node = y.grad_fn
+    if not isinstance(node, _nodes["bias_gelu"]._backward_cls):
+        return contextlib.nullcontext()
+    place, shape, dtype = y.data_ptr(), y.shape, y.dtype
+
+    def pack(kept: Tensor):
+        return node if (kept.data_ptr(), kept.shape, kept.dtype) == (place, shape, dtype) else kept
+
+    def unpack(kept) -> Tensor:
+        return _call("bias_gelu_fwd", *kept.saved_tensors) if kept is node else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # feed_forward
 

@@ -15,6 +15,7 @@ from ..packing import Layout
 from . import exchange, layers
 
 Tensor = torch.Tensor
+RECOMPUTED = ("nothing", "gelu", "layers")
 logger = logging.get_logger(__name__)
 
 
@@ -67,6 +68,22 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
                 "and changes nothing."
             )
         return attn_implementation or "sdpa"
+
+    def recompute(self, what: str = "nothing") -> None:
+        """What the backward computes again in place of keeping it since the forward, to the same bits: "nothing",
+        "gelu" (GELU's output, a quarter of what a layer keeps) or "layers" (all but each layer's input: transformers'
+        gradient checkpointing). ValueError for anything else."""
+        if what not in RECOMPUTED:
+            raise ValueError(f"bert_fast: recompute takes one of {', '.join(RECOMPUTED)}, got {what!r}")
+        for module in self.modules():
+            if isinstance(module, layers.BertLayer):
+                module.recompute_gelu = what == "gelu"
+        # transformers calls it activation checkpointing in later versions, which warn of the other name
+        kind = "activation" if hasattr(self, "activation_checkpointing_enable") else "gradient"
+        if what == "layers":  # dropout's masks are functions of their keys: no generator's state has to be put back
+            getattr(self, f"{kind}_checkpointing_enable")({"use_reentrant": False, "preserve_rng_state": False})
+        elif any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            getattr(self, f"{kind}_checkpointing_disable")()
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

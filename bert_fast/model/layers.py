@@ -6,6 +6,8 @@ An operator reads the parameters of several modules at once only while all of th
 hooks, a parametrisation or another class (LoRA, quantisation, offloading) is called instead.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 from transformers.activations import GELUActivation
@@ -289,7 +291,12 @@ def joined_feed_forward(
 
 
 class BertLayer(hf.BertLayer):
-    """One encoder layer on packed rows; transformers' gradient checkpointing wraps this forward."""
+    """One encoder layer on packed rows; transformers' gradient checkpointing wraps this forward.
+
+    ``recompute_gelu``: GELU's output is computed again in the backward and not kept (``model.recompute``).
+    """
+
+    recompute_gelu = False
 
     def forward(
         self, x: Tensor, layout: Layout, attentions: list | None = None, only: Tensor | None = None
@@ -301,7 +308,9 @@ class BertLayer(hf.BertLayer):
         if ops.joins_feed_forward(x) and joined(self.intermediate, self.output):
             return joined_feed_forward(self.intermediate, self.output, x, layout, layer)
         if plain(self.intermediate, BertIntermediate) and unwatched(self.output, BertOutput):
-            return self.output(*self.intermediate.beside(x), layout, layer)
+            activated, x = self.intermediate.beside(x)
+            with ops.made_again(activated) if self.recompute_gelu else contextlib.nullcontext():
+                return self.output(activated, x, layout, layer)
         return self.output(self.intermediate(x), x, layout, layer)
 
 

@@ -99,6 +99,11 @@ class PretrainConfig:
         "multiplied faster",
         choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
+    recompute: str = option(
+        "nothing", "device", "in the backward, to keep less: gelu's output, or layers but for their input; the numbers "
+        "are the same",
+        choices=("nothing", "gelu", "layers"),
+    )  # fmt: skip
     capture: bool = option(
         True,
         "device",

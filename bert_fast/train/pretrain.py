@@ -105,6 +105,7 @@ class _Run:
         # recorded or not: shapes decide the last bits of a product on a GPU
         self.sizes = sizes_of_phases(self.dataset, self.phases, self.tokens) if recordable else None
         self.prepared: Phase | None = None  # whose shapes the step is ready to record
+        self.model.recompute(config.recompute)
         self.update = Step(
             self.model, self.optimizer, ranks, bf16=self.bf16, tell=output.warn,
             recorder=captured.Recorder(self.model.parameters()) if recordable and config.capture else None,

@@ -13,7 +13,8 @@ from bert_fast.train.distributed import Ranks
 
 SAMPLES = ("seed", "nsp", "whole_word", "short_seq_prob", "validation", "validation_data")  # decide what is trained on
 SILENT = (  # may change from one start to the next without a word
-    "out", "data", "steps", "keep", "resume", "workers", "log_every", "peak_tflops", "device", "capture",
+    "out", "data", "steps", "keep", "resume", "workers", "log_every", "peak_tflops", "device", "recompute",
+    "capture",
 )  # fmt: skip
 
 

@@ -1,0 +1,107 @@
+"""What the backward computes again: the same bits, eager and recorded, and less that is kept."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from bert_fast import BertForPreTraining, BertForSequenceClassification, ops
+from bert_fast.model.base import RECOMPUTED
+from tests import test_captured_step as steps
+from tests.parity import DEVICE
+from tests.train.recorded_runs import Rerun
+
+BRAIN = torch.bfloat16
+CONFIG = BertConfig(
+    vocab_size=120, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96,
+    max_position_embeddings=32,
+)  # fmt: skip
+
+
+def gradients(recompute: str, autocast: bool = False, **fields) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = BertForPreTraining(copy.deepcopy(CONFIG)).to(DEVICE).train()
+    model.recompute(recompute)
+    ids = torch.randint(5, 120, (3, 20), device=DEVICE)
+    mask = torch.arange(20, device=DEVICE) < torch.tensor([[20], [7], [13]], device=DEVICE)
+    labels = torch.where(mask & (ids % 3 == 0), ids, -100)
+    torch.manual_seed(1)
+    with torch.autocast(DEVICE, BRAIN, enabled=autocast):
+        loss = model(ids, attention_mask=mask, labels=labels, next_sentence_label=ids[:, 0] % 2, **fields).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("fields", [{}, {"hidden_dtype": BRAIN}], ids=["", "hidden_dtype"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("what", RECOMPUTED[1:])
+def test_the_same_bits(what, autocast, fields):
+    if fields and not autocast:
+        pytest.skip("hidden states of 16 bits beside float32 weights are autocast's")
+    expected, found = gradients("nothing", autocast, **fields), gradients(what, autocast, **fields)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("recorder", [None, *steps.recorders()])
+@pytest.mark.parametrize("what", RECOMPUTED[1:])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_same_bits_in_steps(what, bf16, recorder):
+    expected = steps.trained(steps.build(bf16=bf16))
+    step = steps.build(bf16=bf16, recorder=recorder, tell=pytest.fail)
+    step.model.recompute(what)
+    found = steps.trained(steps.prepare(step) if recorder else step)
+    assert steps.same(found, expected)
+    assert step.captured == (7 if recorder else 0)
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_outputs_of_gelu_are_kept_by_nobody(monkeypatch, step):
+    """Three layers' and the MLM head's: of the layers none is alive once the forward is done."""
+    made, alive = [], {}
+    bias_gelu = ops.bias_gelu
+
+    def watched(x, bias=None):
+        y = bias_gelu(x, bias)
+        made.append(weakref.ref(y))
+        return y
+
+    monkeypatch.setattr(ops, "bias_gelu", watched)
+    for what in ("nothing", "gelu"):
+        made.clear()
+        if step:
+            trainer = steps.build(recorder=Rerun)
+            trainer.model.recompute(what)
+            backward = torch.Tensor.backward
+
+            def counted(loss, *args, what=what, backward=backward, **kwargs):
+                alive.setdefault(what, [y() is not None for y in made])
+                backward(loss, *args, **kwargs)
+
+            monkeypatch.setattr(torch.Tensor, "backward", counted)
+            steps.apply(trainer, 0)
+            monkeypatch.setattr(torch.Tensor, "backward", backward)
+        else:
+            torch.manual_seed(0)
+            model = BertForSequenceClassification(copy.deepcopy(CONFIG)).to(DEVICE).train()
+            model.recompute(what)
+            loss = model(torch.randint(5, 120, (2, 9), device=DEVICE), labels=torch.tensor([0, 1], device=DEVICE)).loss
+            alive[what] = [y() is not None for y in made]
+            loss.backward()
+    layers = 2 if step else 3
+    assert alive["nothing"][:layers] == [True] * layers
+    assert alive["gelu"][:layers] == [False] * layers
+
+
+def test_it_can_be_taken_back_and_what_is_unknown_is_refused():
+    model = BertForPreTraining(copy.deepcopy(CONFIG))
+    for what in RECOMPUTED:
+        model.recompute(what)
+        assert model.bert.encoder.layer[0].gradient_checkpointing == (what == "layers")
+        assert {layer.recompute_gelu for layer in model.bert.encoder.layer} == {what == "gelu"}
+    model.recompute()
+    assert not model.bert.encoder.layer[0].gradient_checkpointing
+    with pytest.raises(ValueError, match="recompute takes one of nothing, gelu, layers, got 'all'"):
+        model.recompute("all")
