@@ -16,33 +16,64 @@ from torch import Tensor
 from transformers import logging as transformers_logging
 
 from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, special_ids
+from bert_fast.output import Output
+from bert_fast.train import checkpoint
 
 # Sentences that are sorted by length together; their vectors are held until all of them are there.
 WINDOW = 8192
 
 
-def model_folder(path: str | Path) -> Path:
-    """The Hugging Face folder of ``path``: itself, or the ``model`` of a run. FileNotFoundError where there is none."""
-    path = Path(path)
+def model_folder(path: str | Path, output: Output | None = None) -> Path:
+    """The Hugging Face folder of ``path``: itself (a checkpoint of a run is one), or the ``model`` of a run.
+
+    Of a run that has not ended it is the newest checkpoint that is whole, which ``output`` (None: an Output()) is
+    told, as of newer ones that are damaged. FileNotFoundError where there is no model, CheckpointError where all
+    checkpoints are damaged.
+    """
+    path, output = Path(path), output or Output()
     for folder in (path / "model", path):
-        config = folder / "config.json"
-        if config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8")):
+        if _is_model(folder):
             return folder
-    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{path} has no model yet: pre-training has not come to its end; start it again")
-    raise FileNotFoundError(f"{path} is neither a run of `bert-fast pretrain` nor a Hugging Face folder with a model")
+    if not (path / "checkpoints").is_dir() and not (path / "metrics.jsonl").is_file():
+        raise FileNotFoundError(
+            f"{path} is neither a run of `bert-fast pretrain` nor a Hugging Face folder with a model"
+        )
+    found, complaints = checkpoint.newest(path)
+    for complaint in complaints:
+        output.warn(complaint)
+    if found is None:
+        raise FileNotFoundError(f"{path} has no model and no checkpoint yet: start its pre-training again")
+    if not _is_model(found.folder):
+        raise FileNotFoundError(
+            f"{path} has no model yet, and its newest checkpoint, {found.folder.name}, was written without the model's "
+            "configuration and tokenizer: start its pre-training again, the next checkpoint has them"
+        )
+    output.note(f"{path} has not ended: read at update {found.step}, its newest whole checkpoint")
+    return found.folder
+
+
+def _is_model(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def load_model(
-    cls: type, path: str | Path, *, optional: Sequence[str] = (), device: str | torch.device = "cpu", **arguments
+    cls: type,
+    path: str | Path,
+    *,
+    optional: Sequence[str] = (),
+    device: str | torch.device = "cpu",
+    output: Output | None = None,
+    **arguments,
 ):
     """(model in evaluation mode, tokenizer, names of ``optional`` weights that were missing) from a run or folder.
 
-    ``cls`` is one of this package's model classes, ``arguments`` go to its ``from_pretrained``. Raises ValueError
-    where the checkpoint lacks weights that the class needs (they would be random), except those whose names begin
-    with one of ``optional``, where they cannot be read, and where it has no BERT's configuration or vocabulary.
+    ``path`` and ``output`` are as in :func:`model_folder`. ``cls`` is one of this package's model classes,
+    ``arguments`` go to its ``from_pretrained``. Raises ValueError where the checkpoint lacks weights that the class
+    needs (they would be random), except those whose names begin with one of ``optional``, where they cannot be read,
+    and where it has no BERT's configuration or vocabulary.
     """
-    folder = model_folder(path)
+    folder = model_folder(path, output)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind != "bert":
         raise ValueError(f"{folder} holds a model of type {kind!r}; this engine runs BERT")
@@ -66,7 +97,15 @@ def load_model(
 
 @contextmanager
 def readable_weights(source: str | Path) -> Iterator[None]:
-    """ValueError where the weights of ``source`` are cut short, damaged, or a pickle of more than tensors."""
+    """ValueError where the weights of ``source`` are cut short, damaged, or a pickle of more than tensors.
+
+    The checksums of a run's checkpoint are compared first.
+    """
+    if (Path(source) / "checksums.json").is_file():
+        try:
+            checkpoint.read(Path(source))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"checkpoint {source} is damaged: {error}") from error
     try:
         yield
     except SafetensorError as error:

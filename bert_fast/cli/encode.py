@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
@@ -28,7 +29,7 @@ bert-fast encode run sentences.txt --out vectors.npy
 cut -f1 reviews.tsv | bert-fast encode run --out vectors.npy --quiet
 echo "A sentence." | bert-fast encode path/to/all-MiniLM-L6-v2 --normalize""",
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder or a Hugging Face folder")
+    add_model_argument(parser)
     parser.add_argument("file", metavar="FILE", nargs="?", help="sentences, one a line (default: stdin)")
     parser.add_argument(
         "--out",
@@ -54,7 +55,9 @@ def run(options: argparse.Namespace) -> None:
     if options.out is not None:
         writable_folder(Path(options.out).parent)
     # no vector reads the pooler, so its weights may be missing
-    model, tokenizer, _ = load_model(BertModel, options.model, optional=("pooler.",), device=chosen_device(options))
+    model, tokenizer, _ = load_model(
+        BertModel, options.model, optional=("pooler.",), device=chosen_device(options), output=out
+    )
     with open(options.file, "rb") if options.file else nullcontext(sys.stdin.buffer) as stream:
         lines = _sentences(stream, options.file or "stdin")
         count = _encode(options, out, model, tokenizer, lines)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command
 
@@ -25,7 +26,7 @@ bert-fast prepare heldout/ --tokenizer tok --out heldout
 bert-fast evaluate run --data heldout --baseline data --max-sequences 2000 --json
 bert-fast evaluate path/to/bert-base-uncased --data heldout --seq 512""",
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder or a Hugging Face folder")
+    add_model_argument(parser)
     parser.add_argument("--data", metavar="DIR", required=True, help="what `bert-fast prepare` wrote")
     parser.add_argument(
         "--baseline",
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     out = Output.of(options)
     model, tokenizer, missing = load_model(
         BertForPreTraining, options.model, optional=("cls.seq_relationship.", "bert.pooler."),
-        device=chosen_device(options),
+        device=chosen_device(options), output=out,
     )  # fmt: skip
     trained = _run_configuration(Path(options.model))
     corpus, baseline = _evaluated(options, trained, out)
@@ -108,10 +109,13 @@ def _require_same_tokenizer(tokenizer, folder: str) -> None:
 
 
 def _run_configuration(folder: Path) -> dict:
-    """The options that the run in ``folder`` was trained with; empty for what is no run."""
-    if not (folder / "model").is_dir() or not (folder / "config.json").is_file():
+    """The options of the run that ``folder`` is, or is a checkpoint of; empty for any other model."""
+    if (folder / "state.json").is_file():
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))["options"]
+    if not (folder / "config.json").is_file():
         return {}
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {} if "model_type" in found else found
 
 
 def _longest(trained: dict) -> int | None:

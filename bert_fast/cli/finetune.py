@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bert_fast.cli import NOT_FINITE
 from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
@@ -26,7 +27,7 @@ bert-fast finetune run --train sst2/train.tsv --validation sst2/dev.tsv --out se
 bert-fast finetune run --train mnli.csv --validation dev.csv --text premise --pair hypothesis --label gold --out nli
 bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    # what pre-training is worth""",
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder or a Hugging Face folder")
+    add_model_argument(parser)
     parser.add_argument("--train", metavar="FILE", required=True, help="examples to learn from")
     parser.add_argument("--validation", metavar="FILE", required=True, help="examples to measure the accuracy on")
     parser.add_argument("--out", metavar="DIR", help="where the classifier goes (default: it is measured, not kept)")
@@ -64,15 +65,16 @@ def _finetune(options: argparse.Namespace) -> None:
     out = Output.of(options)
     columns = {"text": options.text, "pair": options.pair, "label": options.label}
     train, validation = (read_examples(path, **columns) for path in (options.train, options.validation))
+    model = model_folder(options.model, out)
     if options.out is not None:
         folder = Path(options.out)
-        if folder.resolve() == model_folder(options.model).resolve() or (folder / "metrics.jsonl").is_file():
+        if folder.resolve() == model.resolve() or (folder / "metrics.jsonl").is_file():
             raise ValueError(f"--out {folder} holds a run, or the model that is fine-tuned: choose another folder")
         writable_folder(folder)
     updates = math.ceil(-(-len(train) // options.batch_size) * options.epochs)  # as Trainer counts
     with out.progress(updates, "fine-tuning", "updates") as bar:
         found = finetune(
-            options.model,
+            model,
             train,
             validation,
             options.out,

@@ -147,13 +147,21 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int 
 
     ``transformers.BertTokenizerFast.from_pretrained(folder)`` gives the ids that ``tokenizer`` gives.
     """
-    special_ids(tokenizer)
     folder = Path(folder)
+    contents = tokenizer_contents(tokenizer, max_length=max_length)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    return folder
+
+
+def tokenizer_contents(tokenizer: Tokenizer, *, max_length: int = 512) -> dict[str, bytes]:
+    """What :func:`save_tokenizer` writes, by the names of the files."""
+    special_ids(tokenizer)
+    contents = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
     vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     if [number for _, number in vocabulary] == list(range(len(vocabulary))):
-        write_atomically(folder / "vocab.txt", "".join(f"{token}\n" for token, _ in vocabulary).encode())
+        contents["vocab.txt"] = "".join(f"{token}\n" for token, _ in vocabulary).encode()
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     config = {
         "tokenizer_class": "BertTokenizerFast",
@@ -163,8 +171,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int 
         "model_max_length": max_length,
         **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},
     }
-    write_atomically(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    return folder
+    return contents | {"tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> Tokenizer:

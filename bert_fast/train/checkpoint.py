@@ -2,6 +2,8 @@
 
 RUN/checkpoints/step-00001000/
     model.safetensors       parameters by name, float32
+    config.json, tokenizer.json, vocab.txt, tokenizer_config.json
+                            with model.safetensors a Hugging Face folder, which every command takes for a model
     optimizer.safetensors   the optimiser's state as KEY/PARAMETER; one file a process that shares it
                             (optimizer-00000-of-00004.safetensors), readable by any other number of processes
     state.json              step, place in the data, and what the run must have in common with one that goes on
@@ -68,11 +70,13 @@ def save(
     optimizer: dict[str, torch.Tensor],
     ranks: Ranks,
     *,
+    description: dict[str, bytes],
     keep: int,
 ) -> Path:
     """Writes the checkpoint of ``state["step"]`` and removes older ones; every process calls it.
 
-    ``model`` is written by the first process, ``optimizer`` is each process's own part, written by those of the first
+    ``model`` is written by the first process, beside it the files of ``description`` (configuration and tokenizer, see
+    :func:`bert_fast.train.export.description`); ``optimizer`` is each process's own part, written by those of the first
     machine. The last ``keep`` stay, and the one with the lowest ``state["validation"]["mlm_loss"]`` of those at the
     newest's ``state["seq"]``. Where it cannot be written (a full disk), CheckpointError on every process: what was
     written aside is removed, and older checkpoints are as they were.
@@ -98,6 +102,8 @@ def save(
             for rank, report in enumerate(reports[: ranks.shards]):
                 checksums[_shard(rank, ranks.shards)] = (int.from_bytes(report[1:9], "little"), report[9:])
             checksums["model.safetensors"] = write_safetensors(aside / "model.safetensors", model)
+            for name, content in description.items():
+                checksums[name] = _write(aside / name, [content])
             checksums["state.json"] = _write(aside / "state.json", [_json(state)])
             table = {name: {"bytes": count, "blake2b": hashed.hex()} for name, (count, hashed) in checksums.items()}
             _write(aside / "checksums.json", [_json(table)])
@@ -221,7 +227,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int
     ``safetensors.torch.save_file`` would need the file read again for its checksum, and reports a full disk as an
     exception of its own.
     """
-    header, offset = {}, 0
+    header, offset = {"__metadata__": {"format": "pt"}}, 0  # which loaders of Hugging Face folders may ask for
     for name, tensor in tensors.items():
         shape, end = list(tensor.shape), offset + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}

@@ -1,5 +1,6 @@
 """RUN/model: the trained model as a plain Hugging Face folder, with a card that says how it was made."""
 
+import copy
 import os
 import shutil
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers.utils import logging
 
 import bert_fast
-from bert_fast.data import save_tokenizer
+from bert_fast.data.tokenizer import save_tokenizer, tokenizer_contents
 from bert_fast.model import BertForPreTraining
 from bert_fast.train.config import PretrainConfig, flag
 from bert_fast.train.schedule import phases
@@ -48,6 +49,14 @@ def export(
         for leftover in (aside, before):
             shutil.rmtree(leftover, ignore_errors=True)
     return folder
+
+
+def description(model: BertForPreTraining, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files that make a folder with the float32 weights of ``model`` a Hugging Face folder, by name."""
+    made = copy.deepcopy(model.config)
+    made.architectures, made.dtype = [type(model).__name__], "float32"
+    files = {"config.json": made.to_json_string().encode()}
+    return files | tokenizer_contents(tokenizer, max_length=made.max_position_embeddings)
 
 
 @contextmanager

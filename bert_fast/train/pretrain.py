@@ -19,7 +19,7 @@ from bert_fast.train import captured, checkpoint, modelling
 from bert_fast.train.config import ConfigError, PretrainConfig
 from bert_fast.train.devices import has_matrix_unit, matmul_peak
 from bert_fast.train.distributed import Ranks, started
-from bert_fast.train.export import export
+from bert_fast.train.export import description, export
 from bert_fast.train.loader import BatchMaker, Work, load_updates, updates
 from bert_fast.train.meter import Meter
 from bert_fast.train.metrics import MetricsFile
@@ -256,7 +256,10 @@ class _Run:
                 self.metrics.flush()
             model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
             optimizer = state_tensors(self.optimizer, self.model)
-            checkpoint.save(self.folder, self._state(), model, optimizer, self.ranks, keep=self.config.keep)
+            checkpoint.save(
+                self.folder, self._state(), model, optimizer, self.ranks,
+                description=description(self.model, self.tokenizer), keep=self.config.keep,
+            )  # fmt: skip
 
     def _state(self) -> dict:
         return {

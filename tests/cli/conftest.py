@@ -48,6 +48,19 @@ def run(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def pretrained(folder):
+    """A finished run of four updates on ``data``, with the checkpoints of updates 2 and 4; tests copy it."""
+    made = folder / "pretrained"
+    size = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "size.json").write_text(json.dumps({**size, "dtype": "float16"}))
+    argv = ["pretrain", "--data", folder / "data", "--out", made, "--model", folder / "size.json", "--seq", 32,
+            "--steps", 4, "--batch-size", 4, "--checkpoint-every", 2, "--validation", 0.3, "--seed", 5, "--workers", 0,
+            "--peak-tflops", 1, "--device", "cpu", "--quiet"]  # fmt: skip
+    assert main([str(argument) for argument in argv]) == 0
+    return made
+
+
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """corpus.jsonl (15 topics of the Python language reference), tok, data, and model, tiny with random weights."""
     folder = tmp_path_factory.mktemp("cli")

@@ -201,8 +201,8 @@ def test_models_that_cannot_serve_are_refused(run, folder, run_folder, tmp_path)
         (("fill-mask", tmp_path / "encoder", "a [MASK]"), "cls.predictions"),
         (("fill-mask", tmp_path / "gpt", "a [MASK]"), "'gpt2'"),
         (("fill-mask", tmp_path / "nothing", "a [MASK]"), "neither a run"),
-        (("fill-mask", tmp_path / "begun", "a [MASK]"), "start it again"),
-        (("fill-mask", tmp_path / "early", "a [MASK]"), "start it again"),
+        (("fill-mask", tmp_path / "begun", "a [MASK]"), "no model and no checkpoint yet"),
+        (("fill-mask", tmp_path / "early", "a [MASK]"), "no model and no checkpoint yet"),
         (("fill-mask", run_folder, "a [MASK]"), "neither tokenizer.json nor vocab.txt"),
     ):
         done = run(*argv, "--quiet")
@@ -217,6 +217,103 @@ def test_models_that_cannot_serve_are_refused(run, folder, run_folder, tmp_path)
 def test_a_run_is_its_model(folder, run_folder):
     assert model_folder(run_folder) == run_folder / "model"
     assert model_folder(folder / "model") == folder / "model"
+
+
+@pytest.fixture
+def unended(pretrained, tmp_path):
+    """What a run leaves that was killed after its second checkpoint."""
+    made = tmp_path / "unended"
+    shutil.copytree(pretrained, made)
+    shutil.rmtree(made / "model")
+    return made
+
+
+def test_a_checkpoint_is_the_model_of_its_update(pretrained, unended):
+    last = pretrained / "checkpoints" / "step-00000004"
+    expected = bert_fast.BertForPreTraining.from_pretrained(pretrained / "model").state_dict()
+    vocabulary = data.load_tokenizer(pretrained / "model").to_str()
+    for path in (unended, unended / "checkpoints" / "step-00000004", last):
+        model, tokenizer, missing = load_model(bert_fast.BertForPreTraining, path)
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert (tokenizer.to_str(), missing) == (vocabulary, [])
+    earlier, _, _ = load_model(bert_fast.BertForPreTraining, unended / "checkpoints" / "step-00000002")
+    assert not all(torch.equal(tensor, expected[name]) for name, tensor in earlier.state_dict().items())
+
+    theirs, info = transformers.BertForPreTraining.from_pretrained(last, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(theirs.state_dict()[name], expected[name]) for name in expected)
+    assert theirs.config.architectures == ["BertForPreTraining"]
+    again = transformers.AutoTokenizer.from_pretrained(last)
+    assert again(TEXTS[0])["input_ids"] == tokenizer.encode(TEXTS[0]).ids
+
+
+def test_every_command_reads_a_run_that_has_not_ended_at_its_newest_checkpoint(run, folder, pretrained, unended):
+    examples = folder / "examples.tsv"
+    examples.write_text("one\ta\ntwo\tb\n" * 4)
+    step = unended / "checkpoints" / "step-00000004"
+    for command, *argv in (
+        ("fill-mask", TEXTS[0]),
+        ("encode",),
+        ("evaluate", "--data", folder / "data"),
+        ("finetune", "--train", examples, "--validation", examples, "--epochs", 1),
+    ):
+        ended, running, there = (
+            run(command, model, *argv, "--json", "--device", "cpu", stdin="a sentence\n")
+            for model in (pretrained, unended, step)
+        )
+        notes = [line["text"] for line in running.lines if line["kind"] == "note"]
+        notes = [text for text in notes if "update 4" in text]
+        assert notes == [f"{unended} has not ended: read at update 4, its newest whole checkpoint"]
+        assert not any("update 4" in line.get("text", "") for done in (ended, there) for line in done.lines)
+        results = [
+            [{k: v for k, v in line.items() if k != "model"} for line in done.lines
+             if line["kind"] in ("result", "vector")]
+            for done in (ended, running, there)
+        ]  # fmt: skip
+        assert results[0]
+        assert results[1:] == [results[0]] * 2  # for evaluate: on the documents held out, up to the run's length
+    shown = run("fill-mask", unended, TEXTS[0])
+    assert shown.err.count("\n") == 1
+    assert run("fill-mask", unended, TEXTS[0], "--quiet").err == ""
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_read(run, folder, unended):
+    earlier, last = (unended / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
+    weights = bytearray((last / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (last / "model.safetensors").write_bytes(weights)
+    done = run("fill-mask", unended, TEXTS[0])
+    assert done.code == 0
+    assert f"{last} is damaged and passed over: model.safetensors is altered" in done.err
+    assert "read at update 2" in done.err
+    assert done.out == run("fill-mask", earlier, TEXTS[0]).out
+    for argv in (
+        ("fill-mask", last, TEXTS[0]),
+        ("pretrain", "--data", folder / "data", "--out", unended.with_name("new"), "--init-from", last, "--seq", 32),
+    ):
+        refused = run(*argv)
+        assert refused.code == 1
+        assert f"error: checkpoint {last} is damaged: model.safetensors is altered" in refused.err
+        assert refused.out == ""
+    (earlier / "vocab.txt").write_text("[PAD]\n")
+    refused = run("encode", unended, stdin="a sentence\n")
+    assert refused.code == 1
+    assert "vocab.txt has" in refused.err
+    assert "No good checkpoint is left" in refused.err
+
+
+def test_a_checkpoint_without_configuration_is_told(run, unended):
+    for step in (unended / "checkpoints").iterdir():
+        (step / "config.json").unlink()
+        table = json.loads((step / "checksums.json").read_text())
+        del table["config.json"]
+        (step / "checksums.json").write_text(json.dumps(table))
+    refused = run("fill-mask", unended, TEXTS[0])
+    assert refused.code == 1
+    assert "its newest checkpoint, step-00000004, was written without the model's configuration" in refused.err
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a pickle"])

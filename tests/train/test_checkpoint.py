@@ -15,12 +15,13 @@ from bert_fast.train.distributed import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MODEL = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(0), "half": torch.ones(3).bfloat16()}
+DESCRIPTION = {"config.json": b'{"model_type": "bert"}', "vocab.txt": b"[PAD]\n"}
 OPTIMIZER = {"exp_avg/a.weight": torch.ones(2, 3), "step/a.weight": torch.tensor(7.0)}
 
 
 def put(run, step: int, loss: float | None = None, keep: int = 10, seq: int = 128):
     state = {"step": step, "seq": seq, "validation": None if loss is None else {"mlm_loss": loss}}
-    return save(run, state, MODEL, OPTIMIZER, ALONE, keep=keep)
+    return save(run, state, MODEL, OPTIMIZER, ALONE, description=DESCRIPTION, keep=keep)
 
 
 def steps(run) -> list[int]:
@@ -34,8 +35,9 @@ def same(found: dict, expected: dict) -> bool:
 def test_written_and_read_back(tmp_path):
     folder = put(tmp_path, 5)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checksums.json", "model.safetensors", "optimizer.safetensors", "state.json",
+        "checksums.json", "config.json", "model.safetensors", "optimizer.safetensors", "state.json", "vocab.txt",
     ]  # fmt: skip
+    assert {name: (folder / name).read_bytes() for name in DESCRIPTION} == DESCRIPTION
     found, complaints = newest(tmp_path)
     assert (found.step, found.folder, complaints) == (5, folder, [])
     assert same(found.tensors("model"), MODEL)
@@ -72,6 +74,11 @@ def damage_flipped_byte(folder):
 def damage_missing(folder):
     (folder / "optimizer.safetensors").unlink()
     return "optimizer.safetensors is missing"
+
+
+def damage_vocabulary(folder):
+    (folder / "vocab.txt").write_bytes(b"[UNK]\n")
+    return "vocab.txt is altered"
 
 
 def damage_state(folder):
@@ -162,9 +169,9 @@ def test_what_a_kill_left_aside_goes_with_the_next_checkpoint(tmp_path):
     assert newest(tmp_path)[0].step == 2
 
 
-@pytest.mark.parametrize("when", range(5))
+@pytest.mark.parametrize("when", range(7))
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_nothing_else(tmp_path, monkeypatch, when):
-    """The disk fills up after ``when`` flushes: in each of the four files, and in the folder's own."""
+    """The disk fills up after ``when`` flushes: in each of the six files, and in the folder's own."""
     put(tmp_path, 5)
     flushed = []
 

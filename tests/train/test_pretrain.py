@@ -254,7 +254,7 @@ def test_a_full_disk_stops_with_the_last_checkpoint_whole(configure, tmp_path, m
     with monkeypatch.context() as patch:  # room for the first checkpoint, and for half of the second
         flushed = []
         patch.setattr(
-            checkpoint.os, "fsync", lambda handle: flushed.append(real(handle)) if len(flushed) < 12 else full()
+            checkpoint.os, "fsync", lambda handle: flushed.append(real(handle)) if len(flushed) < 16 else full()
         )
         with pytest.raises(CheckpointError, match=r"the disk is full .*The last checkpoint, step-00000004, is whole"):
             train(config)
@@ -309,10 +309,11 @@ def test_the_model_is_a_plain_hugging_face_folder(configure, prepared):
     assert "24 documents" in card
 
 
-def test_continued_pre_training_from_a_checkpoint(configure, prepared, tmp_path, capsys):
+@pytest.mark.parametrize("folder", ["model", "checkpoints/step-00000004"])
+def test_continued_pre_training_from_a_checkpoint(configure, prepared, tmp_path, capsys, folder):
     first = configure(steps=4)
     train(first)
-    source = tmp_path / "run" / "model"
+    source = tmp_path / "run" / folder
     onward = configure(out=str(tmp_path / "onward"), init_from=str(source), steps=2, lr=0.0)
     assert train(onward) == 0
     before, after = (
