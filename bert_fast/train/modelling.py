@@ -1,5 +1,7 @@
 """The model that a run trains: one of the published sizes, any BertConfig, or a checkpoint of transformers."""
 
+import dataclasses
+import difflib
 import json
 from pathlib import Path
 
@@ -13,13 +15,19 @@ from bert_fast.model import BertForPreTraining
 from bert_fast.train.config import SIZES, ConfigError, PretrainConfig
 
 POSITIONS = 512  # as published, whatever length is trained on
+WITHOUT_EFFECT = {  # in configuration files of published BERTs, and read by nobody any more
+    "directionality", "finetuning_task", "gradient_checkpointing", "output_past", "pooler_fc_size",
+    "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
+    "position_embedding_type", "pruned_heads", "torchscript", "use_bfloat16",
+}  # fmt: skip
 NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 def model_config(config: PretrainConfig, tokenizer: Tokenizer, longest: int) -> BertConfig:
     """The BertConfig of a run whose sequences have at most ``longest`` tokens; its vocabulary is the tokenizer's.
 
-    ConfigError for a file that is none, a model with fewer positions, or a checkpoint of another vocabulary.
+    ConfigError for a file that is none or has names that BertConfig does not know, a model with fewer positions, or a
+    checkpoint of another vocabulary.
     """
     vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
     if config.init_from:
@@ -45,6 +53,7 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, longest: int) -> 
         except (ValueError, TypeError, OSError) as error:
             raise ConfigError(f"--model {config.model} is no BertConfig: {error}") from error
         _require_bert(f"--model {config.model}", fields.get("model_type", "bert"))  # Google's files name no type
+        _require_known(config.model, made)
     else:
         raise ConfigError(f"--model {config.model} is none of {', '.join(SIZES)}, and no file")
     if not config.init_from:
@@ -73,6 +82,21 @@ def _checkpoint_config(source: str) -> BertConfig:
 def _require_bert(what: str, kind: str) -> None:
     if kind != "bert":
         raise ConfigError(f"{what} is a model of type {kind!r}; this engine trains BERT")
+
+
+def _require_known(file: str, made: BertConfig) -> None:
+    """ConfigError where ``made`` has attributes that no BertConfig has: it keeps any name, and nothing reads it."""
+    extra = sorted(set(made.to_dict()) - set(BertConfig().to_dict()) - WITHOUT_EFFECT - {"return_logits"})
+    if unknown := [name for name in extra if not name.startswith("_")]:
+        raise ConfigError(f"--model {file}: BertConfig does not know {', '.join(map(_with_right_name, unknown))}")
+
+
+def _with_right_name(name: str) -> str:
+    """``name``, and the field of BertConfig that is meant where one alone has its words, or nearly its spelling."""
+    known = [field.name for field in dataclasses.fields(BertConfig)]
+    meant = [other for other in known if set(name.split("_")) <= set(other.split("_"))]
+    meant = meant or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"{name} (did you mean {meant[0]}?)" if len(meant) == 1 else name
 
 
 def comparable(config: BertConfig) -> dict:

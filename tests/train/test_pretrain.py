@@ -400,6 +400,33 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_written(configur
     assert not (Path(config.out) / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_layers": 3}, r"num_layers \(did you mean num_hidden_layers\?\)$"),
+        ({"heads": 2, "intermediate_sise": 9}, r"heads \(did .* num_attention_heads\?\), .* intermediate_size\?\)$"),
+        ({"hidden": 3, "colour": "red"}, "colour, hidden$"),  # it might be one of several
+    ],
+)
+def test_a_model_file_with_unknown_names_is_refused(configure, prepared, tmp_path, fields, message):
+    known = json.loads((prepared / "tiny.json").read_text())
+    (tmp_path / "size.json").write_text(json.dumps({**known, **fields}))
+    with pytest.raises(ConfigError, match=rf"^--model .*size\.json: BertConfig does not know {message}"):
+        train(configure(model=str(tmp_path / "size.json")))
+
+
+def test_model_files_of_published_models_are_taken(configure, prepared, tmp_path):
+    fields = {"architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "directionality": "bidi",
+              "hidden_size": 48, "model_type": "bert", "num_attention_heads": 3, "num_labels": 3, "do_sample": False,
+              "pooler_type": "first_token_transform", "position_embedding_type": "absolute", "torch_dtype": "float32",
+              "gradient_checkpointing": False, "transformers_version": "4.6.0.dev0", "_name_or_path": "x",
+              "_num_labels": 3, "use_cache": True, "vocab_size": 7, "return_logits": True}  # fmt: skip
+    for name, content in (("published", fields), ("ours", transformers.BertConfig(hidden_size=48).to_dict())):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        config = configure(model=str(tmp_path / f"{name}.json"))
+        assert modelling.model_config(config, load_tokenizer(prepared / "tokenizer"), 32).hidden_size == 48
+
+
 def test_validation_on_other_data_and_none_at_all(configure, prepared):
     config = configure(steps=4, validation_data=str(prepared / "other"))
     train(config)
