@@ -18,6 +18,8 @@ SIZES = {  # hidden layers, hidden size, attention heads; the feed-forward is fo
     "large": (24, 1024, 16),
 }
 
+INSTEAD = {"seq": "phases", "steps": "phases", "model": "init_from"}  # an option, and what is read in its place if set
+
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -194,8 +196,39 @@ def read_config(path: str | Path) -> dict:
 
 
 def resolve(flags: dict, file: str | Path | None = None) -> PretrainConfig:
-    """The configuration of a command line: flags over the file's options over the defaults."""
-    return PretrainConfig(**{**(read_config(file) if file else {}), **flags})
+    """The configuration of a command line: flags over the file's options over the defaults.
+
+    A flag goes before an option of the file, too, in whose place it is read (``INSTEAD``). ConfigError for an option
+    that was given beside the one in its place and contradicts it; what a file has as by default was not given.
+    """
+    values = read_config(file) if file else {}
+    values = {name: value for name, value in values.items() if INSTEAD.get(name) not in flags}
+    given = {field.name for field, _ in fields() if values.get(field.name, field.default) != field.default} | set(flags)
+    config = PretrainConfig(**{**values, **flags})
+    _require_no_contradiction(config, given)
+    return config
+
+
+def effective(options: dict) -> dict:
+    """``options`` by name without those that are not read, since another one is in their place."""
+    return {name: value for name, value in options.items() if not options.get(INSTEAD.get(name))}
+
+
+def _require_no_contradiction(config: PretrainConfig, given: set[str]) -> None:
+    from bert_fast.train.schedule import phases  # here: it needs this module
+
+    if config.init_from and "model" in given:
+        raise ConfigError(
+            f"--model {config.model} beside --init-from {config.init_from}, which is the model: leave one out"
+        )
+    if config.phases:
+        found = phases(config)
+        for name, of_phases in (("seq", max(phase.seq for phase in found)), ("steps", found[-1].last)):
+            if name in given and getattr(config, name) != of_phases:
+                raise ConfigError(
+                    f"{flag(name)} {getattr(config, name)} contradicts --phases {config.phases}, where it is "
+                    f"{of_phases}: leave one out"
+                )
 
 
 def _converted(field: dataclasses.Field, kind: type, value):

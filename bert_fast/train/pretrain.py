@@ -16,7 +16,7 @@ from bert_fast.data.files import write_atomically
 from bert_fast.flops import step_flops
 from bert_fast.output import Output
 from bert_fast.train import captured, checkpoint, modelling
-from bert_fast.train.config import ConfigError, PretrainConfig
+from bert_fast.train.config import ConfigError, PretrainConfig, effective
 from bert_fast.train.devices import has_matrix_unit, matmul_peak
 from bert_fast.train.distributed import Ranks, started
 from bert_fast.train.export import description, export
@@ -100,7 +100,8 @@ class _Run:
         if before is not None:
             self._go_on_from(before)
         if ranks.first:
-            write_atomically(self.folder / "config.json", (json.dumps(config.as_dict(), indent=1) + "\n").encode())
+            options = effective(config.as_dict())
+            write_atomically(self.folder / "config.json", (json.dumps(options, indent=1) + "\n").encode())
         recordable = captured.recordable(ranks)
         # recorded or not: shapes decide the last bits of a product on a GPU
         self.sizes = sizes_of_phases(self.dataset, self.phases, self.tokens) if recordable else None

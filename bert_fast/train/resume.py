@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from bert_fast.output import Output
 from bert_fast.train import checkpoint, modelling
-from bert_fast.train.config import ConfigError, PretrainConfig, flag
+from bert_fast.train.config import ConfigError, PretrainConfig, effective, flag
 from bert_fast.train.distributed import Ranks
 
 SAMPLES = ("seed", "nsp", "whole_word", "short_seq_prob", "validation", "validation_data")  # decide what is trained on
@@ -64,7 +64,7 @@ def _same_options_if_begun(config: PretrainConfig) -> None:
     path = folder / "config.json"
     if not path.exists():
         return
-    before, now = json.loads(path.read_text(encoding="utf-8")), config.as_dict()
+    before, now = effective(json.loads(path.read_text(encoding="utf-8"))), effective(config.as_dict())
     differing = [flag(name) for name in ("data", "model", "init_from") if before.get(name) != now.get(name)]
     if differing:
         raise NotTheSameRun(f"{folder} has a run with another {', '.join(differing)}: choose another --out")
@@ -92,7 +92,7 @@ def _same_run(config: PretrainConfig, found: checkpoint.Checkpoint, own: dict, t
         )
     if found.step > total:
         raise ConfigError(f"{folder} is at update {found.step} already, beyond the {total} asked for")
-    before, now = found.state["options"], config.as_dict()
+    before, now = effective(found.state["options"]), effective(config.as_dict())
     changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k) and k not in SILENT]
     if changed:
         listed = ", ".join(f"{flag(k)} (was {before.get(k)}, now {now.get(k)})" for k in changed)

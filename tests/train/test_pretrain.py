@@ -277,6 +277,17 @@ def test_the_resolved_configuration_starts_the_same_run(configure, tmp_path):
     assert losses(again) == losses(config)
 
 
+def test_a_run_of_phases_goes_on_from_its_resolved_configuration(configure, capsys):
+    config = configure(phases="16:2,32:4", seq=64, steps=9)
+    train(config)
+    again = resolve({"phases": "16:2,32:6"}, Path(config.out) / "config.json")
+    assert train(again) == 0
+    assert "--phases (was 16:2,32:4, now 16:2,32:6)" in (told := capsys.readouterr().err)
+    assert train(resolve({}, Path(config.out) / "config.json")) == 0
+    assert "--seq" not in told + capsys.readouterr().err
+    assert [line["step"] for line in losses(config, "train")] == list(range(1, 9))
+
+
 def test_the_model_is_a_plain_hugging_face_folder(configure, prepared):
     config = configure()
     train(config)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bert_fast.cli import pretrain as command
-from bert_fast.train.config import ConfigError, PretrainConfig, fields, flag, read_config, resolve
+from bert_fast.train.config import ConfigError, PretrainConfig, effective, fields, flag, read_config, resolve
 
 GIVEN = {"data": "d", "out": "r"}
 
@@ -40,6 +40,57 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     assert flags == {"lr": 0.5, "nsp": True}
     config = resolve(flags, path)
     assert (config.lr, config.batch_size, config.nsp, config.seq) == (0.5, 64, True, 128)
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "message"),
+    [
+        ("--phases 32:4,64:2 --steps 5", None, "--steps 5 contradicts --phases 32:4,64:2, where it is 6"),
+        (
+            "--phases 32:4,64:2 --seq 128",
+            None,
+            "--seq 128 contradicts --phases 32:4,64:2, where it is 64",
+        ),  # the default
+        ("--steps 5", {"phases": "32:4"}, "--steps 5 contradicts"),
+        ("", {"phases": "32:4", "seq": 64}, "--seq 64 contradicts"),
+        ("--model base --init-from x", None, "--model base beside --init-from x"),
+        ("--model base", {"init_from": "x"}, "--model base beside --init-from x"),
+        ("", {"model": "tiny", "init_from": "x"}, "--model tiny beside --init-from x"),
+        ("--phases 32:4,64:2 --steps 6 --seq 64", None, None),
+        ("--phases 32:4", {"seq": 64, "steps": 5}, None),
+        ("--init-from x", {"model": "tiny"}, None),
+        (
+            "",
+            {"phases": "32:4", "seq": 128, "steps": 1_000_000, "model": "base", "init_from": "x"},
+            None,
+        ),  # as defaults are
+    ],
+)
+def test_options_that_contradict_the_ones_in_their_place_are_wrong_usage(tmp_path, capsys, flags, file, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GIVEN | (file or {})))
+    options = parsed("--config", str(path), *flags.split())
+    if message is None:
+        config = resolve(flags_of(options), path)
+        resolve({}, _saved(config, path))
+        resolve(flags_of(options), path)  # the same command again
+        return
+    options.command = "pretrain"
+    assert options.run(options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_saved_configuration_has_no_contradiction(tmp_path):
+    config = PretrainConfig(**GIVEN, phases="32:4,64:2", seq=256, steps=7, model="tiny", init_from="x")
+    again = resolve({}, _saved(config, tmp_path / "config.json"))
+    assert again.as_dict() | {"seq": 256, "steps": 7, "model": "tiny"} == config.as_dict()
+    longer = resolve({"phases": "32:9"}, _saved(again, tmp_path / "config.json"))
+    assert (longer.phases, longer.init_from) == ("32:9", "x")
+
+
+def _saved(config: PretrainConfig, path):
+    path.write_text(json.dumps(effective(config.as_dict())))  # as a run does
+    return path
 
 
 def test_every_option_is_a_flag_with_help(capsys):
