@@ -28,6 +28,7 @@ COMMANDS = (
     "fill-mask",
     "encode",
     "finetune",
+    "verify",
     "env",
 )
 

@@ -12,8 +12,9 @@ import bisect
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -23,6 +24,7 @@ from safetensors.numpy import save
 
 from bert_fast.data.corpus import skipped_text
 from bert_fast.data.files import write_atomically, written_aside
+from bert_fast.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from bert_fast.data.pairs import Corpus
@@ -118,8 +120,7 @@ def finish(folder: Path, shards: int, made_by: dict) -> dict:
     for path in paths:
         maps = map_tensors(path)
         counts += shard_made(path)[0]
-        with path.open("rb") as file:
-            checksum = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        checksum = _checksum(path)
         sizes = {name: len(maps[key]) for name, key in (("tokens", "tokens"), ("sentences", "sentence_lengths"))}
         sizes["documents"] = len(maps["document_sentences"])
         entries.append({"file": path.name, "bytes": path.stat().st_size, "blake2b": checksum, **sizes})
@@ -129,23 +130,16 @@ def finish(folder: Path, shards: int, made_by: dict) -> dict:
     if not total["documents"]:
         raise ValueError(f"the corpus holds no usable document: {skipped_text(counts) or 'it is empty'}")
     keep = _first_of_each(paths, total["documents"])
-    sentence = document = kept = end = 0
-    sizes = (total["sentences"] + 1,), (int(keep.sum()), 2)
+    kept = int(keep.sum())
+    sizes = (total["sentences"] + 1,), (kept, 2)
     with (
         _index(folder / "sentence_ends.npy", sizes[0]) as ends,
         _index(folder / "documents.npy", sizes[1]) as documents,
     ):
         ends.write(np.zeros(1, np.int64).tobytes())
-        for path in paths:
-            maps = map_tensors(path)
-            here = end + np.cumsum(maps["sentence_lengths"], dtype=np.int64)
-            ends.write(here.tobytes())
-            last = sentence + np.cumsum(maps["document_sentences"], dtype=np.int64)
-            first = np.concatenate([[sentence], last[:-1]]) if len(last) else last
-            bounds = np.stack([first, last], axis=1)[keep[document : document + len(last)]]
-            documents.write(bounds.astype(np.int64).tobytes())
-            sentence, document, kept = sentence + len(here), document + len(last), kept + len(bounds)
-            end = int(here[-1]) if len(here) else end
+        for sentences, bounds in _index_parts(paths, keep):
+            ends.write(sentences.tobytes())
+            documents.write(bounds.tobytes())
     manifest = {
         "made_by": made_by,
         "documents": kept,
@@ -157,6 +151,19 @@ def finish(folder: Path, shards: int, made_by: dict) -> dict:
     }
     write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     return manifest
+
+
+def _index_parts(paths: list[Path], keep: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each shard its part of sentence_ends.npy, int64 (sentences,), and of documents.npy, int64 (documents, 2)."""
+    sentence = document = end = 0
+    for path in paths:
+        maps = map_tensors(path)
+        ends = end + np.cumsum(maps["sentence_lengths"], dtype=np.int64)
+        last = sentence + np.cumsum(maps["document_sentences"], dtype=np.int64)
+        first = np.concatenate([[sentence], last[:-1]]) if len(last) else last
+        yield ends, np.stack([first, last], axis=1)[keep[document : document + len(last)]].astype(np.int64)
+        sentence, document = sentence + len(ends), document + len(last)
+        end = int(ends[-1]) if len(ends) else end
 
 
 def _first_of_each(paths: list[Path], total: int) -> np.ndarray:
@@ -194,22 +201,75 @@ def open_corpus(folder: str | Path, *, verify: bool = False) -> "Corpus":
     manifest = read_manifest(folder)
     paths = [folder / "shards" / entry["file"] for entry in manifest["shards"]]
     for path, entry in zip(paths, manifest["shards"], strict=True):
-        size = path.stat().st_size if path.is_file() else 0
-        if size != entry["bytes"]:
-            raise ValueError(f"shard {path} has {size} bytes, the manifest says {entry['bytes']}: run prepare again")
-        if verify:
-            with path.open("rb") as file:
-                checksum = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-            if checksum != entry["blake2b"]:
-                raise ValueError(f"shard {path} is damaged (checksum): delete it and run prepare again")
+        _require_whole(path, entry, verify)
     ends = np.cumsum([entry["tokens"] for entry in manifest["shards"]]).tolist()
     arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("sentence_ends", "documents"))
     return Corpus(ShardedTokens(paths, ends), *arrays)
 
 
+def _require_whole(path: Path, entry: dict, verify: bool) -> None:
+    """ValueError where the shard has another size than ``entry`` of the manifest says, or checksum if ``verify``."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size != entry["bytes"]:
+        raise ValueError(f"shard {path} has {size} bytes, the manifest says {entry['bytes']}: run prepare again")
+    if verify and _checksum(path) != entry["blake2b"]:
+        raise ValueError(f"shard {path} is damaged (checksum): delete it and run prepare again")
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def damages(folder: str | Path, progress: Callable[[int], None] = lambda size: None) -> list[str]:
+    """A line for each shard that is not what the manifest says, for an index that is not what whole shards give, and
+    for a tokenizer that cannot be read. ``progress`` is told the bytes of a shard when it has been read.
+
+    FileNotFoundError where there is no manifest.
+    """
+    folder = Path(folder)
+    manifest, found = read_manifest(folder), []
+    paths = [folder / "shards" / entry["file"] for entry in manifest["shards"]]
+    for path, entry in zip(paths, manifest["shards"], strict=True):
+        try:
+            _require_whole(path, entry, True)
+        except (OSError, ValueError) as error:  # the first: the disk does not give what it has
+            found.append(str(error))
+        progress(entry["bytes"])
+    if not found:
+        keep = _first_of_each(paths, sum(entry["documents"] for entry in manifest["shards"]))
+        ends = chain([np.zeros(1, np.int64)], (ends for ends, _ in _index_parts(paths, keep)))
+        bounds = (bounds for _, bounds in _index_parts(paths, keep))
+        for name, parts in (("sentence_ends.npy", ends), ("documents.npy", bounds)):
+            if not _is_array_of(folder / name, parts):
+                found.append(f"{folder / name} is not the index of its shards: run prepare again")
+    try:
+        load_tokenizer(folder / "tokenizer")
+    except (OSError, ValueError) as error:
+        found.append(str(error))
+    return found
+
+
+def _is_array_of(path: Path, parts: Iterable[np.ndarray]) -> bool:
+    """Whether the .npy file holds int64 ``parts`` one after another, and nothing else."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    place = 0
+    for part in parts:
+        if not np.array_equal(array[place : place + len(part)], part):
+            return False
+        place += len(part)
+    return array.dtype == np.int64 and place == len(array)
+
+
 def read_manifest(folder: str | Path) -> dict:
-    """The manifest of prepared data; FileNotFoundError where prepare has not finished."""
+    """The manifest of prepared data; FileNotFoundError where prepare has not finished, ValueError if it is no JSON."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: prepare has not been run there, or not to its end")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): run prepare again") from error

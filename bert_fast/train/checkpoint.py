@@ -63,6 +63,11 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def folders(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
 def save(
     run: Path,
     state: dict,
@@ -132,7 +137,7 @@ def _shard(number: int, shards: int) -> str:
 
 def disk_full(run: Path, error: OSError, what: str | None = None) -> CheckpointError:
     """What to tell where ``what`` (by default something in ``run``) could not be written for lack of space."""
-    good = [path.name for path in _folders(run / "checkpoints")]
+    good = [path.name for path in folders(run)]
     return CheckpointError(
         f"{what or error.filename or run} was not written: the disk is full ({error.strerror or error}). "
         + (f"The last checkpoint, {good[-1]}, is whole" if good else "There is no checkpoint yet")
@@ -142,10 +147,9 @@ def disk_full(run: Path, error: OSError, what: str | None = None) -> CheckpointE
 
 def prune(run: Path, keep: int) -> None:
     """Removes all checkpoints but the last ``keep`` and the best by validation loss, and what a kill left aside."""
-    parent = run / "checkpoints"
-    folders = _folders(parent)
+    found = folders(run)
     validated = {}  # folder: (sequence length, loss)
-    for folder in folders:
+    for folder in found:
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             validated[folder] = (state["seq"], state["validation"]["mlm_loss"])
@@ -154,10 +158,10 @@ def prune(run: Path, keep: int) -> None:
     newest_seq = next(reversed(validated.values()), (None,))[0]
     losses = {folder: loss for folder, (seq, loss) in validated.items() if seq == newest_seq}
     best = min(losses, key=losses.get, default=None)
-    for folder in folders[:-keep]:
+    for folder in found[:-keep]:
         if folder != best:
             _remove(folder)
-    for leftover in parent.glob(".*"):
+    for leftover in (run / "checkpoints").glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -176,8 +180,7 @@ def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     None where there is no checkpoint. CheckpointError where there are some and all are damaged.
     """
     complaints = []
-    folders = _folders(run / "checkpoints")
-    for folder in reversed(folders):
+    for folder in reversed(folders(run)):
         try:
             return read(folder), complaints
         except (OSError, ValueError) as error:
@@ -275,8 +278,3 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _folders(parent: Path) -> list[Path]:
-    """The checkpoints' folders, oldest first."""
-    return sorted(path for path in parent.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
