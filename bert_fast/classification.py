@@ -101,14 +101,31 @@ def _labelled(example: Example, path: Path, line: int) -> Example:
 
 
 def label_names(examples: Iterable[Example]) -> list[str]:
-    """The labels that occur, in order: by number where all are whole numbers, else by name. ValueError for one only."""
+    """The labels that occur, in order: by number where all are whole numbers, else by name.
+
+    ValueError for one only, and for numbers of which some have a fraction.
+    """
     names = {example.label for example in examples}
     if len(names) < 2:
         raise ValueError(f"classification needs two labels at least; the examples have only {names or 'none'}")
+    if fractions := _fractions(names):
+        raise ValueError(
+            f"the labels are numbers with a fraction, as {fractions[0]}: regression is not what finetune does; give "
+            "classes names"
+        )
     try:
         return sorted(names, key=int)
     except ValueError:
         return sorted(names)
+
+
+def _fractions(names: set[str]) -> list[str]:
+    """Those with a fraction, where all are numbers."""
+    try:
+        numbers = {name: float(name) for name in names}
+    except ValueError:
+        return []
+    return sorted(name for name, number in numbers.items() if math.isfinite(number) and not number.is_integer())
 
 
 def finetune(
@@ -130,6 +147,7 @@ def finetune(
     from_scratch: bool = False,
     on_step: Callable[[int, int, float | None], None] | None = None,
     on_epoch: Callable[[dict], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> dict:
     """Trains a BertForSequenceClassification from the run or Hugging Face folder ``model`` and measures it.
 
@@ -139,8 +157,9 @@ def finetune(
     ``dropout`` is that of hidden states and attention (None: the model's own). ``from_scratch`` keeps the
     architecture and the tokenizer, with random weights: what pre-training is worth is the difference. ``precision``
     is "fp32" or "bf16" (autocast). ``on_step(step, steps, loss)`` is called after every update, ``on_epoch`` with the
-    measures after every epoch. The same seed gives the same weights. Raises ValueError for examples that do not fit
-    together or begin with the names of columns, FloatingPointError where the loss is not finite in the end.
+    measures after every epoch, ``on_warning`` where labels are more than half as many as examples. The same seed gives
+    the same weights. Raises ValueError for examples that do not fit together or begin with the names of columns and for
+    labels that are numbers with a fraction, FloatingPointError where the loss is not finite in the end.
     """
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
@@ -152,6 +171,8 @@ def finetune(
         raise ValueError(f"the validation examples have the label {unknown[0]!r}, which no training example has")
     if len({example.pair is None for example in (*train, *validation)}) > 1:
         raise ValueError("some examples are pairs and others are not")
+    if on_warning is not None and 2 * len(labels) > len(train):
+        on_warning(f"{len(labels)} labels for {len(train)} training examples: is the right column the label (--label)?")
     torch.manual_seed(seed)
     network, tokenizer = _network(model, labels, dropout, from_scratch)
     positions = network.config.max_position_embeddings
@@ -177,6 +198,7 @@ def finetune(
                 eval_strategy="epoch",
                 save_strategy="no",
                 logging_steps=10,
+                logging_first_step=True,
                 report_to=[],
                 disable_tqdm=True,
                 dataloader_pin_memory=device != "cpu",

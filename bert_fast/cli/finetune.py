@@ -91,6 +91,7 @@ def _finetune(options: argparse.Namespace) -> None:
             on_step=lambda step, steps, loss: bar.update(step, "" if loss is None else f"loss {loss:.4f}", loss=loss),
             on_epoch=lambda m: out.note(f"epoch {m['epoch']:g}: accuracy {100 * m['accuracy']:.2f} %, "
                                         f"loss {m['loss']:.4f}"),
+            on_warning=out.warn,
         )  # fmt: skip
     text = (
         f"accuracy {100 * found['accuracy']:.2f} % on {found['examples']:,} examples, after {found['epochs']:g} epochs "

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import bert_fast
-from bert_fast.classification import Example, label_names, read_examples
+from bert_fast.classification import Example, finetune, label_names, read_examples
 
 GOOD, BAD = ("assert", "statement", "value", "name"), ("break", "loop", "import", "class")
 
@@ -118,6 +118,27 @@ def test_examples_are_read_as_the_file_has_them(tmp_path):
     assert read_examples(tmp_path / "mark.csv")[0].text == "text"
     assert label_names([Example("", None, label) for label in ("10", "9", "10")]) == ["9", "10"]
     assert label_names([Example("", None, label) for label in ("10", "b", "a")]) == ["10", "a", "b"]
+    for names in (["1.0", "2.0"], ["1.5", "other"], ["inf", "nan"]):  # classes, though some might be numbers
+        assert label_names([Example("", None, label) for label in names]) == names
+
+
+def test_more_labels_than_half_the_examples_are_told(run, folder, tmp_path):
+    for labels, told in (("abcab", "3 labels for 5 training examples"), ("abcabc", "")):
+        path = write(tmp_path / "t.tsv", [("some text", label) for label in labels])
+        done = run("finetune", folder / "model", "--train", path, "--validation", path, "--epochs", 1, "--quiet")
+        assert done.code == 0
+        assert told in done.err
+        assert done.err.count("\n") == bool(told)
+
+
+def test_the_loss_is_told_from_the_first_update_on(folder, files):
+    told, (train, dev) = [], map(read_examples, files)
+    finetune(folder / "model", train, dev, epochs=0.6, batch_size=8, on_step=lambda *about: told.append(about))
+    assert [step for step, _, _ in told] == list(range(1, 13))
+    losses = [loss for _, _, loss in told]
+    assert losses[0] is None  # it is known when the update is done
+    assert losses[1] == losses[9] > 0
+    assert losses[10] == losses[11] != losses[1]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +154,13 @@ def test_examples_are_read_as_the_file_has_them(tmp_path):
         ("t.csv", 'a,1\n"b,2\n', (), "line 2"),
         ("t.tsv", "a\t1\nb\t\n", (), "line 2: the label is empty"),
         ("t.jsonl", '{"text": "a", "label": null}\n', (), "line 1: the label is empty"),
+        (
+            "t.tsv",
+            "a\t0.5\nb\t1.0\nc\t2\n",
+            (),
+            "numbers with a fraction, as 0.5: regression is not what finetune does",
+        ),
+        ("t.jsonl", '{"text": "a", "label": 1e-3}\n{"text": "b", "label": 2}\n', (), "as 0.001: regression"),
         ("t.tsv", "sentence\tlabel\na\t1\nb\t0\n", (), "--text sentence --label label"),
         ("t.tsv", b"a\xff\t1\n", (), "not UTF-8"),
     ],
