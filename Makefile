@@ -54,7 +54,7 @@ test: setup
 test-all: setup
 	@echo "== Tests, both tiers"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not proof" tests
-	@echo "== The proof that it learns (about 15 minutes on 2 cores)"
+	@echo "== The proof that it learns (about 25 minutes on 2 cores, 15 of them pre-training)"
 	@$(BIN)/python -m pytest -s -m proof tests
 
 # On a GPU machine the Python that has torch with CUDA is used as it is: PYTHON=... chooses it. Hundreds of kernels are
