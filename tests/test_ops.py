@@ -266,14 +266,19 @@ def test_good_arguments_are_good(operator):
     assert call(operator).isfinite().all()
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_the_registered_derivative_is_that_of_the_shorter_way(operator, monkeypatch):
-    """torch.compile and exports take the one, eager forwards the other."""
+def differentiable(operator):
+    """``good(operator)`` with gradients, and those of its tensors that have them."""
     inputs = {
         name: t.clone().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t
         for name, t in good(operator).items()
     }
-    wanted = [t for t in inputs.values() if torch.is_tensor(t) and t.requires_grad]
+    return inputs, [t for t in inputs.values() if torch.is_tensor(t) and t.requires_grad]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_registered_derivative_is_that_of_the_shorter_way(operator, monkeypatch):
+    """torch.compile and exports take the one, eager forwards the other."""
+    inputs, wanted = differentiable(operator)
 
     def ways():
         out = call(operator, **inputs)
@@ -289,11 +294,7 @@ def test_the_registered_derivative_is_that_of_the_shorter_way(operator, monkeypa
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_there_is_no_second_derivative_and_it_is_said(operator):
-    inputs = {
-        name: t.clone().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t
-        for name, t in good(operator).items()
-    }
-    wanted = [t for t in inputs.values() if torch.is_tensor(t) and t.requires_grad]
+    inputs, wanted = differentiable(operator)
     out = call(operator, **inputs)
     grads = torch.autograd.grad(out, wanted, torch.ones_like(out, requires_grad=True), create_graph=True)
     with pytest.raises(NotImplementedError, match=f"{operator} has no second derivative"):
