@@ -36,7 +36,7 @@ WEIGHTS = ("bfloat16", "float32")  # float32: products and hidden states in bflo
 TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit dtypes at head size 64)
 # Instructions of one lane an element, counted in what the kernels compile to (docs/performance.md). Of attention's
 # inner loops on sm_90: what dropout adds to a computed score (Philox, the comparison), forward and in dq and dkv.
-DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 8.2, 6.7, 7.9
+DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 5.3, 5.1, 6.6
 GELU_FORWARD, GELU_BACKWARD = 40, 55
 
 

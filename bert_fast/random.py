@@ -10,15 +10,24 @@ ranks draws the same mask bit for bit from one 64-bit key:
              c2  sample                                   (high 32 bits of the row key)
              c3  site << 16 | head                        (head is 0 for hidden dropout)
 
-One Philox call gives four 32-bit words, read as eight 16-bit halves ``h_0 .. h_7``: ``h_j`` is half
-``j % 2`` (0 = low) of word ``j // 2``. Which eight elements share a call differs, because the two
-users hold their tiles differently:
+One Philox call gives four 32-bit words ``w_0 .. w_3``. An element is kept where a number of 16 bits is at least
+``dropout_threshold(p)``, and scaled by ``dropout_scale(p)``, so the expectation is exact for the probability really
+used. Which elements share a call, and which bits are whose, differs between the two users, as they hold their tiles and
+pay for their bits differently:
 
-    hidden     column c:  group c // 8,                     half c % 8        (8 neighbours)
-    attention  key    k:  group (k // 64) * 8 + k % 8,      half (k % 64) // 8 (every 8th of 64 keys)
+    hidden     eight a call, 16 bits of its own each
+               column c:  group c // 8, element j = c % 8                             (8 neighbours)
+               number:    half j % 2 (0 = low) of w_(j // 2)
+    attention  sixteen a call
+               key k:     group (k // 64) * 4 + k % 8 // 2, element j = (k % 64) // 8 * 2 + k % 2
+                          (2 neighbours in every 8 of 64 keys: a thread's columns of a tensor core's tile)
+               number:    the upper half of w_(j // 4) rotated to the left by 8 (j % 4) bits
 
-An element is kept where its half is at least ``dropout_threshold(p)`` and scaled by ``dropout_scale(p)``,
-so the expectation is exact for the probability really used.
+Attention's numbers are the four that begin at the four bytes of a word. Each is uniform over 65536 values, so each
+score is dropped with the probability of the threshold, as with 16 bits of its own. But a byte is the upper one of one
+score and the lower one of another, and lower ones decide where the upper one is the threshold's own, once in 256: the
+masks of two neighbouring bytes are correlated by at most 1/256 (0.002 for p = 0.1), all others not at all. That buys
+twice as many scores from a call. (FlashAttention has 8 bits a score and no more, and so rounds p to 1/256.)
 
 Seven rounds are the fewest with which Philox 4x32 passes all of TestU01's BigCrush; ten, the usual number, have three
 to spare.
@@ -37,7 +46,7 @@ ROUNDS = 7  # kernels/cpu/philox.h has it again
 
 
 def dropout_threshold(p: float) -> int:
-    """The 16-bit threshold of drop probability ``p``: an element is kept where its half is >= this."""
+    """The 16-bit threshold of drop probability ``p``: an element is kept where its 16 bits are >= this."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability must be between 0 and 1, got {p}")
     return int(p * 65536 + 0.5)
@@ -65,7 +74,14 @@ def philox(key: torch.Tensor, c0, c1, c2, c3) -> tuple[torch.Tensor, ...]:
 
 
 def _halves(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The eight 16-bit halves of a call: (..., 8)."""
     return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+
+
+def _windows(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The sixteen 16-bit numbers that begin at a byte of a call, the highest byte first: (..., 16)."""
+    twice = [word << 32 | word for word in words]  # 48 and fewer bits to the right, so the sign does not matter
+    return torch.stack([(word >> (48 - 8 * byte)) & 0xFFFF for word in twice for byte in range(4)], dim=-1)
 
 
 def hidden_keep_mask(rng_key: torch.Tensor, row_key: torch.Tensor, columns: int, p: float, site: int) -> torch.Tensor:
@@ -91,14 +107,14 @@ def attention_keep_mask(
     head = torch.arange(heads, device=device)[:, None, None]
     words = philox(
         rng_key,
-        torch.arange(blocks * 8, device=device)[None, None, :],
+        torch.arange(blocks * 4, device=device)[None, None, :],
         (query_key & MASK32)[None, :, None],
         ((query_key >> 32) & MASK32)[None, :, None],
         (site << 16) | head,
     )
-    halves = _halves(words).view(heads, query_key.numel(), blocks, 8, 8)  # (.., block, k % 8, (k % 64) // 8)
-    halves = halves.transpose(-1, -2).flatten(-3)[..., :keys]
-    return halves >= dropout_threshold(p)
+    windows = _windows(words).view(heads, query_key.numel(), blocks, 4, 8, 2)  # (.., block, pair, eight, k % 2)
+    windows = windows.transpose(-2, -3).flatten(-4)[..., :keys]
+    return windows >= dropout_threshold(p)
 
 
 def row_keys(cu_seqlens: torch.Tensor, tokens: int, samples: torch.Tensor | None = None) -> torch.Tensor:

@@ -171,7 +171,7 @@ def _fwd_keys(
         total = total * rescale + tl.sum(p, 1)
         if HAS_DROPOUT:
             keep = attention_keep(rng_key, query, sample, head, key, threshold, site, BLOCK_M, BLOCK_N)
-            p = tl.where(keep, p, 0.0)
+            p = tl.where(keep, p, _zero(threshold))
         v = _load(v_ptr + offset, row_stride, length - key, HEAD_DIM, BLOCK_N, BLOCK_D, FULL)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         peak = new_peak

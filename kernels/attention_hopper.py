@@ -5,7 +5,7 @@ Here one program owns one (sequence, head), so each is made once. It runs down b
 them down blocks of 64 queries (S tokens, KEYS = 64 or 128):
 
     S^T  = K Q^T        P^T = exp2(scale S^T - lse)
-    dP^T = V dO^T       dS^T = P^T * (M dP^T - delta)
+    dP^T = V dO^T       dS^T = P^T * (M dP^T - delta) = (M P^T) * dP^T - P^T * delta
     dV  += (M P^T) dO   dK += dS^T Q       dQ += dS K
 
 dK and dV stay in registers for a block of keys; dQ of the whole sequence is kept in shared memory in float32, each
@@ -13,13 +13,14 @@ element by the one thread that also adds to it, and written once. Nothing is add
 the same inputs give the same bits. Masks are those of every other backend, bit for bit.
 
 Scores lie as (keys, queries), so that P^T and dS^T, as they come out of the tensor cores, already are the left operands
-of dV and dK: only dS is stored, for dQ. A thread then holds 2 of the 8 keys that share a Philox call, so bits are drawn
-by other threads than use them and go through shared memory, one bit a score; each thread reads its 32 bits as a word.
+of dV and dK: only dS is stored, for dQ. A thread then holds 2 of the 16 keys that share a Philox call, so bits are
+drawn by other threads than use them and go through shared memory, one bit a score: a thread makes two calls a tile and
+puts their 32 bits into four words, one for each warp that uses them, and has its own 32 from the words of eight others.
 
 The products are asynchronous. What runs while the tensor cores work, for each tile of KEYS x 64:
     S, dP       the second half of the bits of this tile
     dP          exponentials, dropout of P, rounding
-    dV          dropout of dP, dS, rounding
+    dV          dS, rounding
     dK, dQ      the first half of the bits of the next tile
 Tiles of Q and dO are copied one tile ahead; keys and values of the next block while dK and dV are written.
 
@@ -28,7 +29,7 @@ Counts for one (sequence, head), 16-bit elements, n = ceil(S / KEYS) blocks of k
     device memory S (16 D + 4) bytes: q, k, v, dO, out read and dq, dk, dv written once, and lse
     L2 cache      S (4 D (n - 1) + 2 D) bytes more: Q and dO for each further block of keys, dO once more for delta
     shared memory bytes moved for 64 x 64 scores at KEYS = 128: operands of S and dP 32 Ki, of dV and dK 16 Ki, of dQ
-                  24 Ki; dS written 8 Ki; sums of dQ read and written 16 Ki; Q and dO written 8 Ki
+                  24 Ki; dS written 8 Ki; sums of dQ read and written 16 Ki; Q and dO written 8 Ki; bits 8 Ki
 Shared memory held, bytes: 256 KEYS for K and V, 32 Ki for two tiles of Q and dO, 128 KEYS for dS, 64 KEYS for bits, 512
 for each block of 64 queries of lse and delta, and 16 Ki for each of dQ's: 220 KiB at 512 (of 227), 154 at 256 and 93 at
 128, where a program has 4 warps in place of 8 and two share a multiprocessor. Registers allow no more either.
@@ -79,18 +80,21 @@ def _launch_config(max_seqlen: int) -> dict:
 
 @gluon.constexpr_function
 def _drawn_bits(groups):
-    """Where a drawn tile of bits (groups, 32, 4, 2, 2) lies in shared memory: block of 64 keys, lane and quarter of the
-    reader's word, warp % 2 and warp // 2 of the reader. A reader's four quarters are 16 bytes, and lanes neighbours.
+    """Where drawn bits (groups, 128, 2, 2) lie in shared memory: block of 64 keys, drawing thread, and warp // 2 and
+    warp % 2 of the reader. Neighbouring threads are neighbours: no bank conflicts, and four of them are 16 bytes.
     """
-    lanes = [[0, 2**i, 0, 0, 0] for i in range(5)]
-    return [[0, 0, 1, 0, 0], [0, 0, 2, 0, 0], *lanes, [0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0]][: 8 + groups]
+    threads = [[0, 2**i, 0, 0] for i in range(7)]
+    return [*threads, [0, 0, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0]][: 8 + groups]
 
 
 @gluon.constexpr_function
 def _read_bits(groups):
-    """The registers that read such a tile: the four quarters of its word by each thread."""
-    bases = _drawn_bits(groups)
-    return gl.DistributedLinearLayout(bases[:2], bases[2:7], bases[7:], [], [groups, 32, 4, 2, 2])
+    """The registers that read such bits, (groups, 128, 2, 2, 2) with g % 2 of the reader last: see ``_draw``. A thread
+    has the words of eight drawing threads, one for each c % 4 (0 .. 3) and c // 4; lanes g and g + 1, g even, the same.
+    """
+    bases = [[*base, 0] for base in _drawn_bits(groups)]
+    lanes = [*bases[2:4], [0, 0, 0, 0, 1], *bases[4:6]]
+    return gl.DistributedLinearLayout([*bases[:2], bases[6]], lanes, bases[7:], [], [groups, 128, 2, 2, 2])
 
 
 @gluon.jit
@@ -138,61 +142,85 @@ def _philox(c0, c1, c2, c3, rng_key):
 
 
 @gluon.jit
-def _keep_pair(word, bound, BIT: gl.constexpr):
-    """Bits BIT and BIT + 1: whether the lower and the upper half of ``word`` are at least the threshold."""
-    low = gl.where((word << 16) > bound, 1 << BIT, 0)  # whatever lies below a half: see philox.py
-    high = gl.where(word > bound, 2 << BIT, 0)
-    return (low | high).to(gl.int32)
+def _majority(a, b, c):
+    """Of three bits each. If c is a + b byte by byte without their top bits, its top bits are the carries of a + b."""
+    return (a & b) | ((a | b) & c)
+
+
+@gluon.jit
+def _keep(word, threshold):
+    """Whether the number that begins at a byte of ``word`` is at least the threshold, in the top bit of the byte; the
+    other bits mean nothing.
+
+    It is where 65536 - threshold more carries out of 16 bits. Added to all four at once, byte by byte: the carry of a
+    byte, which is a number's lower one, goes into the byte above it, which is that number's upper one.
+    """
+    addend = gl.cast(65536 - threshold, gl.uint32)
+    low = (addend & 0xFF) * 0x01010101
+    high = (addend >> 8) * 0x01010101
+    seven = word & 0x7F7F7F7F
+    carry = _majority(word, low, seven + (low & 0x7F7F7F7F))
+    carry = ((carry << 1) | (carry >> 31)) & 0x01010101
+    return _majority(word, high, seven + (high & 0x7F7F7F7F) + carry)
 
 
 @gluon.jit
 def _draw(
-    bits_s, PART: gl.constexpr, rng_key, sample, head, query, key, threshold, site,
+    first_s, bits_s, PART: gl.constexpr, rng_key, sample, head, query, key, threshold, site,
     KEYS: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
-    """Half PART (0 or 1) of the bits of the tile at ``key`` and ``query``, to shared memory.
+    """Half PART (0 or 1) of the bits of the tile at ``key`` and ``query``; with the second, both to ``bits_s``.
 
     Key 64 b + 16 w + 8 h + g and query 2 t + u + 8 c of a tile are a score of warp w of the warp group b, lane 4 g + t;
-    h, u and c (0 .. 7) number the thread's 32 scores, and bit h + 2 u + 4 c of its word is for that one. A thread here
-    draws for b, g, t and c // 2 (a quarter, 8 bits of a word) the two calls, u = 0 and 1, of c % 2 = PART. They are for
-    all w and h, as the words of a call are 16 keys apart and its halves 8.
+    h, u and c (0 .. 7) number the thread's 32 scores. A call is for b, g // 2 and a query: its word w is for warp w and
+    the byte 3 - 2 h - g % 2 of that for h and g % 2. A thread here makes the calls u = 0 and 1 of b, g // 2, t and c,
+    one a half. Their bits in each byte of its four words are 2 (c % 4) + u, so that readers add the words of four c.
+    What a thread leaves in ``first_s`` it reads itself.
     """
     GROUPS: gl.constexpr = KEYS // 64
-    block = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, DRAW)))[:, None, None]
-    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, DRAW)))[None, :, None]
-    quarter = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, DRAW)))[None, None, :]
-    zeros = gl.zeros([GROUPS, 32, 4], gl.uint32, DRAW)
-    group = zeros + (key // 8 + 8 * block + lane // 4).to(gl.uint32)
-    position = zeros + (query + 16 * quarter + 8 * PART + 2 * (lane % 4)).to(gl.uint32)
+    CALL: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, DRAW))
+    block = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, CALL))[:, None]
+    thread = gl.arange(0, 128, layout=gl.SliceLayout(0, CALL))[None, :]  # c // 4, g // 2, t, c % 4
+    zeros = gl.zeros([GROUPS, 128], gl.uint32, CALL)
+    group = zeros + (key // 16 + 4 * block + thread // 16 % 4).to(gl.uint32)
+    column = 32 * (thread // 64) + 8 * (thread % 4) + 2 * (thread // 4 % 4) + PART
+    position = zeros + (query + column).to(gl.uint32)
     c2 = zeros + gl.cast(sample, gl.uint32)
     c3 = zeros + gl.cast((site << 16) | head, gl.uint32)
-    bound = gl.cast(threshold, gl.uint32) * 65536 - 1
     w0, w1, w2, w3 = _philox(group, position, c2, c3, rng_key)
-    v0, v1, v2, v3 = _philox(group, position + 1, c2, c3, rng_key)
-    shift = 8 * quarter + 4 * PART
-    warp0 = (_keep_pair(w0, bound, 0) | _keep_pair(v0, bound, 2)) << shift
-    warp1 = (_keep_pair(w1, bound, 0) | _keep_pair(v1, bound, 2)) << shift
-    warp2 = (_keep_pair(w2, bound, 0) | _keep_pair(v2, bound, 2)) << shift
-    warp3 = (_keep_pair(w3, bound, 0) | _keep_pair(v3, bound, 2)) << shift
-    bits_s.index(PART).store(gl.join(gl.join(warp0, warp1), gl.join(warp2, warp3)))
+    kept = _keep(gl.join(gl.join(w0, w2), gl.join(w1, w3)), threshold)
+    if PART == 0:
+        first_s.store(kept)  # kept in registers, most of this would be put off until after the products
+    else:
+        both = (kept & 0x80808080) | ((first_s.load(DRAW) >> 1) & 0x40404040)
+        shift = (6 - 2 * (thread % 4)).to(gl.uint32)
+        bits_s.store(both >> shift[:, :, None, None])
 
 
 @gluon.jit
-def _read_word(bits_s, READ: gl.constexpr):
-    """Both halves of the drawn bits: (KEYS // 64, 32, 2, 2) words, one a thread."""
-    return gl.sum(bits_s.index(0).load(READ) + bits_s.index(1).load(READ), 2)
+def _read_word(bits_s, READ: gl.constexpr, KEYS: gl.constexpr):
+    """The bits of each thread's 32 scores, (KEYS // 16, 8, 4) words: bit 2 (c % 4) + u of byte 3 - 2 h - c // 4."""
+    GROUPS: gl.constexpr = KEYS // 64
+    WORD: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [KEYS // 16, 1, 1], [2, 1, 0])
+    words = bits_s.load(gl.SliceLayout(4, READ))[:, :, :, :, None] + gl.zeros([GROUPS, 128, 2, 2, 2], gl.uint32, READ)
+    words = gl.sum(gl.reshape(words, [GROUPS, 2, 4, 4, 4, 2, 2, 2]), 4)  # b, c // 4, g // 2, t, w // 2, w % 2, g % 2
+    left, right = gl.split(gl.permute(words, (0, 4, 5, 2, 6, 3, 1)))
+    left = gl.convert_layout(gl.reshape(left, [KEYS // 16, 8, 4]), WORD, assert_trivial=True)
+    right = gl.convert_layout(gl.reshape(right, [KEYS // 16, 8, 4]), WORD, assert_trivial=True)
+    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, WORD)))[None, :, None]
+    shift = (8 * (g % 2)).to(gl.uint32)
+    return ((left << shift) & 0xFF00FF00) | ((right >> (8 - shift)) & 0x00FF00FF)
 
 
 @gluon.jit
 def _kept(word, KEYS: gl.constexpr, SCORES: gl.constexpr):
     """Which of the scores (KEYS, 64) are kept. Every step but the last test of a bit is a name for a register."""
-    x = gl.reshape(gl.permute(word, (0, 3, 2, 1)), [KEYS // 16, 8, 4])  # warp, g, t
-    x = gl.join(x, x >> 1)  # h
-    x = gl.join(x, x >> 2)  # u
-    x = gl.join(x, x >> 4)  # c % 2, and so on
-    x = gl.join(x, x >> 8)
-    x = gl.join(x, x >> 16)
-    x = gl.reshape(gl.permute(x, (0, 3, 1, 7, 6, 5, 2, 4)), [KEYS, QUERIES])  # (warp, h, g), (c, t, u)
+    x = gl.join(word, word >> 1)  # u
+    x = gl.join(x, x >> 2)  # c % 2, and so on
+    x = gl.join(x, x >> 4)
+    x = gl.join(x >> 8, x)
+    x = gl.join(x >> 16, x)  # h
+    x = gl.reshape(gl.permute(x, (0, 7, 1, 6, 5, 4, 2, 3)), [KEYS, QUERIES])  # (warp, h, g), (c, t, u)
     return (gl.convert_layout(x, SCORES, assert_trivial=True) & 1) != 0
 
 
@@ -226,9 +254,10 @@ def _attention_bwd_one_pass_kernel(
     )
     OPERAND: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    DRAW: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [GROUPS, 4, 1], [2, 1, 0])
-    READ: gl.constexpr = _read_bits(GROUPS)
+    DRAW: gl.constexpr = gl.BlockedLayout([1, 1, 2, 2], [1, 32, 1, 1], [GROUPS, 4, 1, 1], [3, 2, 1, 0])
+    FIRST_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])  # 16 bytes a thread
     BITS_SHARED: gl.constexpr = gl.SharedLinearLayout(_drawn_bits(GROUPS))
+    READ: gl.constexpr = _read_bits(GROUPS)
 
     program = gl.program_id(0)
     head = gl.program_id(1)
@@ -265,7 +294,8 @@ def _attention_bwd_one_pass_kernel(
     q_s = gl.allocate_shared_memory(KIND, [2, QUERIES, SIZE], OPERAND)
     grad_out_s = gl.allocate_shared_memory(KIND, [2, QUERIES, SIZE], OPERAND)
     grad_scores_s = gl.allocate_shared_memory(KIND, [KEYS, QUERIES], OPERAND)
-    bits_s = gl.allocate_shared_memory(gl.int32, [2, GROUPS, 32, 4, 2, 2], BITS_SHARED)
+    first_s = gl.allocate_shared_memory(gl.uint32, [GROUPS, 128, 2, 2], FIRST_SHARED)
+    bits_s = gl.allocate_shared_memory(gl.uint32, [GROUPS, 128, 2, 2], BITS_SHARED)
     lse_s = gl.allocate_shared_memory(gl.float32, [BLOCKS, QUERIES], ROW)
     delta_s = gl.allocate_shared_memory(gl.float32, [BLOCKS, QUERIES], ROW)
     dq_s = gl.allocate_shared_memory(gl.float32, [BLOCKS, QUERIES, SIZE], SUMS_SHARED)
@@ -290,7 +320,7 @@ def _attention_bwd_one_pass_kernel(
     if HAS_DROPOUT:
         sample = (gl.load(row_key_ptr + start) >> 32).to(gl.int32)
         rng_key = gl.load(rng_key_ptr)
-        _draw(bits_s, 0, rng_key, sample, head, 0, 0, threshold, site, KEYS, DRAW)
+        _draw(first_s, bits_s, 0, rng_key, sample, head, 0, 0, threshold, site, KEYS, DRAW)
 
     stage = 0
     unused = gl.zeros([KEYS, QUERIES], gl.float32, SCORES)
@@ -316,23 +346,26 @@ def _attention_bwd_one_pass_kernel(
             scores = hopper.warpgroup_mma(k_s, q.permute((1, 0)), unused, use_acc=False, is_async=True)
             grad_p = hopper.warpgroup_mma(v_s, grad_out.permute((1, 0)), unused, use_acc=False, is_async=True)
             if HAS_DROPOUT:
-                _draw(bits_s, 1, rng_key, sample, head, query, key, threshold, site, KEYS, DRAW)
+                _draw(first_s, bits_s, 1, rng_key, sample, head, query, key, threshold, site, KEYS, DRAW)
                 _barrier()  # the other threads' bits of this tile, both halves
 
             scores = hopper.warpgroup_mma_wait(1, (scores,))
             lse = lse_s.index(block).load(OF_QUERY)
-            p = gl.where(is_key, gl.exp2(scores * scale_log2 - lse[None, :]), 0.0)
+            if key + KEYS > length:  # the last keys alone; 0, the score of one past the end, must not be exponentiated
+                scores = gl.where(is_key, scores, float("-inf"))
+            p = gl.exp2(scores * scale_log2 - lse[None, :])
             dropped = p
             if HAS_DROPOUT:
-                word = _read_word(bits_s, READ)  # earlier it would cost a register that is not there
+                word = _read_word(bits_s, READ, KEYS)  # no earlier: registers are short
                 dropped = gl.where(_kept(word, KEYS, SCORES), p, 0.0)
             dv = hopper.warpgroup_mma(gl.convert_layout(dropped.to(KIND), LEFT), grad_out, dv, is_async=True)
 
             grad_p = hopper.warpgroup_mma_wait(1, (grad_p,))
-            if HAS_DROPOUT:
-                grad_p = gl.where(_kept(word, KEYS, SCORES), grad_p, 0.0)
-            delta = delta_s.index(block).load(OF_QUERY)
-            grad_scores = (p * (grad_p - delta[None, :])).to(KIND)
+            delta = delta_s.index(block).load(OF_QUERY)  # no earlier, likewise
+            if HAS_DROPOUT:  # P (M dP - delta), without a second selection
+                grad_scores = (dropped * grad_p - p * delta[None, :]).to(KIND)
+            else:
+                grad_scores = (p * (grad_p - delta[None, :])).to(KIND)
             grad_scores_s.store(grad_scores)
             dk = hopper.warpgroup_mma(gl.convert_layout(grad_scores, LEFT), q, dk, is_async=True)
             dq = dq_s.index(block).load(SUMS)  # what this thread itself stored; unused with the first keys
@@ -340,7 +373,9 @@ def _attention_bwd_one_pass_kernel(
             _barrier()  # every thread has fenced its part of grad_scores_s; every thread has read its word
             dq = hopper.warpgroup_mma(grad_scores_s.permute((1, 0)), k_s, dq, use_acc=key > 0, is_async=True)
             if HAS_DROPOUT:
-                _draw(bits_s, 0, rng_key, sample, head, next_query, next_key, threshold, site, KEYS, DRAW)
+                _draw(
+                    first_s, bits_s, 0, rng_key, sample, head, next_query, next_key, threshold, site, KEYS, DRAW
+                )  # fmt: skip
             dv, dk, dq = hopper.warpgroup_mma_wait(0, (dv, dk, dq))
             dq_s.index(block).store(dq)
             stage ^= 1

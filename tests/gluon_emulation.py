@@ -397,6 +397,7 @@ def _language() -> types.SimpleNamespace:
         allocate_shared_memory=lambda dtype, shape, layout: Shared(Buffer(dtype, shape)),
         convert_layout=keep_layout,
         join=lambda a, b: Tile(np.stack([a.data, b.data], -1), a.dtype),
+        split=lambda x: tuple(Tile(part, x.dtype) for part in np.moveaxis(x.data, -1, 0)),
         permute=lambda x, order: Tile(x.data.transpose(order), x.dtype),
         reshape=lambda x, shape: Tile(x.data.reshape(shape), x.dtype),
         sum=lambda x, axis: Tile(x.data.sum(axis, dtype=x.dtype.numpy), x.dtype),

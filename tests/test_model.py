@@ -131,7 +131,9 @@ def assert_same_gradients(ours, reference) -> None:
         if expected is None:
             assert parameter.grad is None or not parameter.grad.any(), name
             continue
-        torch.testing.assert_close(parameter.grad, expected, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
+        # A gradient is a sum over tokens, rounded where it is largest: an element near 0 has the error of its terms.
+        tolerance = {**TOLERANCE, "atol": TOLERANCE["atol"] * max(1.0, float(expected.abs().max()))}
+        torch.testing.assert_close(parameter.grad, expected, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
         compared += 1
     assert compared > 30
 

@@ -181,6 +181,27 @@ def test_halves_are_uniform():
                 assert abs(statistic - 255) < 5 * math.sqrt(2 * 255)
 
 
+@pytest.mark.parametrize("p", [1e-4, 0.1, 0.25, 0.4999, 0.5, 0.9])
+def test_what_a_shared_byte_does_to_attention_dropout(p):
+    """Over all values of the bytes a, b, c and d of a word: each of the four numbers that begin at one is dropped
+    exactly as often as the threshold says, and neighbours are correlated by at most 1/256."""
+    threshold = random.dropout_threshold(p)
+    dropped = (torch.arange(65536).view(256, 256) < threshold).double()  # (upper byte, lower byte)
+    rate = float(dropped.mean())
+    assert rate == threshold / 65536
+    lower_and_upper = dropped.mean(dim=0) * dropped.mean(dim=1)  # of ab and bc, for every value of the shared byte
+    covariance = float(lower_and_upper.mean()) - rate**2
+    assert 0 <= covariance / (rate * (1 - rate)) <= 1 / 256
+    if threshold % 256 == 0:
+        assert covariance == 0  # no lower byte decides
+
+    # The model of the four numbers is what the specification draws: ab, bc, cd and da, in this order of elements.
+    word = torch.tensor([0xA1B2C3D4])
+    zero = torch.zeros_like(word)
+    numbers = random._windows((word, zero, zero, zero))[0].tolist()
+    assert numbers == [0xA1B2, 0xB2C3, 0xC3D4, 0xD4A1] + [0] * 12
+
+
 def test_every_part_of_the_name_changes_the_mask():
     """Key, site, sample, position and head: two masks that differ in one of them agree as often as chance has it."""
     cu_seqlens = torch.tensor([0, 64], dtype=torch.int32, device=DEVICE)

@@ -212,7 +212,7 @@ def test_the_operators_bytes_by_hand():
     assert line(lines, "attention", "forward").flops == 2 * 4 * 128 * 128 * 64
     assert line(lines, "attention", "backward").flops == 2 * 14 * 128 * 128 * 64
     bits = line(lines, "attention: bits of dropout", "forward")
-    assert bits.instructions == pytest.approx(8.2 * 2 * 2 * 128 * 128)
+    assert bits.instructions == pytest.approx(5.3 * 2 * 2 * 128 * 128)
     n = step_model.parameters(config)
     assert total("gradient norm", "update") == 2 * n
     assert total("lamb", "update") == n * (2 + 3 * 4 + 2 * 4 + 3 * 4 + 4 + 2)

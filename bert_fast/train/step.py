@@ -145,10 +145,10 @@ class Step:
 
         Nothing is done without a recorder. What was recorded before is forgotten: its shapes run eagerly from now on.
         """
-        self._forget()
         if not self.recorder:
             return
-        self.recorder.forget()
+        self.recorder.forget()  # waits: a graph that is being replayed, and what it reads, may not go
+        self._forget()
         self.model.train()
         for count in self._counts.values():
             count.fill_(1.0)

@@ -1,7 +1,7 @@
 // Dropout's random bits: Philox 4x32-7 on vectors of counters. The specification is bert_fast/random.py.
 //
-// One call makes eight 16-bit halves for each of LANES counters. A row's mask comes as one 64-bit word per 64
-// columns (or keys), bit i for element i of the block, set where the element is kept.
+// One call makes the bits of eight columns, or of sixteen keys, for each of LANES counters. A row's mask comes as one
+// 64-bit word per 64 columns (or keys), bit i for element i of the block, set where the element is kept.
 #pragma once
 
 #include "vector.h"
@@ -58,50 +58,97 @@ BERT_FAST_INLINE PhiloxWords philox(uint64_t key, vuint c0, uint32_t c1_all, uin
     return {{c0, c1, c2, c3}};
 }
 
-// words[b] gets byte j of block b from half j of the groups 8b .. 8b+7 (bit g % 8 of the byte: group g), b < blocks.
-inline void keep_bytes(uint64_t* words, int64_t blocks, uint64_t key, int64_t row_key, uint32_t site_head,
-                       int64_t first_block, uint32_t threshold) {
-    const uint32_t position = static_cast<uint32_t>(row_key), sample = static_cast<uint32_t>(row_key >> 32);
-    // half >= threshold exactly where half + (2^31 - threshold) has its top bit set
-    const uint32_t bias = 0x80000000u - threshold;
-    constexpr int STEP = LANES >= 8 ? LANES / 8 : 1;  // blocks per call
-    for (int64_t block = 0; block < blocks; block += STEP) {
-        uint64_t word[STEP] = {};
-        for (int part = 0; part < (LANES >= 8 ? 1 : 8 / LANES); part++) {
-            const uint32_t group = static_cast<uint32_t>((first_block + block) * 8 + part * LANES);
-            const PhiloxWords random = philox(key, lane_numbers() + group, position, sample, site_head);
-            for (int j = 0; j < 8; j++) {
-                const vuint words32 = random.word[j / 2];
-                const vuint half = j % 2 ? words32 >> 16 : words32 & 0xffffu;
-                const uint32_t kept = sign_bits(half + bias);
-                for (int step = 0; step < STEP; step++)
-                    word[step] |= static_cast<uint64_t>((kept >> (8 * step)) & 0xffu) << (8 * j + part * LANES);
-            }
+// The bits of a word whose numbers have the bit `low` and not the bit `high`.
+constexpr uint64_t numbers_with(int low, int high) {
+    uint64_t bits = 0;
+    for (int i = 0; i < 64; i++)
+        if ((i >> low & 1) && !(i >> high & 1)) bits |= uint64_t{1} << i;
+    return bits;
+}
+
+// The words whose bit i is the bit of x with the number that i becomes when its bits HIGH and LOW change places.
+template <int HIGH, int LOW, typename Words>
+BERT_FAST_INLINE Words exchange_index_bits(Words x) {
+    constexpr uint64_t mask = numbers_with(LOW, HIGH);
+    constexpr int distance = (1 << HIGH) - (1 << LOW);
+    const Words swap = (x ^ (x >> distance)) & mask;
+    return x ^ swap ^ (swap << distance);
+}
+
+// The `count` first bytes of x, all of them in one store where there are as many.
+template <typename V>
+BERT_FAST_INLINE void store_bytes(char* to, V x, int64_t count) {
+    if (count >= static_cast<int64_t>(sizeof(x)))
+        memcpy(to, &x, sizeof(x));
+    else
+        memcpy(to, &x, count);
+}
+
+template <int BITS>
+BERT_FAST_INLINE vuint rotate_left(vuint x) {
+    return x << BITS | x >> (32 - BITS);
+}
+
+// Of every 16-bit half in x all bits where it is kept, else none.
+class Threshold {
+  public:
+    typedef uint16_t vhalves __attribute__((vector_size(4 * LANES)));
+
+    // An element is kept where its 16 bits are at least `threshold`: all at 0, none at 65536.
+    explicit Threshold(uint32_t threshold)
+        : least(static_cast<int16_t>(threshold - 1 - 0x8000)), all(threshold == 0 ? ~0u : 0u) {}
+    BERT_FAST_INLINE vuint kept(vuint x) const {  // signed: what AVX2 and SSE2 compare
+        return reinterpret_cast<vuint>(reinterpret_cast<vsigned>(x ^ 0x80008000u) > least) | all;
+    }
+
+  private:
+    typedef int16_t vsigned __attribute__((vector_size(4 * LANES)));
+    int16_t least;
+    uint32_t all;
+};
+
+// Attention dropout: words[b] is the mask of keys 64b .. 64b+63 for one query, b < blocks.
+inline void attention_keep_words(uint64_t* words, int64_t blocks, uint64_t key, int64_t query_key, uint32_t site,
+                                 uint32_t head, int64_t first_block, uint32_t threshold) {
+    typedef uint8_t vbytes __attribute__((vector_size(2 * LANES)));
+    typedef uint64_t vwords __attribute__((vector_size(2 * LANES)));
+    const uint32_t position = static_cast<uint32_t>(query_key), sample = static_cast<uint32_t>(query_key >> 32);
+    const Threshold bound(threshold);
+    char* bytes = reinterpret_cast<char*>(words);
+    for (int64_t group = 0; group < 4 * blocks; group += LANES) {  // a pair of neighbours in each 8 of 64 keys
+        const PhiloxWords random = philox(key, lane_numbers() + static_cast<uint32_t>(4 * first_block + group), position,
+                                          sample, (site << 16) | head);
+        vuint kept = {};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            kept |= bound.kept(random.word[i]) & (0x00010001u << (2 * i));
+            kept |= bound.kept(rotate_left<8>(random.word[i])) & (0x00020002u << (2 * i));
         }
-        for (int step = 0; step < STEP && block + step < blocks; step++) words[block + step] = word[step];
+        // Of each lane 8 bits for the upper halves, which begin at the first two bytes of the words, and 8 for the lower.
+        const vbytes narrow = __builtin_convertvector(reinterpret_cast<Threshold::vhalves>(rotate_left<16>(kept)), vbytes);
+        // A bit's number is made of the pair (2 bits), key / 8 % 2, key / 16 (2 bits) and key % 2.
+        const vwords mask = exchange_index_bits<4, 1>(exchange_index_bits<5, 2>(reinterpret_cast<vwords>(narrow)));
+        store_bytes(bytes + 2 * group, mask, 2 * (4 * blocks - group));
     }
 }
 
-// Attention dropout: words[b] is the mask of keys 64b .. 64b+63 for one query, b < blocks.
-BERT_FAST_INLINE void attention_keep_words(uint64_t* words, int64_t blocks, uint64_t key, int64_t query_key,
-                                           uint32_t site, uint32_t head, int64_t first_block, uint32_t threshold) {
-    keep_bytes(words, blocks, key, query_key, (site << 16) | head, first_block, threshold);
-}
-
-// Hidden dropout: words[b] is the mask of columns 64b .. 64b+63 of one row, b < blocks. A lane is a group of eight
-// neighbours here, so the 8 x 8 bits of a word are transposed.
-BERT_FAST_INLINE void hidden_keep_words(uint64_t* words, int64_t blocks, uint64_t key, int64_t row_key, uint32_t site,
-                                        int64_t first_block, uint32_t threshold) {
-    keep_bytes(words, blocks, key, row_key, site << 16, first_block, threshold);
-    for (int64_t block = 0; block < blocks; block++) {
-        uint64_t x = words[block], swap;
-        swap = (x ^ (x >> 7)) & 0x00aa00aa00aa00aaull;
-        x ^= swap ^ (swap << 7);
-        swap = (x ^ (x >> 14)) & 0x0000cccc0000ccccull;
-        x ^= swap ^ (swap << 14);
-        swap = (x ^ (x >> 28)) & 0x00000000f0f0f0f0ull;
-        x ^= swap ^ (swap << 28);
-        words[block] = x;
+// Hidden dropout: words[b] is the mask of columns 64b .. 64b+63 of one row, b < blocks.
+inline void hidden_keep_words(uint64_t* words, int64_t blocks, uint64_t key, int64_t row_key, uint32_t site,
+                              int64_t first_block, uint32_t threshold) {
+    typedef uint8_t vbytes __attribute__((vector_size(LANES)));
+    const uint32_t position = static_cast<uint32_t>(row_key), sample = static_cast<uint32_t>(row_key >> 32);
+    const Threshold bound(threshold);
+    char* bytes = reinterpret_cast<char*>(words);
+    for (int64_t group = 0; group < 8 * blocks; group += LANES) {  // eight neighbours
+        const PhiloxWords random = philox(key, lane_numbers() + static_cast<uint32_t>(8 * first_block + group), position,
+                                          sample, site << 16);
+        vuint kept = {};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) kept |= bound.kept(random.word[i]) & (0x00020001u << (2 * i));
+        // In two steps: in one, GCC goes lane by lane.
+        const vhalfword halves = __builtin_convertvector(kept | kept >> 16, vhalfword);
+        const vbytes narrow = __builtin_convertvector(halves, vbytes);
+        store_bytes(bytes + group, narrow, 8 * blocks - group);
     }
 }
 
