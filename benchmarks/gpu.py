@@ -171,7 +171,7 @@ def supervise(phase: int, results: Results, options) -> dict:
         if not code:
             break
         if code == 1 and "error_of_phase" in results.data:
-            state, error = "failed", results.data.pop("error_of_phase")
+            state, error = "failed", (error or "") + results.data.pop("error_of_phase")
             break
         died = results.begun(phase)[-1] if len(results.begun(phase)) > begun else "before its first case"
         error = f"{error or ''}a process ended with status {code} at: {died}\n"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import gpu_feed_forward
 import torch
+import torch.nn.functional as F
+from gpu_aims import PRODUCTS
 from gpu_results import Results
 from gpu_tune import applied, configurations, same
 from operators import DIRECTIONS, DROPOUT, OPERATORS, Case, Stopwatch, Work, build_case
@@ -31,11 +33,21 @@ def sizes(options) -> list[tuple[str, int, str]]:
 
 
 def contenders(operator: str, direction: str) -> list[str]:
-    """Who has ``operator`` here: ours, PyTorch's own composition, installed peers, a candidate to become ours."""
+    """Who has ``operator`` here: ours, PyTorch's own composition, installed peers, a candidate to become ours; of
+    mlm_loss the products that are in it too."""
     peers = [b for b in ("flash_attn", "apex") if b in dispatch.TABLE[operator] and dispatch.why_unavailable(b) is None]
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     candidates = ["one pass"] if hopper and (operator, direction) == ("attention", "backward") else []
-    return ["bert_fast", "pytorch", *peers, *candidates]
+    alone = [PRODUCTS] if (operator, direction) == ("mlm_loss", "forward") else []
+    return ["bert_fast", "pytorch", *peers, *candidates, *alone]
+
+
+def products_of_mlm_loss(case: Case) -> Callable[[], object]:
+    """The three products of mlm_loss, for all positions at once and the vocabulary padded as it pads it."""
+    hidden, word, _ = (x.detach() for x in case.inputs)
+    word = F.pad(word.to(hidden.dtype), (0, 0, 0, -word.shape[0] % 128))
+    logits = hidden @ word.T
+    return lambda: (hidden @ word.T, logits @ word, logits.T @ hidden)
 
 
 def candidate(call: Callable[[], object]) -> Callable[[], object]:
@@ -69,6 +81,8 @@ def calls(case: Case, direction: str, contender: str, operator: str) -> Callable
         return forward if direction == "forward" else with_peer(case.backward("bert_fast", forward()))
     if contender == "one pass":
         return candidate(case.backward("bert_fast", case.ours()))
+    if contender == PRODUCTS:
+        return products_of_mlm_loss(case)
     forward = {"bert_fast": case.ours, "pytorch": case.torch, "compile": None}[contender]
     if contender == "compile":
         forward = torch.compile(case.torch, dynamic=False)

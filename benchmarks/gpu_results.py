@@ -7,7 +7,7 @@ import time
 import traceback
 from pathlib import Path
 
-from gpu_aims import aims_table, best_reference
+from gpu_aims import OURS, aims_table, best_reference, step_of
 from step_model import ceilings_of, markdown_table
 
 
@@ -162,6 +162,51 @@ def steps_table(data: dict) -> str:
     return markdown_table(header, lines)
 
 
+def candidates_table(data: dict) -> str:
+    """What a step gains from each candidate to become the default, beside ours as built."""
+    rows = []
+    for x in data.get("steps", []):
+        if "differs" not in x:
+            continue
+        built = step_of(data, OURS, x["model"], x["seq"], x["lengths"])
+        compared = ["", ""]
+        if built and built["sequences"] == x["sequences"]:
+            compared = [f"{built['ms']['p50']:.1f}", f"{built['ms']['p50'] / x['ms']['p50']:.3f}x"]
+        differs = f"{_percent(x['differs']['loss'])}, {_percent(x['differs']['gradient'])}"
+        rows.append([f"{x['model']} {x['seq']}, {x['lengths']}", x["variant"], f"{x['ms']['p50']:.1f}", *compared,
+                     differs])  # fmt: skip
+    header = ["BERT", "with", "step ms", "as built", "faster", "loss, worst gradient differ by"]
+    left_out = [f"Not run: {name}: {why}." for name, why in data.get("candidates_left_out", {}).items()]
+    return "\n\n".join([markdown_table(header, rows)] * bool(rows) + left_out)
+
+
+MOST_KERNELS = 25  # lines of a profile; the others in one
+
+
+def profiles_text(data: dict) -> str:
+    """Of each profiled step the kernels that take longest."""
+    parts = []
+    for x in data.get("profiles", []):
+        name = f"BERT-{x['model']} {x['seq']}, {x['lengths']}"
+        if "failed" in x:
+            parts.append(f"{name}: not profiled: {x['failed']}.")
+            continue
+        timed = step_of(data, OURS, x["model"], x["seq"], x["lengths"])
+        of_step = f" of a step of {timed['ms']['p50']:.1f} ms" if timed else ""
+        lines, others = x["kernels"][:MOST_KERNELS], x["kernels"][MOST_KERNELS:]
+        if others:
+            sums = {key: sum(line[key] for line in others) for key in ("calls", "us")}
+            lines = [*lines, {"kernel": f"{len(others)} others", **sums}]
+        rows = [
+            [line["kernel"][:100].replace("|", "/"), _number(line["calls"]), _number(line["us"]),
+             _percent(line["us"] / 1e3 / x["kernels_ms"])]
+            for line in lines
+        ]  # fmt: skip
+        table = markdown_table(["kernel", "calls", "us", "of all kernels"], rows)
+        parts.append(f"{name}: kernels and copies take {x['kernels_ms']:.1f} ms{of_step}, captured.\n\n{table}")
+    return "\n\n".join(parts)
+
+
 def operators_table(data: dict) -> str:
     """A line an operator, direction and size: ours, its share of the limit, what was predicted, and the others."""
     groups: dict[tuple, dict] = {}
@@ -191,23 +236,35 @@ def parity_text(data: dict) -> str:
     if not parity:
         return "Parity on the GPU: not run."
     failed = "".join(f"\n- {x['test']}: {x['message']}" for x in parity.get("failed", []))
-    state = "" if parity.get("finished") else " when the time was up"
-    counts = f"{parity.get('passed', 0)} tests passed, {len(parity.get('failed', []))} failed"
-    text = f"Parity on the GPU: {counts}{state}.{failed}"
+    state = "" if parity.get("finished") else f" when {parity.get('stopped', 'the time was up')}"
+    counts = f"{parity.get('passed', 0)} tests passed, {len(parity.get('failed', []))} failed{state}"
+    if "not_run" in parity:
+        counts = f"the tests were not run, as {parity['not_run']}"
+    text = f"Parity on the GPU: {counts}.{failed}"
     for model in parity.get("models", []):
+        text += f"\n\nWhole model ({model['model']}, {model['dtype']}): "
+        if "failed" in model:
+            text += f"**not compared**: {model['failed']}."
+            continue
+        wrong = "" if model["passed"] == model["compared"] else "**not right**, "
         text += (
-            f"\n\nWhole model ({model['model']}, {model['dtype']}): {model['passed']} of {model['compared']} within "
+            f"{wrong}{model['passed']} of {model['compared']} within "
             f"1.5 times the reference's own error against float64; worst: {model['worst']}."
         )
     return text
 
 
 def tune_table(data: dict) -> str:
-    rows = [
-        [x["what"], "failed" if "failed" in x else _number(1e3 * x["default_us"] / 1e3), _number(x.get("best_us")),
-         x.get("write", x.get("failed", ""))]
-        for x in data.get("tune", [])
-    ]  # fmt: skip
+    rows = []
+    for x in data.get("tune", []):
+        best, write = x.get("best_us"), x.get("write", x.get("failed"))
+        if write is None:  # cut off; what had been tried is known
+            timed = [tried for tried in x["tried"] if "us" in tried]
+            fastest = min(timed, key=lambda tried: tried["us"], default={"us": None, "changed": {}})
+            changed = ", ".join(f"{k}={v}" for k, v in fastest["changed"].items())
+            best = fastest["us"]
+            write = f"cut off after {len(x['tried'])} configurations; the fastest: {changed or 'none ran'}"
+        rows.append([x["what"], "failed" if "failed" in x else _number(x["default_us"]), _number(best), write])
     return markdown_table(["kernel", "default us", "best us", "to write into the constants"], rows)
 
 
@@ -234,15 +291,16 @@ def markdown(data: dict) -> str:
         ),
     ]
     parts.append(left_out_text(data))
-    if aims := aims_table(data):
-        parts += ["## Against the aims", aims]
+    parts += ["## Against the aims", aims_table(data)]
     for title, table, present in (
         ("Limits", limits_table, "limits"), ("Products", products_table, "products"),
-        ("Whole steps", steps_table, "steps"), ("Operators", operators_table, "operators"),
+        ("Whole steps", steps_table, "steps"),
+        ("Candidates in a whole step", candidates_table, "steps"), ("What the profile says", profiles_text, "profiles"),
+        ("Operators", operators_table, "operators"),
         ("Launch configurations", tune_table, "tune"),
     ):  # fmt: skip
-        if data.get(present):
-            parts += [f"## {title}", table(data)]
+        if data.get(present) and (text := table(data)):
+            parts += [f"## {title}", text]
     parts += ["## Parity", parity_text(data)]
     for curve in data.get("curves", []):
         if "failed" not in curve:
@@ -254,8 +312,13 @@ def markdown(data: dict) -> str:
     errors = [f"```\n{p['error']}\n```" for p in data.get("phases", []) if p.get("error")]
     errors += [
         f"{table} {x.get('variant', x.get('contender', x.get('what', '')))}:\n```\n{x['traceback']}```"
-        for table in ("products", "operators", "steps", "curves", "tune")
+        for table in ("products", "operators", "steps", "profiles", "curves", "tune")
         for x in data.get(table, [])
+        if "traceback" in x
+    ]
+    errors += [
+        f"whole model {x['model']} {x['dtype']}:\n```\n{x['traceback']}```"
+        for x in data.get("parity", {}).get("models", [])
         if "traceback" in x
     ]
     if errors:

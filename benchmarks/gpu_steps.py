@@ -1,20 +1,28 @@
-"""Phase 4: whole training steps, ours (eager and captured) against the reference's variants, and their loss curves."""
+"""Phase 4: whole training steps, ours (eager and captured) against the reference's variants, and their loss curves.
+
+Ours also with the kernels that are candidates to become the default, and by kernel, as the profiler sees them.
+"""
 
 import contextlib
 import gc
+import importlib
 import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import variants
-from gpu_aims import SMALL
+from gpu_aims import OURS as CAPTURED
+from gpu_aims import REFERENCES, SMALL
 from gpu_results import Results
 from measure import PeakMemory, quantiles, synchronize
 from operators import masked_positions
-from step_model import TOKENS, ceilings_of, lengths_of, predict, step
+from step_aims import five_products, gelu_in_products
+from step_model import TOKENS, Entry, ceilings_of, lengths_of, predict, step
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from workload import Batch, Workload, model_config, random_batch
@@ -22,6 +30,7 @@ from workload import Batch, Workload, model_config, random_batch
 import bert_fast
 from bert_fast.data import PretrainingDataset, capacities, pack_samples, pad_samples, special_ids
 from bert_fast.flops import step_flops
+from bert_fast.linear import gradients_in_place
 from bert_fast.train.captured import Recorder
 from bert_fast.train.distributed import Ranks
 from bert_fast.train.step import Outcome, Step
@@ -32,43 +41,91 @@ MOST_STEPS, FEWEST_STEPS = 20, 4
 SECONDS_OF_A_CASE = {"hf-compile": 75}  # a case is not begun with less time left
 SECONDS_OF_OTHERS = 12
 CURVE_STEPS = 200
-CURVES_AFTER = 8  # cases: ours and the reference's default at 512
+# By how much a candidate's step may differ from ours as built: of the loss (in bfloat16 a unit in the last place is
+# 0.6 % of it), and of each weight matrix's gradient by its norm. On a CPU, BERT-large in bfloat16 with GELU by another
+# backend is 1.4 % off there, with attention 6 %; attention's gradient without its factor 1 / keep, or with one tile of
+# 64 queries left out of 1196, is 13 % off (24 layers of 256).
+LOSS_BOUND, GRADIENT_BOUND = 0.01, 0.10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Kernels that nothing uses until a table names the GPU: ``functions`` of the module ``kernels``, for compute
+    ``capabilities``. ``asks(capability)`` is what the ``table`` (a module and a name in it) says where they are used
+    everywhere, ``change`` what the step model has for them."""
+
+    capabilities: tuple[int, ...]
+    table: tuple[str, str]
+    asks: Callable[[int], dict]
+    kernels: str
+    functions: tuple[str, ...]
+    change: Callable[[Entry], Entry]
+
+
+CANDIDATES = {
+    "one-pass attention": Candidate(
+        (90,), ("bert_fast.kernels.attention", "ONE_PASS_BACKWARD"), lambda capability: {capability: 1},
+        "bert_fast.kernels.attention_hopper", ("attention_bwd",), five_products,
+    ),
+    "GELU in the epilogue": Candidate(
+        (90, 100), ("bert_fast.dispatch", "FEED_FORWARD_EPILOGUE"),
+        lambda capability: {"fwd": {capability: 1}, "bwd": {capability: 1}},
+        "bert_fast.kernels.feed_forward", ("product_gelu", "product_gelu_bwd"), gelu_in_products,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step is run: ``weights`` are the parameters' dtype, under bfloat16 autocast where float32."""
+    """How a step is run: ``weights`` are the parameters' dtype, under bfloat16 autocast where float32; with
+    ``candidates`` (names of CANDIDATES) in use. A ``profiled`` one is not timed: its kernels are."""
 
     name: str
     weights: str
     optimizer: str
     captured: bool = False
+    candidates: tuple[str, ...] = ()
+    profiled: bool = False
 
 
 OURS = (
-    Variant("bert_fast captured", "bfloat16", "lamb", True),
+    Variant(CAPTURED, "bfloat16", "lamb", True),
     Variant("bert_fast eager", "bfloat16", "lamb"),
     Variant("bert_fast captured, autocast", "float32", "adamw", True),
 )
+PROFILED = Variant(f"{CAPTURED}, profiled", "bfloat16", "lamb", True, profiled=True)
+WITH_CANDIDATES = (
+    *(Variant(f"bert_fast, {name}", "bfloat16", "lamb", True, (name,)) for name in CANDIDATES),
+    Variant("bert_fast, both candidates", "bfloat16", "lamb", True, tuple(CANDIDATES)),
+)
 # The reference gets the fastest AdamW of PyTorch, one pass where LAMB takes two: the comparison leans its way.
-THEIRS = tuple(Variant(name, "float32", "torch AdamW, fused") for name in ("hf-sdpa", "hf-eager", "hf-masked-head"))
-COMPILED = Variant("hf-compile", "float32", "torch AdamW, fused")
+SDPA, EAGER, MASKED_HEAD, COMPILED = THEIRS = tuple(
+    Variant(name, "float32", "torch AdamW, fused") for name in REFERENCES
+)
 
 
 def cases(options) -> list[tuple[Variant, str, int, str]]:
     """(variant, model, length of a full sequence, lengths) in the order of what is to be known first."""
     if options.smoke:
-        cases = [(v, "micro", 24, kind) for kind in ("wikipedia", "full") for v in (*OURS, *THEIRS)]
-        return [*cases, (OURS[0], "micro", 24, SMALL)]
-    at_512 = [(m, 512, kind) for m in ("large", "base") for kind in ("wikipedia", "full")]
+        timed = (*OURS, *THEIRS[:-1])
+        order = [(v, "micro", 24, kind) for kind in ("wikipedia", "full") for v in timed]
+        order += [(v, "micro", 24, "full") for v in (PROFILED, *WITH_CANDIDATES)]
+        return [*order, (OURS[0], "micro", 24, SMALL)]
+    large, base = ([(model, 512, kind) for kind in ("wikipedia", "full")] for model in ("large", "base"))
+    at_512 = large + base
     at_128 = [(m, 128, kind) for m in ("base", "large") for kind in ("full", "wikipedia")]
-    full_512 = [size for size in at_512 if size[2] == "full"]
-    order = [(v, *size) for v in (OURS[0], THEIRS[0]) for size in at_512]
-    order += [(v, "base", 128, SMALL) for v in OURS[:2]]
-    order += [(COMPILED, *size) for size in full_512]
-    order += [(v, *size) for v in (OURS[1], *THEIRS[1:], OURS[2]) for size in at_512]
-    order += [(v, *size) for size in at_128 for v in (*OURS, *THEIRS)]
-    return order + [(COMPILED, *size) for size in at_512 + at_128 if size not in full_512]
+    order = [(OURS[0], *size) for size in large]
+    order += [(PROFILED, "large", 512, "full")]
+    order += [(v, "large", 512, kind) for kind in ("full", "wikipedia") for v in WITH_CANDIDATES]
+    order += [(OURS[0], *size) for size in (*base, at_128[0])]
+    order += [(v, *size) for v in (SDPA, OURS[1]) for size in at_512]
+    order += [(v, "base", 128, SMALL) for v in OURS[:2]] + [(PROFILED, *at_128[0])]
+    # a minute each; until then the factor over the best reference is open
+    order += [(COMPILED, m, 512, kind) for kind in ("full", "wikipedia") for m in ("large", "base")]
+    order += [(v, *size) for v in (MASKED_HEAD, EAGER, OURS[2]) for size in at_512]
+    order += [(v, *size) for size in at_128 for v in (*OURS, *THEIRS[:-1])]
+    order += [(COMPILED, *size) for size in at_128]
+    return list(dict.fromkeys(order))
 
 
 def autocast(device: str, weights: str, smoke: bool):
@@ -101,14 +158,19 @@ def trainer(model, optimizer, batch: Batch, *, products: bool, capture: bool) ->
     return train
 
 
+def our_model(variant: Variant, config, options) -> bert_fast.BertForPreTraining:
+    """The same weights whenever it is called."""
+    torch.manual_seed(0)
+    kind = torch.float32 if options.smoke or variant.weights == "float32" else torch.bfloat16
+    with torch.device(options.device):
+        return bert_fast.BertForPreTraining(config).to(kind).train()
+
+
 def our_step(variant: Variant, config, batch: Batch, options) -> Callable[[], Outcome]:
     """A function that trains one step of ours."""
     from bert_fast import optim
 
-    torch.manual_seed(0)
-    kind = torch.float32 if options.smoke or variant.weights == "float32" else torch.bfloat16
-    with torch.device(options.device):
-        model = bert_fast.BertForPreTraining(config).to(kind).train()
+    model = our_model(variant, config, options)
     groups = optim.parameter_groups(model, weight_decay=0.01)
     optimizer = {"adamw": optim.AdamW, "lamb": optim.Lamb}[variant.optimizer](groups, lr=1e-4, max_grad_norm=1.0)
     train = trainer(
@@ -162,12 +224,98 @@ def timed_steps(run: Callable[[], object], device: str, smoke: bool) -> list[flo
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
 
 
+def capability(device: str) -> int | None:
+    """The compute capability, 10 times the major number plus the minor one; None of a CPU."""
+    if device != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def why_left_out(variant: Variant, device: str) -> str | None:
+    """Why the candidates of ``variant`` cannot run here, or None where they can."""
+    here = capability(device)
+    for name in variant.candidates:
+        known = CANDIDATES[name].capabilities
+        if here not in known:
+            this = "this is a CPU" if here is None else f"this GPU has {here / 10}"
+            return f"{name} is for compute capability {' and '.join(str(c / 10) for c in known)}, and {this}"
+    return None
+
+
+@contextlib.contextmanager
+def in_use(names: tuple[str, ...], device: str) -> Iterator[dict[str, int]]:
+    """The candidates ``names`` in place of the defaults, for the length of a ``with`` block; gives how often each of
+    their functions has been called so far."""
+    called: dict[str, int] = {}
+
+    def counted(name: str, function: Callable) -> Callable:
+        called[name] = 0
+
+        def call(*arguments, **options):
+            called[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for candidate in (CANDIDATES[name] for name in names):
+            module, table = candidate.table
+            asked = candidate.asks(capability(device))
+            stack.enter_context(mock.patch.object(importlib.import_module(module), table, asked))
+            kernels = importlib.import_module(candidate.kernels)
+            for function in candidate.functions:
+                call = counted(function, getattr(kernels, function))
+                stack.enter_context(mock.patch.object(kernels, function, call))
+        yield called
+
+
+def require_called(called: dict[str, int]) -> None:
+    """RuntimeError where a function of a candidate in use has not run: what was measured is another step then."""
+    if silent := [name for name, count in called.items() if not count]:
+        raise RuntimeError(f"not used by the step, though asked for: {', '.join(silent)}")
+
+
+def gradients(model: bert_fast.BertForPreTraining, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of ``batch`` and the gradient of every weight matrix, with the same dropout whenever it is called."""
+    torch.manual_seed(0)
+    model.zero_grad(set_to_none=True)
+    with gradients_in_place(model.parameters()):
+        loss = model(**{**batch.packed, "max_length_q": batch.seq}).loss
+        loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def checked(variant: Variant, config, batch: Batch, options) -> dict[str, float]:
+    """By how much the loss and the gradients of ``variant`` differ from those of ours as built: the same weights, batch
+    and dropout. RuntimeError where it is more than rounding makes.
+
+    The gradients' global norm would tell little: attention's could be a tenth off and move it by less than 1 %.
+    """
+    model = our_model(variant, config, options)
+    loss, built = gradients(model, batch)
+    with in_use(variant.candidates, options.device) as called:
+        found_loss, found = gradients(model, batch)
+    require_called(called)
+    off = {name: float((found[name].float() - g.float()).norm() / g.float().norm()) for name, g in built.items()}
+    worst = max(off, key=lambda name: (math.isnan(off[name]), off[name]))
+    differs = {"loss": abs(found_loss - loss) / loss, "gradient": off[worst]}
+    if not (differs["loss"] <= LOSS_BOUND and differs["gradient"] <= GRADIENT_BOUND):
+        raise RuntimeError(
+            f"not the step of ours as built: the loss is off by {differs['loss']:.2%} (at most {LOSS_BOUND:.0%}), the "
+            f"gradient of {worst} by {off[worst]:.2%} of its norm (at most {GRADIENT_BOUND:.0%})"
+        )
+    return differs
+
+
 def measure(variant: Variant, model: str, seq: int, kind: str, options, results: Results) -> dict:
     """One row. A batch that does not fit the memory is halved; rates are per second, so they still compare."""
     config = model_config(model, dropout=DROPOUT)
     lengths = [seq] * 8 if kind == SMALL else lengths_of(kind, seq, 96 if options.smoke else TOKENS)
     while True:
         try:
+            if variant.profiled:
+                return profile_batch(variant, config, seq, lengths, options)
             return measure_batch(variant, config, seq, lengths, options, results, kernels=kind == SMALL)
         except torch.OutOfMemoryError:
             if len(lengths) < 2:
@@ -184,30 +332,59 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def kernel_seconds(run: Callable[[], object], device: str, steps: int = 5) -> float | None:
-    """What the kernels and copies of a step take by themselves; None where the profiler sees none."""
+def kernels_of(run: Callable[[], object], device: str, steps: int = 5) -> list[dict]:
+    """The kernels and copies of a step by name, those that take longest in all first: "kernel", "calls" and "us" of a
+    step. Of a CPU, which has none, PyTorch's operators, each without those that it calls."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as profiler:
         for _ in range(steps):
             run()
         synchronize(device)
-    kernels = [e for e in found.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    return sum(e.time_range.elapsed_us() for e in kernels) / steps / 1e6 or None
+    lines: dict[str, dict] = {}
+    for event in profiler.events():
+        if device == "cuda" and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue
+        line = lines.setdefault(event.name, {"kernel": event.name, "calls": 0, "us": 0.0})
+        line["calls"] += 1
+        line["us"] += event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total
+    found = [{"kernel": x["kernel"], "calls": x["calls"] / steps, "us": x["us"] / steps} for x in lines.values()]
+    return sorted(found, key=lambda line: -line["us"])
+
+
+def batch_of(lengths: list[int], seq: int, config, options) -> Batch:
+    predicted = masked_positions(lengths)
+    return random_batch(lengths, predicted, seq, options.device, nsp=True, vocabulary=config.vocab_size)
+
+
+def profile_batch(variant: Variant, config, seq: int, lengths: list[int], options) -> dict:
+    """A row of "profiles": a case of its own, so that ours has its times whatever becomes of the profiler."""
+    run = our_step(variant, config, batch_of(lengths, seq, config, options), options)
+    run()  # it is recorded
+    kernels = kernels_of(run, options.device)
+    if not kernels:
+        raise RuntimeError("the profiler saw no kernel")
+    return {"sequences": len(lengths), "kernels_ms": sum(x["us"] for x in kernels) / 1e3, "kernels": kernels}
 
 
 def measure_batch(
     variant: Variant, config, seq: int, lengths: list[int], options, results: Results, *, kernels: bool
 ) -> dict:
     ours = variant.name.startswith("bert_fast")
-    predicted = masked_positions(lengths)
-    batch = random_batch(lengths, predicted, seq, options.device, nsp=True, vocabulary=config.vocab_size)
-    with PeakMemory(options.device) as peak:
-        run = (our_step if ours else their_step)(variant, config, batch, options)
-        first = run()
-        loss = float(first.scalars[:2].sum() if ours else first)
-        run()  # the first backward had no optimiser's state beside it, unless a rehearsal made that
-    times = timed_steps(run, options.device, options.smoke)
-    alone = kernel_seconds(run, options.device) if kernels else None
+    batch, predicted = batch_of(lengths, seq, config, options), masked_positions(lengths)
+    differs = checked(variant, config, batch, options) if variant.candidates else None
+    release()
+    with in_use(variant.candidates, options.device) as called:
+        with PeakMemory(options.device) as peak:
+            run = (our_step if ours else their_step)(variant, config, batch, options)
+            # Preparing ours is no part of a step: its second rehearsal runs a forward beside all gradients that the
+            # first has left.
+            peak.reset()
+            first = run()
+            loss = float(first.scalars[:2].sum() if ours else first)
+            run()  # the first backward had no optimiser's state beside it, unless a rehearsal made that
+        require_called(called)
+        times = timed_steps(run, options.device, options.smoke)
+        alone = sum(line["us"] for line in kernels_of(run, options.device)) if kernels else 0.0
     del run
     release()
     limit = results.data.get("limits", {}).get("matmul_tflops", {}).get("bfloat16", float("nan")) * 1e12
@@ -226,29 +403,47 @@ def measure_batch(
         "mfu": full / seconds / limit, "executed_share": executed / seconds / limit,
         "peak_memory_mib": peak.mib,
     }  # fmt: skip
-    if alone is not None:
-        row["kernels_ms"] = 1e3 * alone
+    if alone:
+        row["kernels_ms"] = alone / 1e3
+    if differs:
+        row["differs"] = differs
     if ours:
-        ceilings = ceilings_of(results.data)
-        expected = predict(config, lengths, step(config, lengths, variant.weights, variant.optimizer), ceilings)
+        ceilings, lines = ceilings_of(results.data), step(config, lengths, variant.weights, variant.optimizer)
+        for name in variant.candidates:
+            lines = [CANDIDATES[name].change(line) for line in lines]
+        expected = predict(config, lengths, lines, ceilings)
         host = 0.0 if variant.captured else expected.launches * ceilings.launch
         row["predicted_ms"] = 1e3 * max(expected.seconds, host)
     return row
 
 
+def leave_out(results: Results, what: str) -> None:
+    """There is no time left for it; told once, whichever process finds that out."""
+    if what not in results.data.get("steps_left_out", []):
+        results.add("steps_left_out", what)
+
+
 def run(results: Results, options) -> None:
-    """Fills "steps" and "curves"."""
+    """Fills "steps", "profiles" and "curves"; "candidates_left_out" says why of those that cannot run here."""
     order = cases(options)
+    reasons = {v.name: why_left_out(v, options.device) for v in WITH_CANDIDATES}
+    reasons = {name: why for name, why in reasons.items() if why}
+    results.put("candidates_left_out", reasons)
+    # what can be told of the reference in a minute comes before what takes it a minute
+    before = next((number for number, case in enumerate(order) if case[0] == COMPILED), len(order) - 1)
     for number, (variant, model, seq, kind) in enumerate(order):
-        if number == min(CURVES_AFTER, len(order) - 1):
+        if number == before:
             curves(results, options)
+        key = f"{model} {seq} {kind}, {variant.name}"
+        if variant.name in reasons or key in results.begun(4):
+            continue
         if time.time() > options.until - SECONDS_OF_A_CASE.get(variant.name, SECONDS_OF_OTHERS):
-            results.add("steps_left_out", f"{model} {seq} {kind} {variant.name}")
+            leave_out(results, f"{model} {seq} {kind} {variant.name}")
             continue
         facts = {"model": model, "seq": seq, "lengths": kind, "variant": variant.name, "weights": variant.weights,
                  "optimizer": variant.optimizer}  # fmt: skip
         results.case(
-            4, f"{model} {seq} {kind}, {variant.name}", "steps", facts,
+            4, key, "profiles" if variant.profiled else "steps", facts,
             lambda v=variant, m=model, s=seq, k=kind: measure(v, m, s, k, options, results),
         )  # fmt: skip
         release()
@@ -286,8 +481,11 @@ def curves(results: Results, options) -> None:
     model, sequences, seq, count = ("micro", 4, 32, 4) if options.smoke else ("base", 64, 128, CURVE_STEPS)
     made: list = []
     for name in ("bert_fast", "transformers"):
+        key = f"loss curve, {name}"
+        if key in results.begun(4):
+            continue
         if time.time() > options.until - SECONDS_OF_OTHERS and not options.smoke:
-            results.add("steps_left_out", f"loss curve of {name}")
+            leave_out(results, f"loss curve of {name}")
             continue
 
         def measure(name=name) -> dict:
@@ -296,7 +494,7 @@ def curves(results: Results, options) -> None:
             return {"losses": curve(name, model, made[0], options)}
 
         facts = {"variant": name, "model": model, "seq": seq, "sequences": sequences}
-        results.case(4, f"loss curve, {name}", "curves", facts, measure)
+        results.case(4, key, "curves", facts, measure)
         release()
 
 

@@ -115,8 +115,36 @@ def same(found, expected) -> bool:
     )
 
 
-def sweep(operator: str, kernel: str, direction: str, model: str, seq: int, options) -> dict:
-    """Times of the default and of every configuration that runs and is right, in microseconds."""
+def sweep_name(operator: str, kernel: str, model: str, seq: int) -> str:
+    return f"{operator} {kernel}, {model} {seq}"
+
+
+def row_of(results: Results, what: str) -> dict | None:
+    """The row of a sweep as far as it came; None before its first configuration. One without "write" was cut off."""
+    return next((row for row in results.data.get("tune", []) if row["what"] == what and "tried" in row), None)
+
+
+def begin(results: Results, what: str, changed: dict) -> None:
+    """A configuration is a case of its own to who supervises: which one hung is told, and it is not begun again."""
+    results.begun(5).append(f"{what}: " + ", ".join(f"{k}={v}" for k, v in changed.items()))
+    results.save()
+
+
+def record_interrupted(results: Results, row: dict, choices: list[dict]) -> None:
+    """Add to what was tried the one of ``choices`` that a process before this one began and did not end."""
+    begun = sum(key.startswith(f"{row['what']}: ") for key in results.begun(5))
+    if begun > len(row["tried"]):
+        changed = choices[len(row["tried"])]
+        row["tried"].append({"changed": changed, "failed": "its process died, or hung and was ended"})
+        results.save()
+
+
+def sweep(operator: str, kernel: str, direction: str, model: str, seq: int, options, results: Results) -> list[dict]:
+    """Times of the default and of every configuration that runs and is right, in microseconds.
+
+    They are in its row of "tune", saved after each, and not in what is returned: no further rows. Where a process
+    before this one was ended in the middle, the sweep goes on in that row.
+    """
     dtype = torch.float32 if options.smoke else torch.bfloat16
     lengths = lengths_of("full", seq, 64 if options.smoke else TOKENS)
     if operator == "feed_forward":
@@ -135,18 +163,26 @@ def sweep(operator: str, kernel: str, direction: str, model: str, seq: int, opti
         return 1e3 * statistics.median(stopwatch(call) for _ in range(repeat))
 
     expected, default = call(), microseconds(call)
-    tried, left_out = [], 0
-    for changed in configurations(operator, kernel, options.smoke):
+    what = sweep_name(operator, kernel, model, seq)
+    row = row_of(results, what)
+    if row is None:
+        row = {"what": what, "default_us": default, "tried": []}
+        results.add("tune", row)
+    default, tried, left_out = min(default, row["default_us"]), row["tried"], 0
+    for changed in configurations(operator, kernel, options.smoke)[len(tried) :]:
         if time.time() > options.until - SECONDS_OF_A_CONFIGURATION:
             left_out += 1
             continue
+        begin(results, what, changed)
         try:
             with applied(operator, kernel, changed):
-                row = {"us": microseconds(candidate)} if same(candidate(), expected) else {"wrong": True}
+                found = {"us": microseconds(candidate)} if same(candidate(), expected) else {"wrong": True}
         except Exception as error:
-            row = {"failed": reason(error)}  # too many registers, too much shared memory: not one to take
+            found = {"failed": reason(error)}  # too many registers, too much shared memory: not one to take
+        tried.append({"changed": changed, **found})
+        results.save()
+        if "failed" in found:
             raise_if_device_lost()
-        tried.append({"changed": changed, **row})
     best = min((row for row in tried if "us" in row), key=lambda row: row["us"], default=None)
     again = default
     if best is not None:  # the default once more, last: the clocks may have moved meanwhile
@@ -156,13 +192,15 @@ def sweep(operator: str, kernel: str, direction: str, model: str, seq: int, opti
     path = "bert_fast/ops.py" if kernel == "chunk" else path
     path = f"FEED_FORWARD_EPILOGUE in bert_fast/dispatch.py and {path}" if operator == "feed_forward" else path
     changed = ", ".join(f"{k}={v}" for k, v in best["changed"].items()) if won else ""
-    return {
+    row |= {
         "default_us": again,
         "best_us": best["us"] if won else again,
         "write": f"{path}, {kernel} at {seq}: {changed} ({again / best['us']:.2f}x)" if won else "leave it",
-        "tried": tried,
         "left_out": left_out,
     }
+    results.save()
+    print(f"   {row['write']}", flush=True)
+    return []
 
 
 def run(results: Results, options) -> None:
@@ -180,9 +218,13 @@ def run(results: Results, options) -> None:
             for kernel, direction in KERNELS[operator]:
                 if time.time() > options.until - 2 * SECONDS_OF_A_CONFIGURATION:
                     return
-                facts = {"what": f"{operator} {kernel}, {model} {seq}"}
+                key = what = sweep_name(operator, kernel, model, seq)
+                if row := row_of(results, what):
+                    if "write" in row:
+                        continue
+                    record_interrupted(results, row, configurations(operator, kernel, options.smoke))
+                    key = f"{what}, from configuration {len(row['tried']) + 1}"
                 results.case(
-                    5, facts["what"], "tune", facts,
-                    lambda o=operator, k=kernel, d=direction, m=model, s=seq: sweep(o, k, d, m, s, options),
+                    5, key, "tune", {"what": what},
+                    lambda o=operator, k=kernel, d=direction, m=model, s=seq: sweep(o, k, d, m, s, options, results),
                 )  # fmt: skip
-                print(f"   {results.data['tune'][-1].get('write', '')}", flush=True)

@@ -97,12 +97,16 @@ class PeakMemory:
 
     def __enter__(self):
         self.before = self._now()
+        self.reset()
+        return self
+
+    def reset(self) -> None:
+        """The peak counts from now on, still above what was held on entry."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
             # the high-water mark of the resident set is set back to what is resident now
             Path("/proc/self/clear_refs").write_text("5")
-        return self
 
     def __exit__(self, *_):
         if self.device == "cuda":

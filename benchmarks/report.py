@@ -141,10 +141,13 @@ def measured_gpu(results: Path) -> str:
             gpu_results.limits_table(data),
             gpu_results.left_out_text(data),
         ]
-        if aims := aims_table(data):
-            parts += ["Against the aims:", aims]
+        parts += ["Against the aims:", aims_table(data)]
         if data.get("steps"):
             parts += ["Whole steps:", gpu_results.steps_table(data)]
+        if candidates := gpu_results.candidates_table(data):
+            parts += ["Candidates in a whole step:", candidates]
+        if data.get("profiles"):
+            parts += ["What the profile says:", gpu_results.profiles_text(data)]
         if data.get("operators"):
             parts += ["Operators:", gpu_results.operators_table(data)]
         if data.get("operators") or data.get("products"):

@@ -9,7 +9,7 @@ applied to the lines of benchmarks/step_model.py. An aim that the model misses a
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,18 +18,24 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from gpu_aims import (
     ATTENTION,
+    BANDWIDTH,
     BASE_EXECUTED,
     BETWEEN_KERNELS,
     LARGE_EXECUTED,
     LARGE_TOKENS,
+    MLM_LOSS,
+    OPTIMIZERS,
+    ROW_OPERATORS,
     WITH_DROPOUT,
     tera,
     thousand,
 )
+from operators import WORK
 from step_model import (
     BITS,
     DROPOUT_DKV,
     DROPOUT_DQ,
+    DROPOUT_ONE_PASS,
     Ceilings,
     Entry,
     Prediction,
@@ -37,8 +43,10 @@ from step_model import (
     ceilings_of,
     lengths_of,
     markdown_table,
+    operator_seconds,
     predict,
     step,
+    update,
 )
 from workload import model_config
 
@@ -50,7 +58,7 @@ def five_products(x: Entry) -> Entry:
     if (x.operator, x.direction) == ("attention", "backward"):
         return replace(x, flops=x.flops * 5 / 7, kernels=x.kernels - 1)
     if (x.operator, x.direction) == (f"attention{BITS}", "backward"):
-        return replace(x, instructions=x.instructions * DROPOUT_DKV / (DROPOUT_DQ + DROPOUT_DKV))
+        return replace(x, instructions=x.instructions * DROPOUT_ONE_PASS / (DROPOUT_DQ + DROPOUT_DKV))
     return x
 
 
@@ -128,6 +136,25 @@ def attention_rates(ceilings: Ceilings, *changes: Callable[[Entry], Entry]) -> t
     return least / backward, without / sum(x.seconds(ceilings) for x in lines)
 
 
+def alone(ceilings: Ceilings) -> Iterator[tuple[str, tuple[float, ...], float]]:
+    """(operator, what is required, predicted) of BERT-large at 512, each operator alone: what it needs at the rate of
+    its limit, of its time. An optimiser needs what it moves."""
+    config, lengths = model_config("large", dropout=0.1), lengths_of("full", 512)
+    for direction in ("forward", "backward"):
+        for operator in ROW_OPERATORS:
+            needed = WORK[operator](config, lengths, 2, 2)[direction].bytes / ceilings.copy
+            seconds = operator_seconds(config, lengths, operator, direction, ceilings)
+            yield f"{operator}, {direction}: of the copy bandwidth", BANDWIDTH[direction], needed / seconds
+    for optimizer in OPTIMIZERS:
+        lines = update(config, "bfloat16", optimizer)
+        needed = sum(x.bytes for x in lines) / ceilings.copy
+        predicted = needed / sum(x.seconds(ceilings) for x in lines)
+        yield f"{optimizer}, update: of the copy bandwidth", BANDWIDTH["update"], predicted
+    needed = WORK["mlm_loss"](config, lengths, 2, 2)["forward"].flops / ceilings.matmul
+    predicted = needed / operator_seconds(config, lengths, "mlm_loss", "forward", ceilings)
+    yield "mlm_loss, forward: its three products alone, of its time", MLM_LOSS, predicted
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
@@ -152,6 +179,9 @@ def aims(ceilings: Ceilings) -> str:
         needs = [", ".join(percent(aim / value) for aim in required) for value in found]
         predictions = [f"{unit(value)} ({need})" for value, need in zip(found, needs, strict=True)]
         rows.append([name, ", aim ".join(map(unit, required)), *predictions])
+    for name, required, share in alone(ceilings):
+        need = ", ".join(percent(aim / share) for aim in required)
+        rows.append([name, percent(*required), f"{percent(share)} ({need})", ""])
     small = predicted("base", [128] * 8, ceilings)
     rows.append(
         [

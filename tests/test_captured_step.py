@@ -161,6 +161,25 @@ def test_where_recording_fails_the_run_goes_on_eagerly_to_the_same_bits(broken, 
     assert "--no-capture" in message
 
 
+def test_graphs_that_are_replayed_are_waited_for_before_they_go():
+    """The recorder waits; until then the step still has the graphs and what they read."""
+    held = []
+
+    class Waiting(Rerun):
+        def forget(self):
+            held.append((step.captured, len(step._inputs)))
+
+    step = build(recorder=Waiting)
+    prepare(step)
+    apply(step, 0)
+    apply(step, 1)
+    captured = step.captured
+    prepare(step)
+    assert captured > 0
+    assert held == [(0, 0), (captured, 2)]
+    assert step.captured == 0
+
+
 def test_batches_of_other_shapes_run_eagerly():
     expected = trained(build())
     step = build(recorder=Rerun)

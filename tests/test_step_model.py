@@ -318,3 +318,26 @@ def test_the_aims_are_told_with_the_share_of_the_ceilings_that_they_need():
     assert 0 < with_dropout < 1
     (line_of_it,) = [x for x in table.splitlines() if "attention's backward" in x]
     assert f"{rate / 1e12:.0f} TFLOP/s ({100 * 250e12 / rate:.0f} %)" in line_of_it
+
+
+def test_operators_alone_against_the_copy_bandwidth():
+    step_aims, step_model = script("step_aims"), script("step_model")
+    ceilings = step_model.Ceilings()
+    shares = {name: share for name, _, share in step_aims.alone(ceilings)}
+    assert len(shares) == 2 * 3 + 2 + 1
+    # x, residual read; out, z written: 8 bytes an element; one launch
+    seconds = 8 * 32768 * 1024 / ceilings.copy
+    expected = seconds / (seconds + ceilings.between_kernels)
+    assert shares["residual_layernorm, forward: of the copy bandwidth"] == pytest.approx(expected)
+    # three sorted sums read d z in float32 again, and all of the table's gradient is written
+    assert 0.2 < shares["embedding_layernorm, backward: of the copy bandwidth"] < 0.3
+    assert 0.9 < shares["adamw, update: of the copy bandwidth"] < shares["lamb, update: of the copy bandwidth"] < 1
+    assert 0.5 < shares["mlm_loss, forward: its three products alone, of its time"] < 1
+    table = step_aims.aims(ceilings)
+    assert all(f"| {name} |" in table for name in shares)
+    # a row of a run that took as long as is predicted has that share of the limit
+    config, lengths = script("workload").model_config("large", dropout=0.1), [512] * 64
+    work = script("operators").WORK["bias_gelu"](config, lengths, 2, 2)["backward"]
+    ms = 1e3 * step_model.operator_seconds(config, lengths, "bias_gelu", "backward", ceilings)
+    row = script("gpu_operators").rate_of(work, ms, {"copy_gbs": ceilings.copy / 1e9})
+    assert row["share_of_limit"] == pytest.approx(shares["bias_gelu, backward: of the copy bandwidth"])
