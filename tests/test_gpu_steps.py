@@ -72,8 +72,8 @@ def candidates_here(monkeypatch):
     module = SimpleNamespace(takes=lambda *arguments: True, attention_bwd=two_kernels)
     monkeypatch.setitem(sys.modules, "bert_fast.kernels.attention_hopper", module)
     monkeypatch.setattr(sys.modules["bert_fast.kernels"], "attention_hopper", module, raising=False)
-    dispatch.set_backend(attention="triton", feed_forward="triton")
-    return module
+    with dispatch.use_backend(attention="triton", feed_forward="triton"):
+        yield module
 
 
 def step_with(*names: str, path: Path) -> dict:
