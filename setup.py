@@ -17,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU_PACKAGE = "bert_fast.kernels.cpu"
+LIBRARY = "libbert_fast_cpu.so"
 
 
 def _tool(name: str) -> str | None:
@@ -29,6 +30,8 @@ class BuildCpuOperators(build_ext):
     """Configures, builds and installs CMakeLists.txt's library into the package; a failure is told, not fatal."""
 
     def run(self) -> None:
+        # What an earlier build left is of other sources: where this one fails it must not serve in its place.
+        (self._folder() / LIBRARY).unlink(missing_ok=True)
         try:
             self._build()
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
@@ -46,12 +49,15 @@ class BuildCpuOperators(build_ext):
             raise RuntimeError("cmake was not found; `pip install cmake ninja` brings it")
         ninja = _tool("ninja")
         build = ROOT / "build" / "cmake"
-        into = ROOT / "kernels" / "cpu" if self.inplace else Path(self.build_lib, *CPU_PACKAGE.split("."))
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *generator]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
-        subprocess.run([cmake, "--install", str(build), "--prefix", str(into.resolve())], check=True)
+        subprocess.run([cmake, "--install", str(build), "--prefix", str(self._folder().resolve())], check=True)
+
+    def _folder(self) -> Path:
+        """Where the library goes."""
+        return ROOT / "kernels" / "cpu" if self.inplace else Path(self.build_lib, *CPU_PACKAGE.split("."))
 
 
 class PlatformWheel(bdist_wheel):

@@ -1,6 +1,7 @@
 """The package as a user gets it: what is importable, what is shipped, and what happens where something is missing."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,10 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*command, check=True, **environment):
-    """A child process in the repository's root, Triton's interpreter off."""
+def run(*command, check=True, cwd=ROOT, **environment):
+    """A child process in the repository's root (or ``cwd``), Triton's interpreter off."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BERT_FAST_BACKEND")} | environment
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -61,6 +62,20 @@ def test_missing_prerequisites_are_named_with_their_package(tmp_path):
     for package in ("python3-venv", "python3-dev", "g++"):
         assert f"apt-get install {package}" in done.stderr
     assert run("/bin/sh", "scripts/check_prerequisites.sh", sys.executable).returncode == 0
+
+
+def test_a_build_that_fails_leaves_no_library_of_other_sources(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("kernels", "bert_fast"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
+    library = tmp_path / "kernels" / "cpu" / "libbert_fast_cpu.so"
+    library.write_bytes(b"of yesterday")
+    command = sys.executable, str(tmp_path / "setup.py"), "build_ext", "--inplace"
+    done = run(*command, cwd=tmp_path, CXX="/bin/false")
+    assert "the C++ operators were not built" in done.stderr
+    assert not library.exists()
 
 
 def test_pinned_versions_are_within_the_supported_ranges():
