@@ -15,33 +15,13 @@ import pytest
 import torch
 
 from bert_fast import dispatch, ops
+from tests.gpu_phases import new_results, script, smoke_phase
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def _scripts_as_modules(monkeypatch):
-    """benchmarks/ is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    dispatch.set_backend()
-
-
-def script(name: str):
-    return importlib.import_module(name)
-
-
-def new_results(path: Path, **data):
-    return script("gpu_results").Results(path, {"date": "2026-01-01", "commit": "abc", "phases": [], **data})
-
-
-def smoke_phase(phase: int, results, seconds: float = 120.0):
-    options = SimpleNamespace(device="cpu", smoke=True, until=time.time() + seconds)
-    script("gpu").run_phase(phase, results, options)
-    return results.data
-
-
+pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 

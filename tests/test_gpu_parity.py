@@ -1,6 +1,5 @@
 """What phases 2 and 5 of `make gpu` keep of checks that crash, of processes that die and of sweeps that are cut off."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -11,33 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from bert_fast import dispatch
+from tests.gpu_phases import new_results, script, smoke_phase
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def _scripts_as_modules(monkeypatch):
-    """benchmarks/ is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    dispatch.set_backend()
+pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
 
-def script(name: str):
-    return importlib.import_module(name)
-
-
-def new_results(path: Path):
-    return script("gpu_results").Results(path, {"date": "2026-01-01", "commit": "abc", "phases": [], "smoke": True})
-
-
-def smoke_phase(phase: int, path: Path, seconds: float = 120.0) -> dict:
-    """A phase as a process of its own runs it: from what is on disk."""
-    results = script("gpu_results").Results(path)
-    options = SimpleNamespace(device="cpu", smoke=True, until=time.time() + seconds)
-    script("gpu").run_phase(phase, results, options)
+def phase_from_disk(phase: int, path: Path, seconds: float = 120.0) -> dict:
+    """A phase as a process of its own runs it: from what is on disk, to what is there after it."""
+    smoke_phase(phase, script("gpu_results").Results(path), seconds)
     return json.loads(path.read_text())
 
 
@@ -79,7 +63,7 @@ def test_a_check_that_crashes_is_told_and_a_process_that_dies_in_the_tests_loses
     command = tmp_path / "command.py"
     command.write_text(BROKEN_COMMAND.format(benchmarks=str(BENCHMARKS)))
     monkeypatch.setattr(gpu, "__file__", str(command))
-    results = new_results(tmp_path / "r.json")
+    results = new_results(tmp_path / "r.json", smoke=True)
     results.add("phases", gpu.supervise(2, results, SimpleNamespace(until=time.time() + 240, smoke=True)))
     (outcome,) = results.data["phases"]
     assert outcome["state"] == "failed"
@@ -102,7 +86,7 @@ def test_a_check_that_crashes_is_told_and_a_process_that_dies_in_the_tests_loses
 
 def test_a_check_that_kills_its_process_or_finds_an_error_is_told(tmp_path, monkeypatch):
     parity, path = script("gpu_parity"), tmp_path / "r.json"
-    new_results(path)
+    new_results(path, smoke=True)
 
     def compare(config, batch, device, dtype, **options):
         if dtype == parity.torch.float32:
@@ -112,9 +96,9 @@ def test_a_check_that_kills_its_process_or_finds_an_error_is_told(tmp_path, monk
     monkeypatch.setattr(parity, "compare", compare)
     monkeypatch.setattr(parity, "run_tests", lambda *_: None)
     with pytest.raises(Killed):
-        smoke_phase(2, path)
+        phase_from_disk(2, path)
     with pytest.raises(RuntimeError, match="see their lines: micro float32, micro bfloat16"):
-        smoke_phase(2, path)
+        phase_from_disk(2, path)
     text = script("gpu_results").parity_text(json.loads(path.read_text()))
     assert "Whole model (micro, float32): **not compared**: its process died, or hung and was ended." in text
     assert "Whole model (micro, bfloat16): **not right**, 0 of 1 within" in text
@@ -129,14 +113,14 @@ def right_models(monkeypatch):
 
 @pytest.mark.usefixtures("right_models")
 def test_tests_that_cannot_run_are_told_with_the_reason(tmp_path, monkeypatch):
-    new_results(tmp_path / "r.json")
+    new_results(tmp_path / "r.json", smoke=True)
     monkeypatch.setitem(sys.modules, "pytest", None)  # as where it is not installed
-    data = smoke_phase(2, tmp_path / "r.json")
+    data = phase_from_disk(2, tmp_path / "r.json")
     text = script("gpu_results").markdown(data)
     assert "Parity on the GPU: the tests were not run, as pytest is not installed." in text
     assert "0 tests passed" not in text
     # a process that goes on knows no other reason
-    assert smoke_phase(2, tmp_path / "r.json")["parity"] == data["parity"]
+    assert phase_from_disk(2, tmp_path / "r.json")["parity"] == data["parity"]
 
 
 @pytest.mark.usefixtures("right_models")
@@ -145,10 +129,10 @@ def test_tests_that_cannot_run_are_told_with_the_reason(tmp_path, monkeypatch):
     [(["--no-such-option"], 120.0, "pytest ended with status 4"), ([], 0.0, "the time was up")],
 )
 def test_tests_that_do_not_end_are_told_with_the_reason(tmp_path, monkeypatch, options, seconds, why):
-    new_results(tmp_path / "r.json")
+    new_results(tmp_path / "r.json", smoke=True)
     parity = script("gpu_parity")
     monkeypatch.setattr(parity, "PYTEST", [*parity.PYTEST, *options])
-    data = smoke_phase(2, tmp_path / "r.json", seconds)
+    data = phase_from_disk(2, tmp_path / "r.json", seconds)
     assert f"0 tests passed, 0 failed when {why}." in script("gpu_results").parity_text(data)
     assert all(option in data["parity"]["log_tail"] for option in options)
 
@@ -156,7 +140,7 @@ def test_tests_that_do_not_end_are_told_with_the_reason(tmp_path, monkeypatch, o
 @pytest.mark.usefixtures("right_models")
 def test_while_tests_are_collected_the_phase_is_seen_at_work(tmp_path, monkeypatch):
     """A phase that writes nothing for long is ended, and a first outcome may take long: imports, compilation."""
-    new_results(tmp_path / "r.json")
+    new_results(tmp_path / "r.json", smoke=True)
     collecting = """if True:
         import os, sys, time
         written, deadline = os.stat(sys.argv[1]).st_mtime_ns, time.time() + 20
@@ -166,7 +150,7 @@ def test_while_tests_are_collected_the_phase_is_seen_at_work(tmp_path, monkeypat
         sys.exit(0)"""
     command = [sys.executable, "-c", collecting, str(tmp_path / "r.json")]
     monkeypatch.setattr(script("gpu_parity"), "PYTEST", command)
-    data = smoke_phase(2, tmp_path / "r.json")
+    data = phase_from_disk(2, tmp_path / "r.json")
     assert "stopped" not in data["parity"]
     assert data["parity"]["finished"]
 
@@ -207,13 +191,13 @@ def test_a_sweep_that_is_ended_goes_on_after_the_configuration_that_ended_it(tmp
         raise gpu_results.DeviceLost("an illegal memory access")
 
     monkeypatch.setattr(tune, "applied", ended)
-    new_results(path)
+    new_results(path, smoke=True)
     with monkeypatch.context() as patch:
         if ending == "lost":
             patch.setattr(tune, "raise_if_device_lost", lost)
             patch.setattr(gpu_results, "raise_if_device_lost", lost)
         with pytest.raises(Killed if ending == "killed" else gpu_results.DeviceLost):
-            smoke_phase(5, path)
+            phase_from_disk(5, path)
     data = json.loads(path.read_text())
     first = data["tune"][0]["tried"][0]
     assert first["us"] > 0
@@ -223,7 +207,7 @@ def test_a_sweep_that_is_ended_goes_on_after_the_configuration_that_ended_it(tmp
     text = gpu_results.markdown(data)
     assert f"cut off after {count} configurations; the fastest: num_warps=2 |" in text
 
-    data = smoke_phase(5, path)
+    data = phase_from_disk(5, path)
     row = data["tune"][0]
     assert began == choices  # each once
     assert [tried["changed"] for tried in row["tried"]] == choices
@@ -233,7 +217,7 @@ def test_a_sweep_that_is_ended_goes_on_after_the_configuration_that_ended_it(tmp
     assert row["tried"][2]["us"] > 0
     assert row["write"]
     assert "cut off" not in gpu_results.markdown(data)
-    assert smoke_phase(5, path) == data  # all is done
+    assert phase_from_disk(5, path) == data  # all is done
 
 
 def test_a_sweep_whose_first_configuration_never_ran_says_so():

@@ -16,6 +16,7 @@ import torch
 from torch.autograd import DeviceType
 
 from bert_fast import dispatch
+from tests.gpu_phases import new_results, script
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 FULL = {"model": "large", "seq": 512, "lengths": "full"}
@@ -23,20 +24,7 @@ FULL = {"model": "large", "seq": 512, "lengths": "full"}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.fixture(autouse=True)
-def _scripts_as_modules(monkeypatch):
-    """benchmarks/ is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    dispatch.set_backend()
-
-
-def script(name: str):
-    return importlib.import_module(name)
-
-
-def new_results(path: Path, **data):
-    return script("gpu_results").Results(path, {"date": "2026-01-01", "commit": "abc", "phases": [], **data})
+pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
 
 def micro():

@@ -2,8 +2,6 @@
 hand; and what it says of the aims."""
 
 import contextlib
-import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +11,9 @@ from transformers import BertConfig
 
 from bert_fast import BertForPreTraining, flops, ops
 from bert_fast.linear import gradients_in_place
+from tests.gpu_phases import script
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def _scripts_as_modules(monkeypatch):
-    """benchmarks/ is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
-def script(name: str):
-    return importlib.import_module(name)
+pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
 
 def line(lines: list, operator: str, direction: str):
