@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_results import Results
+from gpu_results import INTERRUPTED, Results
 from numerical_parity import compare
 from workload import model_config, random_batch
 
@@ -83,7 +83,7 @@ def check_model(
     finally:  # where the device is lost too
         parity["models"] += results.data.pop("parity_rows", [])
         if begun and not any(facts.items() <= row.items() for row in parity["models"]):
-            parity["models"].append(facts | {"failed": "its process died, or hung and was ended"})
+            parity["models"].append(facts | {"failed": INTERRUPTED})
         results.save()
 
 

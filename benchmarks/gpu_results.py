@@ -10,13 +10,15 @@ from pathlib import Path
 from gpu_aims import OURS, aims_table, best_reference, step_of
 from step_model import ceilings_of, markdown_table
 
+INTERRUPTED = "its process died, or hung and was ended"  # of a case that was begun and has no row
+
 
 class Results:
     """Rows by phase in one file, rewritten at once and in one piece whenever something is added.
 
     ``data`` holds what the run is about ("kind", "commit", "environment", "limits", ...), a list of rows for each of
-    "operators", "steps", "curves" and "tune", "parity", and the state of each phase. A case that has been begun is
-    known, so that a process that continues after one that died does not begin it again.
+    "operators", "steps", "profiles", "curves" and "tune", "parity", and the state of each phase. A case that has been
+    begun is known, so that a process that continues after one that died does not begin it again.
     """
 
     def __init__(self, path: Path, data: dict | None = None):
@@ -254,6 +256,11 @@ def parity_text(data: dict) -> str:
     return text
 
 
+def settings(changed: dict) -> str:
+    """A launch configuration's constants in words."""
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
+
+
 def tune_table(data: dict) -> str:
     rows = []
     for x in data.get("tune", []):
@@ -261,8 +268,7 @@ def tune_table(data: dict) -> str:
         if write is None:  # cut off; what had been tried is known
             timed = [tried for tried in x["tried"] if "us" in tried]
             fastest = min(timed, key=lambda tried: tried["us"], default={"us": None, "changed": {}})
-            changed = ", ".join(f"{k}={v}" for k, v in fastest["changed"].items())
-            best = fastest["us"]
+            best, changed = fastest["us"], settings(fastest["changed"])
             write = f"cut off after {len(x['tried'])} configurations; the fastest: {changed or 'none ran'}"
         rows.append([x["what"], "failed" if "failed" in x else _number(x["default_us"]), _number(best), write])
     return markdown_table(["kernel", "default us", "best us", "to write into the constants"], rows)

@@ -228,8 +228,9 @@ def capability(device: str) -> int | None:
     """The compute capability, 10 times the major number plus the minor one; None of a CPU."""
     if device != "cuda":
         return None
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+    from bert_fast.kernels import rows
+
+    return rows.capability(torch.device(device))
 
 
 def why_left_out(variant: Variant, device: str) -> str | None:

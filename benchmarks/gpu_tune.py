@@ -11,7 +11,7 @@ import time
 
 import gpu_feed_forward
 import torch
-from gpu_results import Results, raise_if_device_lost, reason
+from gpu_results import INTERRUPTED, Results, raise_if_device_lost, reason, settings
 from operators import DROPOUT, Stopwatch, build_case
 from step_model import TOKENS, lengths_of
 from workload import model_config
@@ -126,7 +126,7 @@ def row_of(results: Results, what: str) -> dict | None:
 
 def begin(results: Results, what: str, changed: dict) -> None:
     """A configuration is a case of its own to who supervises: which one hung is told, and it is not begun again."""
-    results.begun(5).append(f"{what}: " + ", ".join(f"{k}={v}" for k, v in changed.items()))
+    results.begun(5).append(f"{what}: {settings(changed)}")
     results.save()
 
 
@@ -135,7 +135,7 @@ def record_interrupted(results: Results, row: dict, choices: list[dict]) -> None
     begun = sum(key.startswith(f"{row['what']}: ") for key in results.begun(5))
     if begun > len(row["tried"]):
         changed = choices[len(row["tried"])]
-        row["tried"].append({"changed": changed, "failed": "its process died, or hung and was ended"})
+        row["tried"].append({"changed": changed, "failed": INTERRUPTED})
         results.save()
 
 
@@ -191,7 +191,7 @@ def sweep(operator: str, kernel: str, direction: str, model: str, seq: int, opti
     path = dispatch.TABLE[operator]["triton"].replace("bert_fast.kernels.", "kernels/") + ".py"
     path = "bert_fast/ops.py" if kernel == "chunk" else path
     path = f"FEED_FORWARD_EPILOGUE in bert_fast/dispatch.py and {path}" if operator == "feed_forward" else path
-    changed = ", ".join(f"{k}={v}" for k, v in best["changed"].items()) if won else ""
+    changed = settings(best["changed"]) if won else ""
     row |= {
         "default_us": again,
         "best_us": best["us"] if won else again,
