@@ -42,10 +42,11 @@ struct PhiloxWords {
     vuint word[4];
 };
 
-// The words of counters (c0, c1, c2, c3), c0 one per lane.
-BERT_FAST_INLINE PhiloxWords philox(uint64_t key, vuint c0, uint32_t c1_all, uint32_t c2_all, uint32_t c3_all) {
+// The words of the groups `first_group` .. of a row, one per lane.
+BERT_FAST_INLINE PhiloxWords philox(uint64_t key, int64_t first_group, int64_t row_key, uint32_t site_head) {
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-    vuint c1 = broadcast(c1_all), c2 = broadcast(c2_all), c3 = broadcast(c3_all);
+    vuint c0 = lane_numbers() + static_cast<uint32_t>(first_group), c3 = broadcast(site_head);
+    vuint c1 = broadcast(static_cast<uint32_t>(row_key)), c2 = broadcast(static_cast<uint32_t>(row_key >> 32));
     for (int round = 0; round < ROUNDS; round++) {
         const Product a = multiply(c0, 0xD2511F53u), b = multiply(c2, 0xCD9E8D57u);
         c0 = b.high ^ c1 ^ k0;
@@ -112,20 +113,19 @@ inline void attention_keep_words(uint64_t* words, int64_t blocks, uint64_t key, 
                                  uint32_t head, int64_t first_block, uint32_t threshold) {
     typedef uint8_t vbytes __attribute__((vector_size(2 * LANES)));
     typedef uint64_t vwords __attribute__((vector_size(2 * LANES)));
-    const uint32_t position = static_cast<uint32_t>(query_key), sample = static_cast<uint32_t>(query_key >> 32);
     const Threshold bound(threshold);
     char* bytes = reinterpret_cast<char*>(words);
     for (int64_t group = 0; group < 4 * blocks; group += LANES) {  // a pair of neighbours in each 8 of 64 keys
-        const PhiloxWords random = philox(key, lane_numbers() + static_cast<uint32_t>(4 * first_block + group), position,
-                                          sample, (site << 16) | head);
+        const PhiloxWords random = philox(key, 4 * first_block + group, query_key, (site << 16) | head);
         vuint kept = {};
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             kept |= bound.kept(random.word[i]) & (0x00010001u << (2 * i));
             kept |= bound.kept(rotate_left<8>(random.word[i])) & (0x00020002u << (2 * i));
         }
-        // Of each lane 8 bits for the upper halves, which begin at the first two bytes of the words, and 8 for the lower.
-        const vbytes narrow = __builtin_convertvector(reinterpret_cast<Threshold::vhalves>(rotate_left<16>(kept)), vbytes);
+        // Of each lane 8 bits for the upper halves, which begin at a word's first two bytes, and 8 for the lower ones.
+        const auto upper_first = reinterpret_cast<Threshold::vhalves>(rotate_left<16>(kept));
+        const vbytes narrow = __builtin_convertvector(upper_first, vbytes);
         // A bit's number is made of the pair (2 bits), key / 8 % 2, key / 16 (2 bits) and key % 2.
         const vwords mask = exchange_index_bits<4, 1>(exchange_index_bits<5, 2>(reinterpret_cast<vwords>(narrow)));
         store_bytes(bytes + 2 * group, mask, 2 * (4 * blocks - group));
@@ -136,12 +136,10 @@ inline void attention_keep_words(uint64_t* words, int64_t blocks, uint64_t key, 
 inline void hidden_keep_words(uint64_t* words, int64_t blocks, uint64_t key, int64_t row_key, uint32_t site,
                               int64_t first_block, uint32_t threshold) {
     typedef uint8_t vbytes __attribute__((vector_size(LANES)));
-    const uint32_t position = static_cast<uint32_t>(row_key), sample = static_cast<uint32_t>(row_key >> 32);
     const Threshold bound(threshold);
     char* bytes = reinterpret_cast<char*>(words);
     for (int64_t group = 0; group < 8 * blocks; group += LANES) {  // eight neighbours
-        const PhiloxWords random = philox(key, lane_numbers() + static_cast<uint32_t>(8 * first_block + group), position,
-                                          sample, site << 16);
+        const PhiloxWords random = philox(key, 8 * first_block + group, row_key, site << 16);
         vuint kept = {};
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) kept |= bound.kept(random.word[i]) & (0x00020001u << (2 * i));

@@ -181,19 +181,6 @@ BERT_FAST_INLINE vfloat keep_lanes(vfloat x, uint32_t bits) {
 #endif
 }
 
-// Bit i of the result: the sign (top) bit of lane i.
-BERT_FAST_INLINE uint32_t sign_bits(vuint x) {
-#if defined(__AVX512F__)
-    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(x));
-#elif defined(__AVX2__)
-    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(x)));
-#else
-    uint32_t bits = 0;
-    for (int i = 0; i < LANES; i++) bits |= (x[i] >> 31) << i;
-    return bits;
-#endif
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // Functions
 

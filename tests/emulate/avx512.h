@@ -33,13 +33,6 @@ BERT_FAST_EMULATED __m512 maskz_mov_ps(__mmask16 mask, __m512 x) {
     return x;
 }
 
-BERT_FAST_EMULATED __mmask16 movepi32_mask(__m512i x) {
-    uint32_t lanes[16], mask = 0;
-    memcpy(lanes, &x, sizeof(lanes));
-    for (int i = 0; i < 16; i++) mask |= (lanes[i] >> 31) << i;
-    return static_cast<__mmask16>(mask);
-}
-
 BERT_FAST_EMULATED __m512i mul_epu32(__m512i a, __m512i b) {
     return reinterpret_cast<__m512i>((reinterpret_cast<words64>(a) & 0xffffffffu) *
                                      (reinterpret_cast<words64>(b) & 0xffffffffu));
@@ -121,7 +114,6 @@ BERT_FAST_EMULATED __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_max_ps bert_fast_emulated::max_ps
 #define _mm512_sqrt_ps bert_fast_emulated::sqrt_ps
 #define _mm512_maskz_mov_ps bert_fast_emulated::maskz_mov_ps
-#define _mm512_movepi32_mask bert_fast_emulated::movepi32_mask
 #define _mm512_mul_epu32 bert_fast_emulated::mul_epu32
 #define _mm512_srli_epi64 bert_fast_emulated::srli_epi64
 #define _mm512_mask_shuffle_epi32 bert_fast_emulated::mask_shuffle_epi32
