@@ -8,13 +8,15 @@ for each target by Triton, and read with the cuobjdump of Triton's package. The 
     spills      no register is spilled (STL, LDL: stores to and loads from local memory)
     shared      shared memory fits the part's limit for one program, tensor memory its 512 columns
     products    a 16-bit kernel with matrix products uses its target's own tensor-core instruction
-    waits       the products of a Gluon kernel, which issues them asynchronously, have not been made to wait in turn
+    waits       the products of a Gluon kernel, which issues them asynchronously, have not been made to wait in turn,
+                and no wait follows another at once, where the kernel has work for the threads meanwhile
     width       a row operator reads and writes memory by 16 bytes: "wide" is at least a half
     coverage    every kernel that the host launches is in some file's aot_cases
 
 "waits" are instructions that wait for asynchronous products (HGMMA): as many of them as of products mean that the
 assembler saw their registers used meanwhile and made them wait in turn. Triton's own pipelining (num_stages of 2 and
-more) leads to that in some kernels: there it is shown, and no rule.
+more) leads to that in some kernels: there it is shown, and no rule. The assembler also moves waits up, and work down
+past them, unless something that it does not move stands between.
 Occupancy is computed from registers, shared memory and warps, not measured. "wasted" is the share of the scores that an
 attention kernel's tiles compute past the ends of sequences of Wikipedia's lengths at 512 and at 128 (a quarter of each
 length). "wide" is the share of accesses to global memory of 16 bytes a thread or more, by the bytes that instructions
@@ -61,6 +63,7 @@ PARTS = {
 TENSOR_MEMORY_COLUMNS = 512
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA", "IMMA", "IGMMA", "DMMA")
 BULK_COPY = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
+WAIT = "WARPGROUP.DEPBAR"  # for asynchronous products
 SPILL = ("STL", "LDL")
 GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
 ROW_OPERATORS = ("embedding_layernorm", "residual_layernorm", "bias_gelu")
@@ -83,6 +86,7 @@ class Row:
     bulk_copies: int  # instructions
     wide: float | None  # share of the bytes that accesses to global memory name in 16 bytes or more; None without any
     wasted: dict[int, float] = field(default_factory=dict)  # full length -> share of the computed scores
+    idle_waits: int = 0  # waits with little between them and the wait before, and no product
     broken: list[str] = field(default_factory=list)
 
 
@@ -143,6 +147,8 @@ def broken_rules(row: Row, part: Part, needs_tensor_core: bool, tensor_memory: i
     products = row.tensor_core.get("HGMMA", 0)
     if asynchronous and products <= row.product_waits:
         broken.append(f"{row.product_waits} waits for {products} products: the assembler has made them wait in turn")
+    if asynchronous and row.idle_waits:
+        broken.append(f"{row.idle_waits} waits for products follow another at once: the assembler has moved them up")
     if row.kernel.startswith(ROW_OPERATORS) and row.wide is not None and row.wide < 0.5:
         broken.append(
             f"{row.wide:.0%} of the bytes of global memory are read and written by 16, expected a half or more"
@@ -157,16 +163,28 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _disassemble(cubin: bytes) -> tuple[int, int, Counter]:
-    """Registers a thread, local bytes a thread (stack included), and how often each instruction occurs, with its
-    modifiers."""
+def idle_waits(instructions: list[str]) -> int:
+    """How many waits for products have fewer than 64 instructions and no product between them and the wait before."""
+    idle, since = 0, None
+    for at, name in enumerate(instructions):
+        if name.startswith(WAIT):
+            idle += since is not None and at - since <= 64
+            since = at
+        elif name.startswith("HGMMA"):
+            since = None
+    return idle
+
+
+def _disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
+    """Registers a thread, local bytes a thread (stack included), and the instructions, with their modifiers, as they
+    stand."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
     numbers = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")}
     found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], Counter(found)
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], found
 
 
 def compile_case(case: dict, capability: int) -> Row:
@@ -187,8 +205,8 @@ def compile_case(case: dict, capability: int) -> Row:
         options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]},
     )
     metadata = compiled.metadata
-    registers, local_bytes, instructions = _disassemble(compiled.asm["cubin"])
-    opcodes = Counter()
+    registers, local_bytes, code = _disassemble(compiled.asm["cubin"])
+    instructions, opcodes = Counter(code), Counter()
     for name, count in instructions.items():
         opcodes[name.partition(".")[0]] += count
     warps = metadata.num_warps
@@ -202,10 +220,11 @@ def compile_case(case: dict, capability: int) -> Row:
         shared_bytes=metadata.shared,
         occupancy=occupancy(part, registers, metadata.shared, warps),
         tensor_core={name: opcodes[name] for name in TENSOR_CORE if opcodes[name]},
-        product_waits=sum(count for name, count in instructions.items() if name.startswith("WARPGROUP.DEPBAR")),
+        product_waits=sum(name.startswith(WAIT) for name in code),
         bulk_copies=sum(opcodes[name] for name in BULK_COPY),
         wide=wide_share(instructions),
         wasted={seq: wasted_scores(*case["score_tile"], seq) for seq in (512, 128) if "score_tile" in case},
+        idle_waits=idle_waits(code),
     )
     sixteen_bits = any(kind in ("*bf16", "*fp16") for kind in signature.values())
     tensor_memory = getattr(metadata, "tmem_size", 0) or 0

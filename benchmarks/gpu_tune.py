@@ -8,6 +8,7 @@ import importlib
 import itertools
 import statistics
 import time
+from unittest import mock
 
 import gpu_feed_forward
 import torch
@@ -30,8 +31,8 @@ def configurations(operator: str, kernel: str, smoke: bool) -> list[dict]:
     """What to try in place of the kernel's own launch configuration; keys that are left out stay as they are."""
     if smoke:
         return [{"num_warps": 2}, {"num_warps": 8}]
-    if kernel == "one_pass":
-        return [{"ONE_PASS_BACKWARD": {90: 1}}]
+    if kernel in HOPPER:
+        return [{HOPPER[kernel]: {90: 1}}]
     if operator == "feed_forward":  # two programs a multiprocessor, or one with twice the columns
         return [
             *_grid(num_stages=(2, 3), FLATTEN=(False, True)),
@@ -48,10 +49,17 @@ def configurations(operator: str, kernel: str, smoke: bool) -> list[dict]:
     return _grid(BLOCK_M=(1, 2, 4, 8), num_warps=(2, 4, 8))
 
 
+# attention_hopper.py's kernels, in place of fwd and of dq and dkv -> the tables in attention.py that put them there
+HOPPER = {"asynchronous": "ASYNCHRONOUS_FORWARD", "one_pass": "ONE_PASS_BACKWARD"}
 # operator -> the launches that have a configuration of their own, with the direction in which each runs
 KERNELS = {
-    # one_pass: attention_hopper.py's kernel in place of dq and dkv
-    "attention": (("fwd", "forward"), ("dq", "backward"), ("dkv", "backward"), ("one_pass", "backward")),
+    "attention": (
+        ("fwd", "forward"),
+        ("dq", "backward"),
+        ("dkv", "backward"),
+        ("asynchronous", "forward"),
+        ("one_pass", "backward"),
+    ),
     "residual_layernorm": (("fwd", "forward"), ("bwd", "backward")),
     "bias_gelu": (("fwd", "forward"), ("bwd", "backward")),
     "embedding_layernorm": (("fwd", "forward"), ("bwd", "backward")),
@@ -73,13 +81,9 @@ def applied(operator: str, kernel: str, changed: dict):
             ops.MLM_CHUNK = original
         return
     module = importlib.import_module(dispatch.TABLE[operator]["triton"])
-    if kernel == "one_pass":
-        original = module.ONE_PASS_BACKWARD
-        module.ONE_PASS_BACKWARD = changed["ONE_PASS_BACKWARD"]
-        try:
+    if kernel in HOPPER:
+        with mock.patch.multiple(module, **changed):
             yield
-        finally:
-            module.ONE_PASS_BACKWARD = original
         return
     original = module._launch_config
 

@@ -33,8 +33,10 @@ from gpu_aims import (
 from operators import WORK
 from step_model import (
     BITS,
+    DROPOUT_ASYNCHRONOUS,
     DROPOUT_DKV,
     DROPOUT_DQ,
+    DROPOUT_FORWARD,
     DROPOUT_ONE_PASS,
     Ceilings,
     Entry,
@@ -59,6 +61,13 @@ def five_products(x: Entry) -> Entry:
         return replace(x, flops=x.flops * 5 / 7, kernels=x.kernels - 1)
     if (x.operator, x.direction) == (f"attention{BITS}", "backward"):
         return replace(x, instructions=x.instructions * DROPOUT_ONE_PASS / (DROPOUT_DQ + DROPOUT_DKV))
+    return x
+
+
+def asynchronous_forward(x: Entry) -> Entry:
+    """The rate that is charged for the products already supposes that they overlap with the rest."""
+    if (x.operator, x.direction) == (f"attention{BITS}", "forward"):
+        return replace(x, instructions=x.instructions * DROPOUT_ASYNCHRONOUS / DROPOUT_FORWARD)
     return x
 
 

@@ -36,6 +36,7 @@ M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
 
 import itertools
+import math
 
 import torch
 import triton
@@ -57,9 +58,10 @@ _AOT_POINTERS = {"cu_seqlens_ptr": "*i32", "row_key_ptr": "*i64", "rng_key_ptr":
 _AOT_SCALARS = dict.fromkeys(("scale_log2", "grad_scale", "keep_scale", "keep"), "fp32")
 _AOT_SCALARS |= dict.fromkeys(_UNSPECIALIZED, "i32")
 
-# Compute capability -> from which max_seqlen on the backward is attention_hopper.py's, where that takes the case.
-# Nowhere, as nothing has been measured: `make gpu` times both, and {90: 256} would be what to write after a win at 256
-# and at 512.
+# Compute capability -> from which max_seqlen on the forward or the backward is attention_hopper.py's, where that takes
+# the case. Nowhere, as nothing has been measured: `make gpu` times both ways, and after a win at 256 and at 512
+# {90: 256} would be what to write.
+ASYNCHRONOUS_FORWARD: dict[int, int] = {}
 ONE_PASS_BACKWARD: dict[int, int] = {}
 
 
@@ -417,14 +419,22 @@ def _check(qkv: torch.Tensor, scale: float) -> None:
         raise ValueError(f"bert_fast.attention: the Triton kernel needs a scale above 0, got {scale}")
 
 
-def _one_pass_backward(grad_out, qkv, out, max_seqlen):
-    """The backward of attention_hopper.py where it is to be used, else None."""
-    shortest = ONE_PASS_BACKWARD.get(rows.capability(qkv.device))
-    if shortest is None or max_seqlen < shortest:
+def _asynchronous_forward(qkv, max_seqlen):
+    """The forward of attention_hopper.py where it is to be used, else None."""
+    if max_seqlen < ASYNCHRONOUS_FORWARD.get(rows.capability(qkv.device), math.inf):
         return None
     from . import attention_hopper
 
-    return attention_hopper.attention_bwd if attention_hopper.takes(grad_out, qkv, out, max_seqlen) else None
+    return attention_hopper.attention_fwd if attention_hopper.takes_forward(qkv) else None
+
+
+def _one_pass_backward(grad_out, qkv, out, max_seqlen):
+    """The backward of attention_hopper.py where it is to be used, else None."""
+    if max_seqlen < ONE_PASS_BACKWARD.get(rows.capability(qkv.device), math.inf):
+        return None
+    from . import attention_hopper
+
+    return attention_hopper.attention_bwd if attention_hopper.takes_backward(grad_out, qkv, out, max_seqlen) else None
 
 
 def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias=None):
@@ -433,6 +443,9 @@ def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site,
     Raises TypeError for other dtypes, ValueError where ``scale`` is not above 0.
     """
     _check(qkv, scale)
+    asynchronous = _asynchronous_forward(qkv, max_seqlen)
+    if asynchronous is not None:
+        return asynchronous(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty((tokens, heads * head_dim))
     lse = qkv.new_empty((heads, tokens), dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""Attention's backward at the minimum of five matrix products, for compute capability 9.0, in Gluon.
+"""Attention for compute capability 9.0 in Gluon: products that run while the threads compute, a backward of five.
 
-The portable backward (attention.py) makes the scores, dP and dropout's bits twice, once in each of its two kernels.
-Here one program owns one (sequence, head), so each is made once. It runs down blocks of KEYS keys, and for each of
-them down blocks of 64 queries (S tokens, KEYS = 64 or 128):
+Backward. The portable one (attention.py) makes the scores, dP and dropout's bits twice, once in each of its two
+kernels. Here one program owns one (sequence, head), so each is made once. It runs down blocks of KEYS keys, and for
+each of them down blocks of 64 queries (S tokens, KEYS = 64 or 128):
 
     S^T  = K Q^T        P^T = exp2(scale S^T - lse)
     dP^T = V dO^T       dS^T = P^T * (M dP^T - delta) = (M P^T) * dP^T - P^T * delta
@@ -35,10 +35,33 @@ for each block of 64 queries of lse and delta, and 16 Ki for each of dQ's: 220 K
 128, where a program has 4 warps in place of 8 and two share a multiprocessor. Registers allow no more either.
 One program a pair is the limit of this design: fewer pairs than multiprocessors leave some without work.
 
-Not the default: nothing here has been measured. ``ONE_PASS_BACKWARD`` in attention.py is where it becomes one.
+Forward. The portable one waits for each of its products; between those of one program only other programs have work
+for the tensor cores and for the threads. Here a program of 8 warps owns 128 queries of one (sequence, head) and runs
+down blocks of 128 keys. For each:
+
+    S = Q K^T and O += P V, of the block before, are started
+    S           dropout's bits of this block
+    O           running maximum and sum, exponentials, dropout of P
+    afterwards  O is rescaled, P becomes the left operand of the next product
+
+A thread's scores in a row and 64 keys are those of one Philox call, so its bits are its own. The assembler takes a
+wait for products as early, and arithmetic as late, as their own operands allow, and would leave nothing to run
+meanwhile. It does not move a wait across a store to shared memory: one that needs the arithmetic, and that nobody
+reads, stands before each wait. Twice as many queries as in the portable forward read each key and value: at its 64,
+340 TFLOP/s take 5.3 TB/s from the L2 cache, here 2.7.
+
+Counts for one (sequence, head), 16-bit elements, no tile padding, D = 64:
+    products      4 S^2 D FLOPs; Philox for S^2 scores
+    device memory S (8 D + 4) bytes: q, k, v read and out written once, lse written
+    L2 cache      4 D S (S / 128 - 1) bytes more: K and V for each further block of queries
+    shared memory 84,480 bytes held: 16 Ki for Q, 32 Ki for two blocks each of K and V, 2.5 Ki for what nobody reads
+
+Neither is the default: nothing here has been measured. ``ONE_PASS_BACKWARD`` and ``ASYNCHRONOUS_FORWARD`` in
+attention.py are where they become it.
 
 Sources: T. Dao, "FlashAttention-2", 2023 (the equations; keys outside and queries inside); J. Shah et al.,
-"FlashAttention-3", 2024 (asynchronous products on this GPU, left operands from registers).
+"FlashAttention-3", 2024 (asynchronous products on this GPU, left operands from registers, the next scores' product
+beside the softmax).
 """
 
 import itertools
@@ -55,14 +78,17 @@ from .attention import attention_case
 from .rows import cdiv, next_power_of_2
 
 CAPABILITY = 90
+FORWARD_WARPS = 8
 LONGEST = 512  # tokens of a sequence: more sums of dQ do not fit in shared memory
-QUERIES = gl.constexpr(64)  # of a tile
+QUERIES = gl.constexpr(64)  # of a tile of the backward
+BLOCK = gl.constexpr(128)  # queries and keys of a tile of the forward
 SIZE = gl.constexpr(64)  # of a head
 _LOG2_E = gl.constexpr(1.4426950408889634)
+_LN_2 = gl.constexpr(0.6931471805599453)
 _ROUNDS = gl.constexpr(ROUNDS)
 _TAIL_PROGRAMS = 8  # write zeros to the rows that belong to no sequence, whose number the device alone knows
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_UNSPECIALIZED = ("tokens", "sequences", "heads", "threshold", "site")  # no variant for 1 or multiples of 16
+_UNSPECIALIZED = ("tokens", "sequences", "blocks", "heads", "threshold", "site")  # no variant for 1 or multiples of 16
 # Names of Triton 3.7 and 3.9, or else of those before.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -224,7 +250,7 @@ def _kept(word, KEYS: gl.constexpr, SCORES: gl.constexpr):
     return (gl.convert_layout(x, SCORES, assert_trivial=True) & 1) != 0
 
 
-@gluon.jit(do_not_specialize=_UNSPECIALIZED)
+@gluon.jit(do_not_specialize=[name for name in _UNSPECIALIZED if name != "blocks"])
 def _attention_bwd_one_pass_kernel(
     grad_out_ptr, qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, row_key_ptr, rng_key_ptr, grad_qkv_ptr,
     tokens, sequences, heads, scale_log2, grad_scale, keep_scale, keep, threshold, site,
@@ -398,11 +424,248 @@ def _attention_bwd_one_pass_kernel(
         _store(grad_qkv_ptr, row_stride, block * QUERIES, length, dq, QUERIES, COPY)
 
 
-def takes(grad_out, qkv, out, max_seqlen) -> bool:
-    """Whether ``attention_bwd`` has this case: 16-bit types, heads of 64, at most 512 tokens a sequence, tensors that
-    begin at multiples of 16 bytes. What the device is, is not asked here."""
-    aligned = all(x.data_ptr() % 16 == 0 for x in (grad_out, qkv, out))
-    return qkv.dtype in _TYPES and qkv.shape[3] == 64 and max_seqlen <= LONGEST and aligned
+# --------------------------------------------------------------------------------------------------------------
+# Forward
+
+
+@gluon.jit
+def _words(first, key, sample, head, rng_key, site, CALL: gl.constexpr):
+    """The words (128, 2, 4) of the calls for queries ``first ..`` and keys ``key ..``, by query, 64 keys and pair."""
+    row = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, gl.SliceLayout(2, CALL)))[:, None, None]
+    block = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, CALL)))[None, :, None]
+    pair = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, CALL)))[None, None, :]
+    zeros = gl.zeros([BLOCK, 2, 4], gl.uint32, CALL)
+    group = zeros + (key // 16 + 4 * block + pair).to(gl.uint32)
+    c2 = zeros + gl.cast(sample, gl.uint32)
+    c3 = zeros + gl.cast((site << 16) | head, gl.uint32)
+    return _philox(group, zeros + row.to(gl.uint32), c2, c3, rng_key)
+
+
+@gluon.jit
+def _kept_numbers(w0, w1, w2, w3, bound, SCORES: gl.constexpr):
+    """Which of the scores (128, 128) are kept: their number, in the upper bits of a rotated word, is above ``bound``.
+
+    Key 64 b + 8 c + 2 t + u has word c // 2 of the call of b and t, rotated by 8 (2 (c % 2) + u) bits. A thread holds
+    all c and u of its t, so every step but rotations and comparisons is a name for a register.
+    """
+    x = gl.join(gl.join(w0, w1), gl.join(w2, w3))  # c // 2 % 2, c // 4
+    x = gl.join(x, (x << 16) | (x >> 16))  # c % 2
+    x = gl.join(x, (x << 8) | (x >> 24))  # u
+    x = gl.reshape(gl.permute(x, (0, 1, 4, 3, 5, 2, 6)), [BLOCK, BLOCK])
+    return gl.convert_layout(x, SCORES, assert_trivial=True) > bound
+
+
+@gluon.jit
+def _copy_block(block_s, ptr, row_stride, first, length, COPY: gl.constexpr):
+    """Start to copy 128 rows from ``first`` on. Rows' offsets are from there: they are the same for every block."""
+    _copy_in(block_s, ptr + gl.cast(first, gl.int64) * row_stride, row_stride, 0, length - first, BLOCK, COPY)
+
+
+@gluon.jit
+def _exponentials(scores, peak, total, scale_log2, keys, FULL: gl.constexpr, SCORES: gl.constexpr):
+    """P of a block whose first ``keys`` keys there are, the new maxima and sums, and the factor for what was before."""
+    if not FULL:
+        key = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SCORES))
+        scores = gl.where((key < keys)[None, :], scores, float("-inf"))
+    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
+    p = gl.exp2(scores * scale_log2 - new_peak[:, None])
+    rescale = gl.exp2(peak - new_peak)
+    return p, new_peak, total * rescale + gl.sum(p, 1), rescale
+
+
+@gluon.jit
+def _dropped(p, w0, w1, w2, w3, bound, site, SCORES: gl.constexpr):
+    """P or 0. The compiler doesn't know that it is 0: it would round P first and then select 16-bit halves of pairs."""
+    return gl.where(_kept_numbers(w0, w1, w2, w3, bound, SCORES), p, gl.where(site < 0, 1.0, 0.0))
+
+
+@gluon.jit
+def _next_keys(
+    sums, p, peak, total, stage, q_s, k_s, v_s, total_s, word_s, k_ptr, v_ptr, row_stride, key, length, first, sample,
+    head, rng_key, scale_log2, bound, site,
+    HAS_DROPOUT: gl.constexpr, FULL: gl.constexpr, COPY: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
+    CALL: gl.constexpr,
+):  # fmt: skip
+    """The keys ``key ..``: O of the blocks before them, P of theirs, maxima and sums."""
+    KIND: gl.constexpr = q_s.dtype
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    async_copy.wait_group(0)
+    _barrier()  # both warp groups are through with what is copied over
+    if FULL:
+        _copy_block(k_s.index(stage ^ 1), k_ptr, row_stride, key + BLOCK, length, COPY)
+    _copy_block(v_s.index(stage), v_ptr, row_stride, key, length, COPY)
+    async_copy.commit_group()
+    hopper.fence_async_shared()
+    _barrier()  # every thread has fenced this block of keys and the values before it
+    nothing = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+    keys_s = k_s.index(stage).permute((1, 0))
+    scores = hopper.warpgroup_mma(q_s, keys_s, nothing, use_acc=False, is_async=True)
+    left = gl.convert_layout(p.to(KIND), LEFT)
+    sums = hopper.warpgroup_mma(left, v_s.index(stage ^ 1), sums, is_async=True)
+    if HAS_DROPOUT:
+        w0, w1, w2, w3 = _words(first, key, sample, head, rng_key, site, CALL)
+        word_s.store(gl.sum(w0, 1))  # read by nobody: the calls have to be made before the wait
+    scores = hopper.warpgroup_mma_wait(1, (scores,))
+    p, peak, total, rescale = _exponentials(scores, peak, total, scale_log2, length - key, FULL, SCORES)
+    total_s.store(total)  # likewise, the exponentials
+    if HAS_DROPOUT:
+        p = _dropped(p, w0, w1, w2, w3, bound, site, SCORES)
+    sums, left = hopper.warpgroup_mma_wait(0, (sums, left))
+    sums = sums * gl.convert_layout(rescale, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
+    return sums, p, peak, total
+
+
+@gluon.jit(do_not_specialize=_UNSPECIALIZED)
+def _attention_fwd_asynchronous_kernel(
+    qkv_ptr, cu_seqlens_ptr, row_key_ptr, rng_key_ptr, out_ptr, lse_ptr,
+    tokens, sequences, blocks, heads, scale_log2, keep_scale, threshold, site,
+    HAS_DROPOUT: gl.constexpr,
+):  # fmt: skip
+    """Program (block of 128 queries of one sequence, head). Those of one sequence more write zeros past cu_seqlens[-1].
+
+    Barriers and fences: as in the backward. Keys and values past the end are copied as zeros.
+    """
+    KIND: gl.constexpr = qkv_ptr.dtype.element_ty
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])  # 16 bytes a thread
+    COPY_ROW: gl.constexpr = gl.SliceLayout(1, COPY)
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
+    OF_SCORE: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OF_SUM: gl.constexpr = gl.SliceLayout(1, SUMS)
+    # Calls (query, block of 64 keys, pair of keys): a thread makes those of the scores that it holds.
+    CALL: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0, 0], [0, 1, 0]], [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[16, 0, 0], [32, 0, 0], [64, 0, 0]], [], [128, 2, 4],
+    )  # fmt: skip
+    OPERAND: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+    sequence = gl.program_id(0) // blocks
+    first = gl.program_id(0) % blocks * BLOCK
+    head = gl.program_id(1)
+    width = heads * SIZE
+    row_stride = 3 * width
+    start = gl.load(cu_seqlens_ptr + sequence)
+    start = gl.minimum(gl.maximum(start, 0), tokens)
+    end = tokens
+    if sequence < sequences:
+        end = gl.minimum(gl.load(cu_seqlens_ptr + sequence + 1), tokens)
+    length = end - start
+    out_ptr += gl.cast(start, gl.int64) * width + head * SIZE
+    lse_ptr += gl.cast(head, gl.int64) * tokens + start
+    if sequence == sequences:
+        for row in range(first, length, blocks * BLOCK):
+            zeros = gl.zeros([BLOCK, SIZE], KIND, COPY)
+            _store(out_ptr + gl.cast(row, gl.int64) * width, width, 0, length - row, zeros, BLOCK, COPY)
+            token = row + gl.arange(0, BLOCK, layout=COPY_ROW)
+            gl.store(lse_ptr + token, gl.zeros([BLOCK], gl.float32, COPY_ROW), mask=token < length)
+        return
+    if first >= length:
+        return
+
+    q_ptr = qkv_ptr + gl.cast(start, gl.int64) * row_stride + head * SIZE
+    k_ptr = q_ptr + width
+    v_ptr = k_ptr + width
+    q_s = gl.allocate_shared_memory(KIND, [BLOCK, SIZE], OPERAND)
+    k_s = gl.allocate_shared_memory(KIND, [2, BLOCK, SIZE], OPERAND)
+    v_s = gl.allocate_shared_memory(KIND, [2, BLOCK, SIZE], OPERAND)
+    total_s = gl.allocate_shared_memory(gl.float32, [BLOCK], ROW)
+    word_s = gl.allocate_shared_memory(gl.uint32, [BLOCK, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    _copy_block(q_s, q_ptr, row_stride, first, length, COPY)
+    _copy_block(k_s.index(0), k_ptr, row_stride, 0, length, COPY)
+    async_copy.commit_group()
+    _copy_block(k_s.index(1), k_ptr, row_stride, BLOCK, length, COPY)
+    _copy_block(v_s.index(0), v_ptr, row_stride, 0, length, COPY)
+    async_copy.commit_group()
+
+    sample = 0
+    rng_key = gl.cast(0, gl.int64)
+    bound = gl.cast(0, gl.uint32)
+    if HAS_DROPOUT:
+        sample = (gl.load(row_key_ptr + start) >> 32).to(gl.int32)
+        rng_key = gl.load(rng_key_ptr)
+        bound = gl.cast(threshold, gl.uint32) * 65536 - 1  # number >= threshold, whatever lies below the number
+    peak = gl.full([BLOCK], float("-inf"), gl.float32, OF_SCORE)
+    total = gl.zeros([BLOCK], gl.float32, OF_SCORE)
+    sums = gl.zeros([BLOCK, SIZE], gl.float32, SUMS)
+    nothing = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+
+    async_copy.wait_group(1)
+    hopper.fence_async_shared()
+    _barrier()  # every thread has fenced Q and the first keys
+    scores = hopper.warpgroup_mma(q_s, k_s.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if HAS_DROPOUT:
+        w0, w1, w2, w3 = _words(first, 0, sample, head, rng_key, site, CALL)
+        word_s.store(gl.sum(w0, 1))  # see _next_keys
+    scores = hopper.warpgroup_mma_wait(0, (scores,))
+    p, peak, total, _ = _exponentials(scores, peak, total, scale_log2, length, False, SCORES)
+    if HAS_DROPOUT:
+        p = _dropped(p, w0, w1, w2, w3, bound, site, SCORES)
+    stage = 1
+    whole = length // BLOCK * BLOCK
+    for key in range(BLOCK, whole, BLOCK):
+        sums, p, peak, total = _next_keys(
+            sums, p, peak, total, stage, q_s, k_s, v_s, total_s, word_s, k_ptr, v_ptr, row_stride, key, length, first,
+            sample, head, rng_key, scale_log2, bound, site, HAS_DROPOUT, True, COPY, SCORES, SUMS, CALL,
+        )  # fmt: skip
+        stage ^= 1
+    if (whole > 0) & (whole < length):
+        sums, p, peak, total = _next_keys(
+            sums, p, peak, total, stage, q_s, k_s, v_s, total_s, word_s, k_ptr, v_ptr, row_stride, whole, length, first,
+            sample, head, rng_key, scale_log2, bound, site, HAS_DROPOUT, False, COPY, SCORES, SUMS, CALL,
+        )  # fmt: skip
+        stage ^= 1
+
+    async_copy.wait_group(0)
+    hopper.fence_async_shared()
+    _barrier()  # every thread has fenced the last values
+    left = gl.convert_layout(p.to(KIND), gl.DotOperandLayout(0, SUMS, 2))
+    sums = hopper.warpgroup_mma(left, v_s.index(stage ^ 1), sums, is_async=True)
+    sums = hopper.warpgroup_mma_wait(0, (sums,))
+    scale = gl.convert_layout(keep_scale / total, OF_SUM, assert_trivial=True)
+    q_s.store((sums * scale[:, None]).to(KIND))  # through shared memory, to write whole lines
+    _barrier()
+    _store(out_ptr, width, first, length, q_s.load(COPY), BLOCK, COPY)
+    query = first + gl.arange(0, BLOCK, layout=OF_SCORE)
+    gl.store(lse_ptr + query, (peak + gl.log2(total)) * _LN_2, mask=query < length)
+
+
+def takes_forward(qkv) -> bool:
+    """Whether ``attention_fwd`` has this case: 16-bit types, heads of 64, a tensor that begins at a multiple of 16
+    bytes, sequences of any length. What the device is, is not asked here."""
+    return qkv.dtype in _TYPES and qkv.shape[3] == 64 and qkv.data_ptr() % 16 == 0
+
+
+def takes_backward(grad_out, qkv, out, max_seqlen) -> bool:
+    """Whether ``attention_bwd`` has this case: as ``takes_forward`` for all three tensors, and at most 512 tokens a
+    sequence."""
+    aligned = all(x.data_ptr() % 16 == 0 for x in (grad_out, out))
+    return takes_forward(qkv) and max_seqlen <= LONGEST and aligned
+
+
+def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias=None):
+    """-> out (T, A*D) in qkv's dtype, lse (A, T) float32: see reference.attention_fwd.
+
+    Raises ValueError for what ``takes_forward`` has not, and where ``scale`` is not above 0.
+    """
+    if not takes_forward(qkv) or not scale > 0:
+        raise ValueError(
+            "bert_fast.attention: the asynchronous forward has bfloat16 and float16, heads of 64, tensors aligned to "
+            f"16 bytes and a scale above 0, not {qkv.dtype}, {qkv.shape[3]} and {scale}; attention.py's has the others"
+        )
+    tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty((tokens, heads * head_dim))
+    lse = qkv.new_empty((heads, tokens), dtype=torch.float32)
+    if tokens:
+        blocks = max(1, cdiv(max_seqlen, BLOCK.value))
+        with torch.cuda.device_of(qkv):
+            _attention_fwd_asynchronous_kernel[blocks * cu_seqlens.numel(), heads](
+                qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, row_key_ptr=row_key, rng_key_ptr=rng_key, out_ptr=out,
+                lse_ptr=lse, tokens=tokens, sequences=cu_seqlens.numel() - 1, blocks=blocks, heads=heads,
+                scale_log2=scale * _LOG2_E.value, keep_scale=dropout_scale(p), threshold=dropout_threshold(p),
+                site=site, HAS_DROPOUT=dropout_threshold(p) > 0, num_warps=FORWARD_WARPS,
+            )  # fmt: skip
+    return out, lse
 
 
 def attention_bwd(
@@ -411,9 +674,9 @@ def attention_bwd(
     """-> gradients of qkv (T, 3, A, D) in its dtype and of its bias: see reference.attention_bwd. The bias's is summed
     afterwards, in two passes over dq and dv as they were written.
 
-    Raises ValueError for what ``takes`` has not, and where ``scale`` is not above 0.
+    Raises ValueError for what ``takes_backward`` has not, and where ``scale`` is not above 0.
     """
-    if not takes(grad_out, qkv, out, max_seqlen) or not scale > 0:
+    if not takes_backward(grad_out, qkv, out, max_seqlen) or not scale > 0:
         raise ValueError(
             "bert_fast.attention: the one-pass backward has bfloat16 and float16, heads of 64, sequences of at most "
             f"{LONGEST} tokens, tensors aligned to 16 bytes and a scale above 0, not {qkv.dtype}, {qkv.shape[3]}, "
@@ -436,10 +699,15 @@ def attention_bwd(
 
 
 def aot_cases(capability: int) -> list[dict]:
-    """The kernel's configurations for ahead-of-time compilation, none but for compute capability 9.0."""
+    """The kernels' configurations for ahead-of-time compilation, none but for compute capability 9.0."""
     if capability != CAPABILITY:
         return []
     cases = []
+    for element, p in itertools.product(_TYPES.values(), (0.1, 0.0)):
+        name, tile = f"attention asynchronous fwd {element} p={p}", (BLOCK.value, BLOCK.value)
+        config = {"num_warps": FORWARD_WARPS, "num_stages": 1}
+        constants = {"HAS_DROPOUT": p > 0.0}
+        cases.append(attention_case(_attention_fwd_asynchronous_kernel, name, element, constants, config, tile))
     for longest, element, p in itertools.product((512, 256, 128), _TYPES.values(), (0.1, 0.0)):
         config = {**_launch_config(longest), "num_stages": 1}
         name = f"attention one_pass S={longest} {element} p={p}"

@@ -96,7 +96,7 @@ class Tile:
 def _operators():
     names = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and, "or": np.bitwise_or,
              "xor": np.bitwise_xor, "lshift": np.left_shift, "rshift": np.right_shift, "floordiv": np.floor_divide,
-             "mod": np.remainder}  # fmt: skip
+             "truediv": np.divide, "mod": np.remainder}  # fmt: skip
     for name, operation in names.items():
         setattr(Tile, f"__{name}__", lambda self, other, f=operation: self._with(other, f))
         setattr(Tile, f"__r{name}__", lambda self, other, f=operation: self._with(other, f, swap=True))
@@ -394,6 +394,7 @@ def _language() -> types.SimpleNamespace:
         float32=float32, int32=int32, int64=int64, uint32=uint32, uint64=uint64,
         arange=lambda start, end, layout=None: Tile(np.arange(start, end, dtype=np.int32), int32, layout),
         zeros=lambda shape, dtype, layout=None: Tile(np.zeros(shape, dtype.numpy), dtype, layout),
+        full=lambda shape, value, dtype, layout=None: Tile(np.full(shape, value, dtype.numpy), dtype, layout),
         allocate_shared_memory=lambda dtype, shape, layout: Shared(Buffer(dtype, shape)),
         convert_layout=keep_layout,
         join=lambda a, b: Tile(np.stack([a.data, b.data], -1), a.dtype),
@@ -401,7 +402,9 @@ def _language() -> types.SimpleNamespace:
         permute=lambda x, order: Tile(x.data.transpose(order), x.dtype),
         reshape=lambda x, shape: Tile(x.data.reshape(shape), x.dtype),
         sum=lambda x, axis: Tile(x.data.sum(axis, dtype=x.dtype.numpy), x.dtype),
+        max=lambda x, axis: Tile(x.data.max(axis), x.dtype),
         exp2=lambda x: Tile(_exp2(x.data), float32, x.layout),
+        log2=lambda x: Tile(np.log2(x.data), float32, x.layout),
         minimum=_scalar_or(min, np.minimum),
         maximum=_scalar_or(max, np.maximum),
         static_range=range,

@@ -120,7 +120,14 @@ def test_every_kernel_keeps_the_rules(tmp_path):
 
 @pytest.mark.parametrize(
     "kernel",
-    ["attention fwd D=64 bf16", "attention one_pass S=512 bf16", "embedding_layernorm", "bias_gelu", "mlm_loss"],
+    [
+        "attention fwd D=64 bf16",
+        "attention asynchronous fwd bf16",
+        "attention one_pass S=512 bf16",
+        "embedding_layernorm",
+        "bias_gelu",
+        "mlm_loss",
+    ],
 )
 def test_kernels_keep_the_rules_on_sm_90(kernel):
     done = _report("--targets", "90", "--kernels", kernel)
@@ -201,6 +208,17 @@ def test_products_made_to_wait_in_turn_are_reported(waits, asynchronous, broken)
     row = compile_report.Row("attention one_pass", 90, 8, 255, 0, 0, 0, 0.1, {"HGMMA": 24}, waits, 0, None)
     assert bool(compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, asynchronous)) == broken
     assert f"HGMMA 24, {waits} waits" in compile_report.table([row])
+
+
+@pytest.mark.parametrize(("between", "idle"), [(10 * ["FMNMX"], 1), (80 * ["FMNMX"], 0), (["HGMMA.64x64x16"], 0)])
+def test_a_wait_that_follows_another_at_once_is_reported(between, idle):
+    code = ["HGMMA.64x128x16", "WARPGROUP.DEPBAR.LE", *between, "WARPGROUP.DEPBAR.LE", "EXIT"]
+    assert compile_report.idle_waits(code) == idle
+    row = compile_report.Row(
+        "attention asynchronous", 90, 8, 255, 0, 0, 0, 0.1, {"HGMMA": 24}, 2, 0, None, idle_waits=idle
+    )
+    assert len(compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, True)) == idle
+    assert not compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, False)
 
 
 def test_launched_kernel_without_a_case_is_reported(tmp_path):

@@ -499,7 +499,7 @@ def test_the_order_of_work_and_who_is_left_out():
     gpu_steps = script("gpu_steps")
     order = gpu_steps.cases(SimpleNamespace(smoke=False, device="cuda"))
     # and ours at 8 x 128, profiled, and with candidates
-    assert len(set(order)) == len(order) == 8 * 7 + 2 + 2 + 2 * 3
+    assert len(set(order)) == len(order) == 8 * 7 + 2 + 2 + 2 * 4
     assert (order[0][0].name, *order[0][1:]) == ("bert_fast captured", "large", 512, "wikipedia")
 
 

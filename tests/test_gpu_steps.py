@@ -53,11 +53,20 @@ def candidates_here(monkeypatch):
         lambda direction, x: x.shape[0] >= dispatch.FEED_FORWARD_EPILOGUE.get(direction, {}).get(80, math.inf),
     )
 
-    def two_kernels(*arguments):
-        with mock.patch.object(portable, "ONE_PASS_BACKWARD", {}):
-            return portable.attention_bwd(*arguments)
+    def built(function):
+        def call(*arguments):
+            with mock.patch.multiple(portable, ONE_PASS_BACKWARD={}, ASYNCHRONOUS_FORWARD={}):
+                return function(*arguments)
 
-    module = SimpleNamespace(takes=lambda *arguments: True, attention_bwd=two_kernels)
+        return call
+
+    def takes(*arguments):
+        return True
+
+    module = SimpleNamespace(
+        takes_forward=takes, takes_backward=takes, attention_fwd=built(portable.attention_fwd),
+        attention_bwd=built(portable.attention_bwd),
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "bert_fast.kernels.attention_hopper", module)
     monkeypatch.setattr(sys.modules["bert_fast.kernels"], "attention_hopper", module, raising=False)
     with dispatch.use_backend(attention="triton", feed_forward="triton"):
@@ -77,27 +86,37 @@ def step_with(*names: str, path: Path) -> dict:
 
 
 @needs_triton
-def test_a_step_with_both_candidates_is_timed_and_the_tables_are_as_before(tmp_path, candidates_here):
+def test_a_step_with_all_candidates_is_timed_and_the_tables_are_as_before(tmp_path, candidates_here):
     attention, feed_forward = (script(f"bert_fast.kernels.{name}") for name in ("attention", "feed_forward"))
-    functions = candidates_here.attention_bwd, feed_forward.product_gelu, feed_forward.product_gelu_bwd
-    row = step_with("one-pass attention", "GELU in the epilogue", path=tmp_path / "r.json")
+
+    def functions():
+        ours = candidates_here.attention_fwd, candidates_here.attention_bwd
+        return *ours, feed_forward.product_gelu, feed_forward.product_gelu_bwd
+
+    before = functions()
+    row = step_with(*script("gpu_steps").CANDIDATES, path=tmp_path / "r.json")
     assert "failed" not in row, row["traceback"]
-    assert row["variant"] == "bert_fast, both candidates"
+    assert row["variant"] == "bert_fast, all candidates"
     assert row["sequences_per_s"] > 0 < row["predicted_ms"]
     assert 0 < row["differs"]["gradient"] < 0.1  # that of one kernel is rounded as that of two is not
-    assert (attention.ONE_PASS_BACKWARD, dispatch.FEED_FORWARD_EPILOGUE) == ({}, {})
-    assert functions == (candidates_here.attention_bwd, feed_forward.product_gelu, feed_forward.product_gelu_bwd)
+    tables = attention.ASYNCHRONOUS_FORWARD, attention.ONE_PASS_BACKWARD, dispatch.FEED_FORWARD_EPILOGUE
+    assert tables == ({}, {}, {})
+    assert functions() == before
 
 
 @needs_triton
-def test_a_candidate_alone_is_that_one(tmp_path, candidates_here, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "other"), [("one-pass attention", "attention_fwd"), ("asynchronous attention", "attention_bwd")]
+)
+def test_a_candidate_alone_is_that_one(tmp_path, candidates_here, monkeypatch, name, other):
     feed_forward = script("bert_fast.kernels.feed_forward")
 
     def absent(*_):
         raise AssertionError("it is not in use")
 
     monkeypatch.setattr(feed_forward, "product_gelu", absent)
-    row = step_with("one-pass attention", path=tmp_path / "r.json")
+    monkeypatch.setattr(candidates_here, other, absent)
+    row = step_with(name, path=tmp_path / "r.json")
     assert "failed" not in row, row["traceback"]
     assert row["differs"] == {"loss": 0.0, "gradient": 0.0}  # the stand-in has the same bits
 
@@ -116,7 +135,7 @@ def test_a_candidate_that_gives_another_gradient_is_not_timed(tmp_path, candidat
 
 @needs_triton
 def test_a_candidate_that_takes_no_part_is_not_timed(tmp_path, candidates_here):
-    candidates_here.takes = lambda *arguments: False
+    candidates_here.takes_backward = lambda *arguments: False
     row = step_with("one-pass attention", path=tmp_path / "r.json")
     assert "not used by the step, though asked for: attention_bwd" in row["failed"]
 
@@ -124,19 +143,20 @@ def test_a_candidate_that_takes_no_part_is_not_timed(tmp_path, candidates_here):
 @needs_triton
 def test_candidates_run_where_their_kernels_can_and_the_others_are_told(monkeypatch):
     steps = script("gpu_steps")
-    one_pass, epilogue = (candidate.capabilities for candidate in steps.CANDIDATES.values())
-    assert one_pass == (script("bert_fast.kernels.attention_hopper").CAPABILITY,)
+    one_pass, asynchronous, epilogue = (candidate.capabilities for candidate in steps.CANDIDATES.values())
+    assert one_pass == asynchronous == (script("bert_fast.kernels.attention_hopper").CAPABILITY,)
     assert epilogue == script("bert_fast.kernels.feed_forward").CAPABILITIES
 
     def left_out(here):
         monkeypatch.setattr(steps, "capability", lambda device: here)
         return [steps.why_left_out(v, "cuda") for v in steps.WITH_CANDIDATES]
 
-    assert left_out(90) == [None, None, None]
-    one_pass, epilogue, both = left_out(100)
-    assert one_pass == both == "one-pass attention is for compute capability 9.0, and this GPU has 10.0"
+    assert left_out(90) == [None] * 4
+    one_pass, asynchronous, epilogue, everything = left_out(100)
+    assert one_pass == everything == "one-pass attention is for compute capability 9.0, and this GPU has 10.0"
+    assert asynchronous == "asynchronous attention is for compute capability 9.0, and this GPU has 10.0"
     assert epilogue is None
-    assert left_out(80)[1] == "GELU in the epilogue is for compute capability 9.0 and 10.0, and this GPU has 8.0"
+    assert left_out(80)[2] == "GELU in the epilogue is for compute capability 9.0 and 10.0, and this GPU has 8.0"
     assert left_out(None)[0] == "one-pass attention is for compute capability 9.0, and this is a CPU"
     assert all(steps.why_left_out(v, "cuda") is None for v in (*steps.OURS, *steps.THEIRS))
 
@@ -147,11 +167,11 @@ def test_what_a_step_gains_from_a_candidate():
                "differs": {"loss": 0.0, "gradient": 0.012}}  # fmt: skip
     halved = {**with_it, "lengths": "wikipedia", "sequences": 32}
     data = {"steps": [built, with_it, halved, {**built, "lengths": "wikipedia"}],
-            "candidates_left_out": {"bert_fast, both candidates": "a reason"}}  # fmt: skip
+            "candidates_left_out": {"bert_fast, all candidates": "a reason"}}  # fmt: skip
     lines = script("gpu_results").candidates_table(data).splitlines()
     assert lines[2] == "| large 512, full | bert_fast, one-pass attention | 125.0 | 130.0 | 1.040x | 0.0 %, 1.2 % |"
     assert "| 125.0 |  |  |" in lines[3]  # another batch: nothing to compare
-    assert lines[-1] == "Not run: bert_fast, both candidates: a reason."
+    assert lines[-1] == "Not run: bert_fast, all candidates: a reason."
     assert script("gpu_results").candidates_table({"steps": [built]}) == ""
 
 
@@ -274,7 +294,7 @@ def test_what_is_fast_and_telling_comes_before_what_takes_a_minute():
     ours = [("bert_fast captured", *size) for size in at_512[:2]]
     assert set(order[:2]) == set(ours)
     assert order[2] == ("bert_fast captured, profiled", "large", 512, "full")
-    assert set(order[3:9]) == {(v.name, *size) for v in steps.WITH_CANDIDATES for size in at_512[:2]}
+    assert set(order[3:11]) == {(v.name, *size) for v in steps.WITH_CANDIDATES for size in at_512[:2]}
     assert {case[1:] for case in order[first_compiled : first_compiled + 4]} == set(at_512)
     assert {name for name, *_ in order if name.startswith("hf-")} == set(script("gpu_aims").REFERENCES)
 
