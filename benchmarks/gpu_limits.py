@@ -1,8 +1,9 @@
 """Phase 1: what the device can do. Environment, matrix-product rates, copy bandwidth, what a launch costs."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from gpu_results import Results, raise_if_device_lost, reason
@@ -18,6 +19,17 @@ def median_ms(call: Callable[[], object], stopwatch: Stopwatch, repeat: int) -> 
     stopwatch(call)
     stopwatch(call)
     return statistics.median(stopwatch(call) for _ in range(repeat))
+
+
+@contextlib.contextmanager
+def multiplied_by(library: str) -> Iterator[None]:
+    """Matrices are multiplied by ``library`` ("cublas", "cublaslt") where PyTorch has the choice, inside the block."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(library)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 def product_rate(
@@ -125,7 +137,12 @@ def run(results: Results, options) -> None:
                 facts = {"model": model, "shape": f"{model} {name}, {what}: {' x '.join(map(str, shape))}"}
 
                 def case(shape=shape, turned=turned) -> dict:
-                    rate = product_rate(device, torch.bfloat16, *shape, stopwatch, max(2, repeat // 2), turned)
-                    return {"tflops": rate / 1e12, "ms": 2e3 * shape[0] * shape[1] * shape[2] / rate}
+                    arguments = device, torch.bfloat16, *shape, stopwatch, max(2, repeat // 2), turned
+                    rate = product_rate(*arguments)
+                    row = {"tflops": rate / 1e12, "ms": 2e3 * shape[0] * shape[1] * shape[2] / rate}
+                    if device == "cuda":  # a plain product is cuBLAS's unless a program says otherwise
+                        with multiplied_by("cublaslt"):
+                            row["cublaslt_tflops"] = product_rate(*arguments) / 1e12
+                    return row
 
                 results.case(1, facts["shape"], "products", facts, case)

@@ -141,8 +141,10 @@ def products_table(data: dict) -> str:
     rows = []
     for x in data.get("products", []):
         share = x["tflops"] / limit if limit and "tflops" in x else None
-        rows.append([x["shape"], _number(x.get("tflops")), _number(x.get("ms")), _percent(share)])
-    return markdown_table(["product of a step, bfloat16", "TFLOP/s", "ms", "of the limit"], rows)
+        other = _number(x.get("cublaslt_tflops"))
+        rows.append([x["shape"], _number(x.get("tflops")), _number(x.get("ms")), _percent(share), other])
+    header = ["product of a step, bfloat16", "TFLOP/s", "ms", "of the limit", "by cuBLASLt, TFLOP/s"]
+    return markdown_table(header, rows)
 
 
 def steps_table(data: dict) -> str:

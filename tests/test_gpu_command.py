@@ -449,6 +449,25 @@ def test_report_takes_the_newest_run_of_each_work_on_a_cpu(tmp_path):
     assert names == {"2026-01-02-bbb", "2026-01-01-aaa-128", "2026-01-01-aaa-bfloat16"}
 
 
+def test_products_by_another_library(monkeypatch):
+    """Chosen inside the block alone, also where a product fails; shown beside PyTorch's own choice."""
+    chosen = ["cublas"]
+
+    def preferred(library=None):
+        if library is not None:
+            chosen.append(library)
+        return chosen[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred)
+    with pytest.raises(RuntimeError, match="no such product"), script("gpu_limits").multiplied_by("cublaslt"):
+        raise RuntimeError("no such product")
+    assert chosen == ["cublas", "cublaslt", "cublas"]
+    row = {"model": "large", "shape": "a shape", "ms": 2.0, "tflops": 600.0}
+    data = {"limits": {"matmul_tflops": {"bfloat16": 800.0}}, "products": [row | {"cublaslt_tflops": 640.0}, row]}
+    lines = script("gpu_results").products_table(data).splitlines()[2:]
+    assert lines == ["| a shape | 600 | 2 | 75.0 % | 640 |", "| a shape | 600 | 2 | 75.0 % |  |"]
+
+
 def test_the_step_model_line_by_line():
     """Products and optimisers too: at the run's own rate a product that took twice its time is off by two."""
     rate = 700e12
