@@ -38,7 +38,7 @@ TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit
 # inner loops on sm_90: what dropout adds to a computed score (Philox, the comparison), forward and in dq and dkv.
 DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 5.3, 5.1, 6.6
 # In kernels/attention_hopper.py: of its forward, and of its backward, where they are drawn once.
-DROPOUT_ASYNCHRONOUS, DROPOUT_ONE_PASS = 4.0, 7.1
+DROPOUT_ASYNCHRONOUS, DROPOUT_ONE_PASS = 4.2, 7.1
 GELU_FORWARD, GELU_BACKWARD = 40, 55
 
 

@@ -37,7 +37,7 @@ One program a pair is the limit of this design: fewer pairs than multiprocessors
 
 Forward. The portable one waits for each of its products; between those of one program only other programs have work
 for the tensor cores and for the threads. Here a program of 8 warps owns 128 queries of one (sequence, head) and runs
-down blocks of 128 keys. For each:
+down blocks of 128 keys, the last of which may be of 64. For each:
 
     S = Q K^T and O += P V, of the block before, are started
     S           dropout's bits of this block
@@ -428,13 +428,23 @@ def _attention_bwd_one_pass_kernel(
 # Forward
 
 
+@gluon.constexpr_function
+def _calls(keys):
+    """Calls (query, block of 64 keys, pair of keys): a thread makes those of the scores (128, keys) that it holds."""
+    registers = [[8, 0, 0], [0, 1, 0]][: keys // 64]
+    lanes = [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    warps = [[16, 0, 0], [32, 0, 0], [64, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [128, keys // 64, 4])
+
+
 @gluon.jit
-def _words(first, key, sample, head, rng_key, site, CALL: gl.constexpr):
-    """The words (128, 2, 4) of the calls for queries ``first ..`` and keys ``key ..``, by query, 64 keys and pair."""
+def _words(first, key, sample, head, rng_key, site, KEYS: gl.constexpr):
+    """The words (128, KEYS // 64, 4) of the calls for queries ``first ..`` and keys ``key ..``."""
+    CALL: gl.constexpr = _calls(KEYS)
     row = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, gl.SliceLayout(2, CALL)))[:, None, None]
-    block = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, CALL)))[None, :, None]
+    block = gl.arange(0, KEYS // 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, CALL)))[None, :, None]
     pair = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, CALL)))[None, None, :]
-    zeros = gl.zeros([BLOCK, 2, 4], gl.uint32, CALL)
+    zeros = gl.zeros([BLOCK, KEYS // 64, 4], gl.uint32, CALL)
     group = zeros + (key // 16 + 4 * block + pair).to(gl.uint32)
     c2 = zeros + gl.cast(sample, gl.uint32)
     c3 = zeros + gl.cast((site << 16) | head, gl.uint32)
@@ -442,8 +452,8 @@ def _words(first, key, sample, head, rng_key, site, CALL: gl.constexpr):
 
 
 @gluon.jit
-def _kept_numbers(w0, w1, w2, w3, bound, SCORES: gl.constexpr):
-    """Which of the scores (128, 128) are kept: their number, in the upper bits of a rotated word, is above ``bound``.
+def _kept_numbers(w0, w1, w2, w3, bound, KEYS: gl.constexpr, SCORES: gl.constexpr):
+    """Which of the scores (128, KEYS) are kept: their number, in the upper bits of a rotated word, is above ``bound``.
 
     Key 64 b + 8 c + 2 t + u has word c // 2 of the call of b and t, rotated by 8 (2 (c % 2) + u) bits. A thread holds
     all c and u of its t, so every step but rotations and comparisons is a name for a register.
@@ -451,7 +461,7 @@ def _kept_numbers(w0, w1, w2, w3, bound, SCORES: gl.constexpr):
     x = gl.join(gl.join(w0, w1), gl.join(w2, w3))  # c // 2 % 2, c // 4
     x = gl.join(x, (x << 16) | (x >> 16))  # c % 2
     x = gl.join(x, (x << 8) | (x >> 24))  # u
-    x = gl.reshape(gl.permute(x, (0, 1, 4, 3, 5, 2, 6)), [BLOCK, BLOCK])
+    x = gl.reshape(gl.permute(x, (0, 1, 4, 3, 5, 2, 6)), [BLOCK, KEYS])
     return gl.convert_layout(x, SCORES, assert_trivial=True) > bound
 
 
@@ -462,10 +472,12 @@ def _copy_block(block_s, ptr, row_stride, first, length, COPY: gl.constexpr):
 
 
 @gluon.jit
-def _exponentials(scores, peak, total, scale_log2, keys, FULL: gl.constexpr, SCORES: gl.constexpr):
+def _exponentials(
+    scores, peak, total, scale_log2, keys, FULL: gl.constexpr, KEYS: gl.constexpr, SCORES: gl.constexpr
+):  # fmt: skip
     """P of a block whose first ``keys`` keys there are, the new maxima and sums, and the factor for what was before."""
     if not FULL:
-        key = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SCORES))
+        key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
         scores = gl.where((key < keys)[None, :], scores, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
     p = gl.exp2(scores * scale_log2 - new_peak[:, None])
@@ -474,20 +486,21 @@ def _exponentials(scores, peak, total, scale_log2, keys, FULL: gl.constexpr, SCO
 
 
 @gluon.jit
-def _dropped(p, w0, w1, w2, w3, bound, site, SCORES: gl.constexpr):
+def _dropped(p, w0, w1, w2, w3, bound, site, KEYS: gl.constexpr, SCORES: gl.constexpr):
     """P or 0. The compiler doesn't know that it is 0: it would round P first and then select 16-bit halves of pairs."""
-    return gl.where(_kept_numbers(w0, w1, w2, w3, bound, SCORES), p, gl.where(site < 0, 1.0, 0.0))
+    return gl.where(_kept_numbers(w0, w1, w2, w3, bound, KEYS, SCORES), p, gl.where(site < 0, 1.0, 0.0))
 
 
 @gluon.jit
 def _next_keys(
     sums, p, peak, total, stage, q_s, k_s, v_s, total_s, word_s, k_ptr, v_ptr, row_stride, key, length, first, sample,
     head, rng_key, scale_log2, bound, site,
-    HAS_DROPOUT: gl.constexpr, FULL: gl.constexpr, COPY: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
-    CALL: gl.constexpr,
+    KEYS: gl.constexpr, FULL: gl.constexpr, HAS_DROPOUT: gl.constexpr, COPY: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """The keys ``key ..``: O of the blocks before them, P of theirs, maxima and sums."""
+    """A block of KEYS keys from ``key`` on, all there where FULL: O of the blocks before it, its own P, the maxima and
+    sums. Where it is not FULL it is the last."""
     KIND: gl.constexpr = q_s.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, KEYS, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     async_copy.wait_group(0)
     _barrier()  # both warp groups are through with what is copied over
@@ -497,22 +510,35 @@ def _next_keys(
     async_copy.commit_group()
     hopper.fence_async_shared()
     _barrier()  # every thread has fenced this block of keys and the values before it
-    nothing = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
-    keys_s = k_s.index(stage).permute((1, 0))
+    peak = gl.convert_layout(peak, gl.SliceLayout(1, SCORES), assert_trivial=True)
+    total = gl.convert_layout(total, gl.SliceLayout(1, SCORES), assert_trivial=True)
+    nothing = gl.zeros([BLOCK, KEYS], gl.float32, SCORES)
+    keys_s = k_s.index(stage).slice(0, KEYS).permute((1, 0))
     scores = hopper.warpgroup_mma(q_s, keys_s, nothing, use_acc=False, is_async=True)
     left = gl.convert_layout(p.to(KIND), LEFT)
     sums = hopper.warpgroup_mma(left, v_s.index(stage ^ 1), sums, is_async=True)
     if HAS_DROPOUT:
-        w0, w1, w2, w3 = _words(first, key, sample, head, rng_key, site, CALL)
+        w0, w1, w2, w3 = _words(first, key, sample, head, rng_key, site, KEYS)
         word_s.store(gl.sum(w0, 1))  # read by nobody: the calls have to be made before the wait
     scores = hopper.warpgroup_mma_wait(1, (scores,))
-    p, peak, total, rescale = _exponentials(scores, peak, total, scale_log2, length - key, FULL, SCORES)
+    p, peak, total, rescale = _exponentials(scores, peak, total, scale_log2, length - key, FULL, KEYS, SCORES)
     total_s.store(total)  # likewise, the exponentials
     if HAS_DROPOUT:
-        p = _dropped(p, w0, w1, w2, w3, bound, site, SCORES)
+        p = _dropped(p, w0, w1, w2, w3, bound, site, KEYS, SCORES)
     sums, left = hopper.warpgroup_mma_wait(0, (sums, left))
     sums = sums * gl.convert_layout(rescale, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
     return sums, p, peak, total
+
+
+@gluon.jit
+def _last_values(sums, p, v_s, stage, KEYS: gl.constexpr, SUMS: gl.constexpr):
+    """O with the last block's part of it."""
+    async_copy.wait_group(0)
+    hopper.fence_async_shared()
+    _barrier()  # every thread has fenced the last values
+    left = gl.convert_layout(p.to(v_s.dtype), gl.DotOperandLayout(0, SUMS, 2))
+    sums = hopper.warpgroup_mma(left, v_s.index(stage).slice(0, KEYS), sums, is_async=True)
+    return hopper.warpgroup_mma_wait(0, (sums,))
 
 
 @gluon.jit(do_not_specialize=_UNSPECIALIZED)
@@ -532,11 +558,6 @@ def _attention_fwd_asynchronous_kernel(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
     OF_SCORE: gl.constexpr = gl.SliceLayout(1, SCORES)
     OF_SUM: gl.constexpr = gl.SliceLayout(1, SUMS)
-    # Calls (query, block of 64 keys, pair of keys): a thread makes those of the scores that it holds.
-    CALL: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0, 0], [0, 1, 0]], [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        [[16, 0, 0], [32, 0, 0], [64, 0, 0]], [], [128, 2, 4],
-    )  # fmt: skip
     OPERAND: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
@@ -595,33 +616,37 @@ def _attention_fwd_asynchronous_kernel(
     _barrier()  # every thread has fenced Q and the first keys
     scores = hopper.warpgroup_mma(q_s, k_s.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if HAS_DROPOUT:
-        w0, w1, w2, w3 = _words(first, 0, sample, head, rng_key, site, CALL)
+        w0, w1, w2, w3 = _words(first, 0, sample, head, rng_key, site, BLOCK)
         word_s.store(gl.sum(w0, 1))  # see _next_keys
     scores = hopper.warpgroup_mma_wait(0, (scores,))
-    p, peak, total, _ = _exponentials(scores, peak, total, scale_log2, length, False, SCORES)
+    p, peak, total, _ = _exponentials(scores, peak, total, scale_log2, length, False, BLOCK, SCORES)
     if HAS_DROPOUT:
-        p = _dropped(p, w0, w1, w2, w3, bound, site, SCORES)
+        p = _dropped(p, w0, w1, w2, w3, bound, site, BLOCK, SCORES)
     stage = 1
     whole = length // BLOCK * BLOCK
     for key in range(BLOCK, whole, BLOCK):
         sums, p, peak, total = _next_keys(
             sums, p, peak, total, stage, q_s, k_s, v_s, total_s, word_s, k_ptr, v_ptr, row_stride, key, length, first,
-            sample, head, rng_key, scale_log2, bound, site, HAS_DROPOUT, True, COPY, SCORES, SUMS, CALL,
+            sample, head, rng_key, scale_log2, bound, site, BLOCK, True, HAS_DROPOUT, COPY, SUMS,
         )  # fmt: skip
         stage ^= 1
-    if (whole > 0) & (whole < length):
+    rest = gl.where(whole > 0, length - whole, 0)  # the first block may have been the last
+    if rest > BLOCK // 2:
         sums, p, peak, total = _next_keys(
             sums, p, peak, total, stage, q_s, k_s, v_s, total_s, word_s, k_ptr, v_ptr, row_stride, whole, length, first,
-            sample, head, rng_key, scale_log2, bound, site, HAS_DROPOUT, False, COPY, SCORES, SUMS, CALL,
+            sample, head, rng_key, scale_log2, bound, site, BLOCK, False, HAS_DROPOUT, COPY, SUMS,
         )  # fmt: skip
-        stage ^= 1
-
-    async_copy.wait_group(0)
-    hopper.fence_async_shared()
-    _barrier()  # every thread has fenced the last values
-    left = gl.convert_layout(p.to(KIND), gl.DotOperandLayout(0, SUMS, 2))
-    sums = hopper.warpgroup_mma(left, v_s.index(stage ^ 1), sums, is_async=True)
-    sums = hopper.warpgroup_mma_wait(0, (sums,))
+        sums = _last_values(sums, p, v_s, stage, BLOCK, SUMS)
+    elif rest > 0:  # half a block wastes less
+        sums, half, peak, total = _next_keys(
+            sums, p, peak, total, stage, q_s, k_s, v_s, total_s, word_s, k_ptr, v_ptr, row_stride, whole, length, first,
+            sample, head, rng_key, scale_log2, bound, site, BLOCK // 2, False, HAS_DROPOUT, COPY, SUMS,
+        )  # fmt: skip
+        sums = _last_values(sums, half, v_s, stage, BLOCK // 2, SUMS)
+        peak = gl.convert_layout(peak, OF_SCORE, assert_trivial=True)
+        total = gl.convert_layout(total, OF_SCORE, assert_trivial=True)
+    else:
+        sums = _last_values(sums, p, v_s, stage ^ 1, BLOCK, SUMS)
     scale = gl.convert_layout(keep_scale / total, OF_SUM, assert_trivial=True)
     q_s.store((sums * scale[:, None]).to(KIND))  # through shared memory, to write whole lines
     _barrier()
@@ -704,7 +729,7 @@ def aot_cases(capability: int) -> list[dict]:
         return []
     cases = []
     for element, p in itertools.product(_TYPES.values(), (0.1, 0.0)):
-        name, tile = f"attention asynchronous fwd {element} p={p}", (BLOCK.value, BLOCK.value)
+        name, tile = f"attention asynchronous fwd {element} p={p}", (BLOCK.value, BLOCK.value // 2)
         config = {"num_warps": FORWARD_WARPS, "num_stages": 1}
         constants = {"HAS_DROPOUT": p > 0.0}
         cases.append(attention_case(_attention_fwd_asynchronous_kernel, name, element, constants, config, tile))

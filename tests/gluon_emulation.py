@@ -192,6 +192,11 @@ class Shared:
             raise IndexError(f"part {int(i)} of {self.data.shape[0]}")
         return Shared(self.buffer, {name: getattr(self, name)[int(i)] for name in _STATE})
 
+    def slice(self, start, length) -> "Shared":
+        if start < 0 or start + length > self.data.shape[0]:
+            raise IndexError(f"rows {start} to {start + length} of {self.data.shape[0]}")
+        return Shared(self.buffer, {name: getattr(self, name)[start : start + length] for name in _STATE})
+
     def permute(self, order) -> "Shared":
         return Shared(self.buffer, {name: getattr(self, name).transpose(order) for name in _STATE})
 
