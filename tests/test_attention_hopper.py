@@ -98,6 +98,13 @@ def test_long(hopper, lengths, dtype, p):
     compare(hopper, lengths, 1, dtype, p)
 
 
+def test_the_forward_of_a_sequence_longer_than_the_backward_takes(hopper):
+    (_, qkv, *_), arguments = operands([700, 30], 1, BRAIN, 0.1, tail=5)
+    cu_seqlens, _, row_key, rng_key, *_ = arguments
+    truth, _ = reference.attention_fwd(qkv.double(), *arguments)
+    compare_forward(hopper, qkv, arguments, plain(qkv, cu_seqlens, row_key, rng_key, 0.1), truth)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
