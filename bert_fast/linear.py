@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .products import multiply
+
 Tensor = torch.Tensor
 
 # The weights of each gradients_in_place, by identity, with where their first gradients go. No context variable:
@@ -120,14 +122,14 @@ def _weight_gradients(weights, rows, first, grad_out: Tensor, x: Tensor) -> list
     held = [w.grad for w in weights]
     hooked = any(w._backward_hooks or w._post_accumulate_grad_hooks for w in weights)
     if not hooked and (together := _one_matrix(held)) is not None:
-        _multiply(grad_out.t(), x, together, add=True)
+        multiply(grad_out.t(), x, together, add=True)
         return [None] * len(weights)
     fresh = hooked or any(grad is not None for grad in held)
     together = None if fresh else _one_matrix(first)
     if together is None:
         together = torch.empty((sum(rows), x.shape[1]), dtype=weights[0].dtype, device=x.device)
         first = together.split(rows)
-    _multiply(grad_out.t(), x, together)
+    multiply(grad_out.t(), x, together)
     left = list(first)
     for i, w in enumerate(weights):
         if not fresh and w.grad is None:  # else it is here twice
@@ -146,14 +148,3 @@ def _one_matrix(parts: Sequence[Tensor | None]) -> Tensor | None:
             return None
         offset += part.numel()
     return start.as_strided((sum(part.shape[0] for part in parts), start.shape[1]), start.stride())
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b: one product, in which ``out`` is rounded once, wherever the library has it."""
-    beta = 1 if add else 0
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.is_cuda and out.dtype == torch.float32:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
-    else:  # as on a CPU, which has no product of 16-bit matrices with a float32 result
-        (out.add_ if add else out.copy_)(a @ b)

@@ -14,6 +14,7 @@ import math
 import torch
 
 from . import random
+from .products import long_product
 
 Tensor = torch.Tensor
 
@@ -377,18 +378,6 @@ def feed_forward_gradients(
 
 # --------------------------------------------------------------------------------------------------------------
 # mlm_loss: cross-entropy of hidden @ word^T + bias at masked positions, and its gradients in the same pass
-
-
-def long_product(x: Tensor, y: Tensor) -> Tensor:
-    """x (M, K) @ y (K, N) for a long K, as exact for few rows as for many.
-
-    For fewer than 12 rows the library behind torch on a CPU adds all K terms one after the other (errors five to
-    ten times as large at K = 30522); with 16 rows it adds them in blocks.
-    """
-    rows = x.shape[0]
-    if x.device.type != "cpu" or rows >= 16:
-        return x @ y
-    return (torch.cat([x, x.new_zeros(16 - rows, x.shape[1])]) @ y)[:rows]
 
 
 def mlm_loss_fwd(

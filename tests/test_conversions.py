@@ -37,7 +37,7 @@ def calls(step, operator: str) -> list[list]:
 
 def conversions(step) -> dict[tuple, int]:
     """How often ``step`` converts a tensor of each of SHAPES to another dtype."""
-    found = Counter(tuple(shapes[0]) for shapes in calls(step, "aten::_to_copy"))
+    found = Counter(tuple(shapes[0]) for shapes in calls(step, "aten::copy_"))
     return {shape: found[shape] for shape in SHAPES}
 
 

@@ -12,6 +12,7 @@ from transformers import BertConfig
 from bert_fast import BertForPreTraining, optim
 from bert_fast.data import Capacities, Sample, pack_samples
 from bert_fast.linear import gradients_in_place, linear, linear_beside
+from bert_fast.products import multiply
 from bert_fast.train.distributed import Ranks
 from bert_fast.train.step import Step
 from tests.parity import DEVICE, assert_near_truth
@@ -387,6 +388,18 @@ def test_elsewhere_gradients_are_autograds():
         (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [0, 5, 8, 21])
+@pytest.mark.parametrize("add", [False, True])
+def test_a_product_that_is_converted_goes_by_blocks(monkeypatch, rows, add):
+    monkeypatch.setattr("bert_fast.products.BLOCK", 8)
+    a, b = torch.randn(11, rows, device=DEVICE).to(BRAIN), torch.randn(11, 6, device=DEVICE).to(BRAIN)
+    before = torch.randn(rows, 6, device=DEVICE) if add else torch.full((rows, 6), torch.nan, device=DEVICE)
+    out = before.clone()
+    multiply(a.t(), b, out, add=add)
+    expected = a.double().t() @ b.double() + (before.double() if add else 0.0)
+    torch.testing.assert_close(out, expected.float(), rtol=2**-7, atol=2**-7)
 
 
 def test_places_are_forgotten():

@@ -59,8 +59,9 @@ def test_loss_and_gradients(backend, dtype, positions, vocabulary, columns, chun
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bert_vocabulary(backend, dtype):
-    _check(backend, _inputs(5, 30522, 64, dtype), chunk=3)
+@pytest.mark.parametrize("chunk", [3, 8])
+def test_bert_vocabulary(backend, dtype, chunk):
+    _check(backend, _inputs(5, 30522, 64, dtype), chunk=chunk)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about products on a CPU")
@@ -219,6 +220,18 @@ def test_logits_exist_for_one_chunk_at_most(backend, chunk):
     with _LargestLogits(300) as largest:
         forward(hidden, word, bias, labels, None, -100, chunk, True)
     assert 1 <= largest.rows <= chunk, f"a tensor with {largest.rows} rows of logits, chunk is {chunk}"
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the C++ operators")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_cpu_the_tables_gradient_is_the_only_memory_of_its_size(dtype):
+    """Neither a rounded table nor a product of 16 bits lies beside it."""
+    inputs, activities = _inputs(6, 30522, 64, dtype), [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+        _run("cpu", *inputs, None, -100, 8, True)
+    blocks = [e.nbytes() for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    size = inputs[1].numel() * inputs[1].itemsize
+    assert [b for b in blocks if b >= size // 2] == [size]
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")

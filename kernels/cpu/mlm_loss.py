@@ -3,6 +3,7 @@
 import torch
 
 from ... import reference
+from ...products import long_product, multiply
 from . import function
 
 Tensor = torch.Tensor
@@ -29,29 +30,34 @@ def mlm_loss_fwd(
     valid = labels != ignore_index
     count = valid.sum().clamp(min=1).float() if normalizer is None else normalizer.reshape(()).float()
     scale, targets = float(1.0 / count), labels.where(valid, -1)
-    table, table_bias = word.to(hidden.dtype), bias.float()
     positions, vocabulary = hidden.shape[0], word.shape[0]
+    once = positions <= chunk  # then nothing is summed
+    grad_word = torch.empty(word.shape if with_grads else 0, dtype=word.dtype if once else torch.float32)
+    if with_grads and once and hidden.itemsize < word.itemsize:
+        # The rounded table lies where its gradient will, which is written when the table has been read: memory of its
+        # own would be new in every step, and its page faults cost more than rounding does.
+        table = grad_word.view(-1).view(hidden.dtype)[: word.numel()].view(word.shape).copy_(word)
+    else:
+        table = word.to(hidden.dtype)
+    table_bias = bias.float()
     losses = torch.empty(positions)
     grad_hidden = torch.empty_like(hidden) if with_grads else hidden.new_empty(0)
-    grad_word = word.new_empty(0)
     grad_bias = torch.zeros(vocabulary if with_grads else 0)
     for start in range(0, positions, chunk):
         rows = slice(start, min(start + chunk, positions))
-        logits = (hidden[rows] @ table.T).float()
+        product = hidden[rows] @ table.T
+        logits = product.float()
         _rows(
             logits, table_bias, targets[rows].contiguous(), scale, losses[rows], grad_bias,
             *logits.shape, int(with_grads), torch.get_num_threads(),
         )  # fmt: skip
         if with_grads:
-            grad_logits = logits.to(hidden.dtype)
-            grad_hidden[rows] = reference.long_product(grad_logits, table)
-            if hidden.dtype == torch.float32 and start > 0:
-                grad_word.addmm_(grad_logits.T, hidden[rows])
-            else:
-                product = (grad_logits.T @ hidden[rows]).float()
-                grad_word = product if start == 0 else grad_word.add_(product)
+            grad_logits = product.copy_(logits)
+            del logits
+            grad_hidden[rows] = long_product(grad_logits, table)
+            multiply(grad_logits.T, hidden[rows], grad_word, add=start > 0)
     if with_grads and positions == 0:
-        grad_word = torch.zeros(word.shape)
+        grad_word.zero_()
     # torch splits a long sum over its threads, so the bits would depend on them; NumPy's pairwise sum does not.
     total = torch.tensor(float(losses.numpy().sum(dtype="float64")), dtype=torch.float32)
     return total / count, grad_hidden, grad_word.to(word.dtype), grad_bias.to(bias.dtype)
