@@ -174,7 +174,8 @@ def supervise(phase: int, results: Results, options) -> dict:
             state, error = "failed", (error or "") + results.data.pop("error_of_phase")
             break
         died = results.begun(phase)[-1] if len(results.begun(phase)) > begun else "before its first case"
-        error = f"{error or ''}a process ended with status {code} at: {died}\n"
+        ended = "the device was lost" if code == CONTINUE else f"a process ended with status {code}"
+        error = f"{error or ''}{ended} at: {died}\n"
         state = "with losses"
         if len(results.begun(phase)) == begun or time.time() > options.until:
             state = "failed"
@@ -202,7 +203,11 @@ def write_report(results: Results) -> None:
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     if options.child:
-        return child(options)
+        code = child(options)
+        if code:  # Python's end gives all memory back; on a lost device torch aborts there, with a status of its own
+            sys.stdout.flush()
+            os._exit(code)
+        return code
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = new_results(options)
     end = time.time() + options.budget

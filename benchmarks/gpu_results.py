@@ -370,9 +370,12 @@ def pictures(data: dict, stem: Path) -> list[Path]:
     steps = [x for x in data.get("steps", []) if "failed" not in x]
     sizes = list(dict.fromkeys((x["model"], x["seq"], x["lengths"]) for x in steps))
     if sizes:
-        figure, axes = pyplot.subplots(len(sizes), 1, figsize=(8, 0.8 + 1.9 * len(sizes)), squeeze=False)
-        for (model, seq, lengths), axis in zip(sizes, axes[:, 0], strict=True):
-            rows = [x for x in steps if (x["model"], x["seq"], x["lengths"]) == (model, seq, lengths)]
+        bars = [[x for x in steps if (x["model"], x["seq"], x["lengths"]) == size] for size in sizes]
+        heights = [0.8 + 0.23 * len(rows) for rows in bars]  # inches: names one below the other
+        figure, axes = pyplot.subplots(
+            len(sizes), 1, figsize=(8, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
+        )
+        for (model, seq, lengths), rows, axis in zip(sizes, bars, axes[:, 0], strict=True):
             colors = ["#c0392b" if x["variant"].startswith("bert_fast") else "#7f8c8d" for x in rows]
             axis.barh([x["variant"] for x in rows], [x["real_tokens_per_s"] / 1e3 for x in rows], color=colors)
             axis.invert_yaxis()

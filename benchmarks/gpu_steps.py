@@ -9,6 +9,7 @@ import importlib
 import itertools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -142,14 +143,16 @@ def autocast(device: str, weights: str, smoke: bool):
 def trainer(model, optimizer, batch: Batch, *, products: bool, capture: bool) -> Callable[..., Outcome]:
     """What `bert-fast pretrain` trains with, as ``train(batch, rate, seed)``, for batches of the shapes of ``batch``.
 
-    ``products`` multiplies in bfloat16 under autocast.
+    ``products`` multiplies in bfloat16 under autocast. What is called captured is: raises RuntimeError where recording
+    fails, torch.OutOfMemoryError where that was for want of memory.
     """
 
     def packed(batch: Batch) -> dict:
         return {**batch.packed, "max_length_q": batch.seq}
 
     def refuse(reason: str) -> None:
-        raise RuntimeError(reason)  # what is called captured is
+        error = sys.exc_info()[1]
+        raise error if isinstance(error, torch.OutOfMemoryError) else RuntimeError(reason)
 
     recorder = Recorder(model.parameters()) if capture else None
     ranks = Ranks(0, 1, next(model.parameters()).device)

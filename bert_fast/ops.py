@@ -29,8 +29,8 @@ def _define(operator: str, direction: str, schema: str, fake, check=None) -> Non
         device = args[0].device
         if check is not None and device.type == "cpu":
             check(*args)
-        # One of the first four has the operator's dtype; more than one element: a loss's gradient may have another.
-        float64 = any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.numel() > 1 for x in args[:4])
+        # One of the first four has the operator's dtype; not one element: a loss's gradient may have another.
+        float64 = any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.numel() != 1 for x in args[:4])
         implementation = dispatch.implementation(operator, direction, device.type, float64)
         if device.type != "cuda" or torch.cuda.current_device() == device.index:
             return implementation(*args)

@@ -2,6 +2,7 @@
 tables of docs/performance.md."""
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -317,12 +318,12 @@ def supervised(tmp_path, monkeypatch, code: str, seconds: float = 30.0) -> tuple
 
 
 def test_a_case_that_kills_its_process_is_left_behind(tmp_path, monkeypatch):
-    code = "if case != 'third': os.kill(os.getpid(), 9 if case == 'first' else 11)"
+    code = "sys.exit(75) if case == 'second' else os.kill(os.getpid(), 9 * (case == 'first'))"
     outcome, data = supervised(tmp_path, monkeypatch, code)
     assert outcome["state"] == "with losses"
     assert outcome["error"].splitlines() == [
         "a process ended with status -9 at: first",
-        "a process ended with status -11 at: second",
+        "the device was lost at: second",
     ]
     assert data["begun"]["3"] == ["first", "second", "third"]
 
@@ -365,6 +366,35 @@ def test_a_phase_that_raises_is_recorded_with_its_traceback(tmp_path, monkeypatc
     options = SimpleNamespace(child=3, file=tmp_path / "r.json", until=0.0, smoke=True)
     assert gpu.child(options) == 1
     assert "ValueError: a silly reason" in json.loads((tmp_path / "r.json").read_text())["error_of_phase"]
+
+
+LOST = """
+import atexit, os, sys
+sys.path.insert(0, {benchmarks!r})
+import gpu
+from gpu_results import DeviceLost
+
+def run_phase(*_):
+    raise {error}("an illegal memory access")
+
+gpu.run_phase = run_phase
+atexit.register(os.abort)  # as torch does when memory of a lost device is given back
+sys.exit(gpu.main(["--smoke", "--child", "3", "--file", {file!r}, "--until", "0"]))
+"""
+
+
+@pytest.mark.parametrize(("error", "status"), [("DeviceLost", 75), ("RuntimeError", 1)])
+def test_a_process_whose_device_is_lost_ends_with_its_own_status(tmp_path, error, status):
+    """Not with an abort's: then the error of a phase would not be taken."""
+    file = tmp_path / "r.json"
+    new_results(file)
+    code = LOST.format(benchmarks=str(BENCHMARKS), error=error, file=str(file))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stderr
+    if status == 1:
+        assert "RuntimeError: an illegal memory access" in json.loads(file.read_text())["error_of_phase"]
+    else:
+        assert "the device is lost, a new process goes on" in done.stdout
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -574,6 +604,29 @@ def test_a_report_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch):
     text = (tmp_path / "r.md").read_text()
     assert "No pictures: ValueError: no logarithm of 0." in text
     assert "Parity on the GPU: not run." in text
+
+
+def test_the_throughput_picture_has_room_for_every_name(tmp_path):
+    """Twelve variants of one size and two of another: no name of a bar lies on the next one."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    results = script("gpu_results")
+    steps = [
+        {"model": model, "seq": 512, "lengths": "full", "variant": f"{name} {number}", "real_tokens_per_s": 1e5}
+        for model, count in (("large", 12), ("base", 2)) for number, name in enumerate(["hf-compile"] * count)
+    ]  # fmt: skip
+    figures = []
+    close, pyplot.close = pyplot.close, figures.append
+    try:
+        (path,) = results.pictures({"steps": steps}, tmp_path / "r")
+    finally:
+        pyplot.close = close
+    (figure,) = figures
+    figure.canvas.draw()
+    for axis in figure.axes:
+        boxes = sorted((label.get_window_extent() for label in axis.get_yticklabels()), key=lambda box: box.y0)
+        assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+    close(figure)
+    assert path.name == "r-throughput.png"
 
 
 def test_what_limits_could_not_be_measured_leaves_the_sweeps_an_order(tmp_path):

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bert_fast import dispatch
+from bert_fast import dispatch, optim
 from tests.gpu_phases import new_results, script
+from tests.train.recorded_runs import Rerun
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 FULL = {"model": "large", "seq": 512, "lengths": "full"}
@@ -254,6 +255,43 @@ def test_the_document_has_candidates_profiles_and_every_aim(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------
 # Memory
+
+
+def test_a_batch_that_cannot_be_recorded_for_want_of_memory_is_halved(tmp_path, monkeypatch):
+    """Recording may need more than the eager rehearsal before it, which has room; any other failure is the case's."""
+    steps, sizes = script("gpu_steps"), []
+
+    class Full(Rerun):
+        error: Exception
+
+        def _recorded(self, function):
+            if sizes[-1] > 2:
+                raise self.error
+            return super()._recorded(function)
+
+    options = SimpleNamespace(device="cpu", smoke=True)
+    config = script("workload").model_config("micro", dropout=0.0)
+
+    def measure_batch(variant, config, seq, lengths, options, *_, **__):
+        sizes.append(len(lengths))
+        batch = steps.batch_of(lengths, seq, config, options)
+        model = steps.our_model(variant, config, options)
+        optimizer = optim.AdamW(optim.parameter_groups(model), lr=1e-4)
+        steps.trainer(model, optimizer, batch, products=False, capture=True)(batch, 1e-4, 0)
+        return {"sequences": len(lengths)}
+
+    monkeypatch.setattr(steps, "Recorder", Full)
+    monkeypatch.setattr(steps, "measure_batch", measure_batch)
+    monkeypatch.setattr(steps, "model_config", lambda *_, **__: config)
+    measure = steps.OURS[0], "micro", 24, "full", options, new_results(tmp_path / "r.json")
+    Full.error = torch.OutOfMemoryError("CUDA out of memory")
+    assert steps.measure(*measure) == {"sequences": 2}
+    assert sizes == [4, 2]
+    Full.error = RuntimeError("operation not permitted")
+    with pytest.raises(
+        RuntimeError, match="could not be recorded as a CUDA graph: RuntimeError: operation not permitted"
+    ):
+        steps.measure(*measure)
 
 
 def test_peak_memory_is_not_that_of_preparing(tmp_path, monkeypatch):

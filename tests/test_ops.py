@@ -189,7 +189,9 @@ def test_operators_tell_float64(monkeypatch):
         ops.bias_gelu(x, torch.randn(8, dtype=dtype)).sum().backward()
     labels, normalizer = torch.zeros(4, dtype=torch.int64), torch.ones(1, dtype=torch.float64)
     ops.mlm_loss(torch.randn(4, 8), torch.randn(9, 8), torch.randn(9), labels, normalizer=normalizer)
-    assert [asked[-1] for asked in told] == [False, False, True, True, False]
+    for dtype in (torch.float32, torch.float64):  # no token at all
+        ops.attention(torch.randn(0, 3, 2, 8, dtype=dtype), torch.zeros(1, dtype=torch.int32), 0)
+    assert [asked[-1] for asked in told] == [False, False, True, True, False, False, True]
 
 
 def test_the_cpp_operators_refuse_other_tensors(monkeypatch):
