@@ -8,7 +8,7 @@ CPU_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kerne
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-all gpu gpu-test sanitize emulate lint format clean
+.PHONY: help setup demo bench test test-all gpu gpu-test gpu-rehearsal sanitize emulate lint format clean
 
 help:
 	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512 (more: ARGS=...)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-all  the slow tier too"
 	@echo "make gpu       what a GPU proves: limits, parity, operators, whole steps, with the Python that has torch with CUDA"
 	@echo "make gpu-test  the same operator and model tests on a GPU, with the Python that has torch with CUDA (ARGS='-n 8')"
+	@echo "make gpu-rehearsal  all of make gpu's host code without a GPU, in front of a stand-in for its driver: no numbers"
 	@echo "make sanitize  the C++ operators' tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make emulate   the C++ operators' tests with their AVX-512 code run by AVX2 instructions"
 	@echo "make lint      check style (ruff); make format rewrites it"
@@ -72,6 +73,18 @@ gpu-test:
 # Neither .venv nor a network nor the C++ operators: ARGS='--budget 540 --phase 1 4 --tune --out DIR'.
 gpu:
 	@PYTHONUNBUFFERED=1 $(PYTHON) benchmarks/gpu.py $(ARGS)
+
+# The same in front of a stand-in for a GPU's driver (tests/cuda_stand_in/README.md), with a Python that has torch's
+# build for CUDA. Nothing of it is a measurement: results, caches and all stay in STAND_IN, whatever ARGS says.
+STAND_IN := $(CURDIR)/build/cuda_stand_in
+gpu-rehearsal:
+	@mkdir -p $(STAND_IN)
+	@headers=$$($(PYTHON) tests/cuda_stand_in/headers.py) && $(CC) -O1 -g -Wall -fPIC -shared \
+		-Wl,-soname,libcuda.so.1 -Wl,-z,lazy $$headers tests/cuda_stand_in/stand_in.c -o $(STAND_IN)/libcuda.so.1
+	@LD_PRELOAD=$(STAND_IN)/libcuda.so.1 LD_LIBRARY_PATH=$(STAND_IN)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
+		PYTHONPATH=$(CURDIR)/tests/cuda_stand_in$${PYTHONPATH:+:$$PYTHONPATH} CUDA_STAND_IN_LOG=$(STAND_IN)/log \
+		TRITON_CACHE_DIR=$(STAND_IN)/triton TORCHINDUCTOR_CACHE_DIR=$(STAND_IN)/inductor \
+		PYTHONUNBUFFERED=1 $(PYTHON) benchmarks/gpu.py $(ARGS) --out $(STAND_IN)/results
 
 # The C++ operators' tests under AddressSanitizer and UBSan, then all of them on threads under ThreadSanitizer. What the
 # library links is tested on the ordinary build: a sanitizer brings a C++ runtime.

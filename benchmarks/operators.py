@@ -223,8 +223,8 @@ def _embedding_layernorm(o: _Operands, config):
     starts, ends = o.cu_seqlens[:-1].long(), o.cu_seqlens[1:].long()
     ids[starts], ids[ends - 1] = CLS, SEP
     length = ends - starts
-    positions = torch.arange(o.tokens, device=device) - starts.repeat_interleave(length)
-    segments = (positions >= (length // 2).repeat_interleave(length)).long()
+    positions = torch.arange(o.tokens, device=device) - starts.repeat_interleave(length, output_size=o.tokens)
+    segments = (positions >= (length // 2).repeat_interleave(length, output_size=o.tokens)).long()
 
     def ours() -> Tensor:
         return ops.embedding_layernorm(
