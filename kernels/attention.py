@@ -419,22 +419,13 @@ def _check(qkv: torch.Tensor, scale: float) -> None:
         raise ValueError(f"bert_fast.attention: the Triton kernel needs a scale above 0, got {scale}")
 
 
-def _asynchronous_forward(qkv, max_seqlen):
-    """The forward of attention_hopper.py where it is to be used, else None."""
-    if max_seqlen < ASYNCHRONOUS_FORWARD.get(rows.capability(qkv.device), math.inf):
+def _hopper(table: dict[int, int], qkv, max_seqlen):
+    """attention_hopper.py where ``table`` says that it is to be used, else None."""
+    if max_seqlen < table.get(rows.capability(qkv.device), math.inf):
         return None
     from . import attention_hopper
 
-    return attention_hopper.attention_fwd if attention_hopper.takes_forward(qkv) else None
-
-
-def _one_pass_backward(grad_out, qkv, out, max_seqlen):
-    """The backward of attention_hopper.py where it is to be used, else None."""
-    if max_seqlen < ONE_PASS_BACKWARD.get(rows.capability(qkv.device), math.inf):
-        return None
-    from . import attention_hopper
-
-    return attention_hopper.attention_bwd if attention_hopper.takes_backward(grad_out, qkv, out, max_seqlen) else None
+    return attention_hopper
 
 
 def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias=None):
@@ -443,9 +434,9 @@ def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site,
     Raises TypeError for other dtypes, ValueError where ``scale`` is not above 0.
     """
     _check(qkv, scale)
-    asynchronous = _asynchronous_forward(qkv, max_seqlen)
-    if asynchronous is not None:
-        return asynchronous(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
+    hopper = _hopper(ASYNCHRONOUS_FORWARD, qkv, max_seqlen)
+    if hopper is not None and hopper.takes_forward(qkv):
+        return hopper.attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty((tokens, heads * head_dim))
     lse = qkv.new_empty((heads, tokens), dtype=torch.float32)
@@ -465,9 +456,11 @@ def attention_bwd(
     """-> gradients of qkv (T, 3, A, D) in its dtype and of its bias (3, A, D) in ``bias_dtype``, empty (0,) where that
     is None: see reference.attention_bwd. Raises as attention_fwd."""
     _check(qkv, scale)
-    one_pass = _one_pass_backward(grad_out, qkv, out, max_seqlen)
-    if one_pass is not None:
-        return one_pass(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias_dtype)
+    hopper = _hopper(ONE_PASS_BACKWARD, qkv, max_seqlen)
+    if hopper is not None and hopper.takes_backward(grad_out, qkv, out, max_seqlen):
+        return hopper.attention_bwd(
+            grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias_dtype
+        )  # fmt: skip
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     tokens, _, heads, head_dim = qkv.shape

@@ -124,6 +124,17 @@ def _read_bits(groups):
 
 
 @gluon.jit
+def _span(cu_seqlens_ptr, sequence, tokens, sequences):
+    """First token and number of tokens of a sequence; from number ``sequences`` on of the unused tail."""
+    start = gl.load(cu_seqlens_ptr + gl.minimum(sequence, sequences))
+    start = gl.minimum(gl.maximum(start, 0), tokens)
+    end = tokens
+    if sequence < sequences:
+        end = gl.minimum(gl.load(cu_seqlens_ptr + sequence + 1), tokens)
+    return start, end - start
+
+
+@gluon.jit
 def _tile(ptr, row_stride, first, length, ROWS: gl.constexpr, COPY: gl.constexpr):
     """Pointers (ROWS, 64) to the rows ``first ..``, and which of them are before ``length``."""
     row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
@@ -289,12 +300,7 @@ def _attention_bwd_one_pass_kernel(
     head = gl.program_id(1)
     width = heads * SIZE
     row_stride = 3 * width
-    start = gl.load(cu_seqlens_ptr + gl.minimum(program, sequences))
-    start = gl.minimum(gl.maximum(start, 0), tokens)
-    end = tokens
-    if program < sequences:
-        end = gl.minimum(gl.load(cu_seqlens_ptr + program + 1), tokens)
-    length = end - start
+    start, length = _span(cu_seqlens_ptr, program, tokens, sequences)
     grad_qkv_ptr += gl.cast(start, gl.int64) * row_stride + head * SIZE
     if program >= sequences:
         programs = gl.num_programs(0) - sequences
@@ -566,12 +572,7 @@ def _attention_fwd_asynchronous_kernel(
     head = gl.program_id(1)
     width = heads * SIZE
     row_stride = 3 * width
-    start = gl.load(cu_seqlens_ptr + sequence)
-    start = gl.minimum(gl.maximum(start, 0), tokens)
-    end = tokens
-    if sequence < sequences:
-        end = gl.minimum(gl.load(cu_seqlens_ptr + sequence + 1), tokens)
-    length = end - start
+    start, length = _span(cu_seqlens_ptr, sequence, tokens, sequences)
     out_ptr += gl.cast(start, gl.int64) * width + head * SIZE
     lse_ptr += gl.cast(head, gl.int64) * tokens + start
     if sequence == sequences:
