@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..products import multiply
 from . import rows
 
 Tensor = torch.Tensor
@@ -157,13 +158,10 @@ _SCALE_CONFIG = {"BLOCK": 2048, "num_warps": 4, "num_stages": 1}  # 16 elements 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """out = a @ b, or out += a @ b with ``add``; sums in fp32 whatever a's dtype, rounded once to out's."""
-    beta = 1 if add else 0
-    if a.dtype == out.dtype and (a.is_cuda or a.dtype == torch.float32):
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
-    else:  # a CPU (Triton's interpreter) has no product of 16-bit matrices with an fp32 result
-        out.copy_(torch.addmm(out.float(), a.float(), b.float(), beta=beta))
+    if a.is_cuda or a.dtype == out.dtype == torch.float32:
+        multiply(a, b, out, add=add)
+    else:  # a CPU (Triton's interpreter), whose sums of 16-bit products are not a GPU's
+        out.copy_(torch.addmm(out.float(), a.float(), b.float(), beta=1 if add else 0))
 
 
 def _even(positions: int, chunk: int) -> int:
