@@ -206,9 +206,7 @@ def compile_case(case: dict, capability: int) -> Row:
     )
     metadata = compiled.metadata
     registers, local_bytes, code = _disassemble(compiled.asm["cubin"])
-    instructions, opcodes = Counter(code), Counter()
-    for name, count in instructions.items():
-        opcodes[name.partition(".")[0]] += count
+    opcodes = Counter(name.partition(".")[0] for name in code)
     warps = metadata.num_warps
     row = Row(
         kernel=case["name"],
@@ -222,7 +220,7 @@ def compile_case(case: dict, capability: int) -> Row:
         tensor_core={name: opcodes[name] for name in TENSOR_CORE if opcodes[name]},
         product_waits=sum(name.startswith(WAIT) for name in code),
         bulk_copies=sum(opcodes[name] for name in BULK_COPY),
-        wide=wide_share(instructions),
+        wide=wide_share(Counter(code)),
         wasted={seq: wasted_scores(*case["score_tile"], seq) for seq in (512, 128) if "score_tile" in case},
         idle_waits=idle_waits(code),
     )

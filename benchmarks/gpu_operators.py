@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from gpu_aims import PRODUCTS
 from gpu_results import Results
-from gpu_tune import applied, configurations, same
+from gpu_tune import HOPPER, KERNELS, applied, configurations, same
 from operators import DIRECTIONS, DROPOUT, OPERATORS, Case, Stopwatch, Work, build_case
 from step_model import TOKENS, ceilings_of, lengths_of, operator_seconds, parameters, update
 from workload import model_config
@@ -18,7 +18,8 @@ import bert_fast
 from bert_fast import dispatch
 
 REPEAT = 20
-CANDIDATES = {"forward": "asynchronous", "backward": "one_pass"}  # attention's on compute capability 9.0, by direction
+# attention's on compute capability 9.0, by direction
+CANDIDATES = {direction: kernel for kernel, direction in KERNELS["attention"] if kernel in HOPPER}
 SECONDS_OF_A_CASE = 4  # with compilation; a case is not begun with less time left
 # FLOPs an element of the operators whose limit is memory, roughly: where they lie in a roofline picture
 FLOPS_OF_AN_ELEMENT = {"embedding_layernorm": 12, "residual_layernorm": 12, "bias_gelu": 40, "mlm_loss": 1}

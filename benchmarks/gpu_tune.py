@@ -72,16 +72,8 @@ KERNELS = {
 @contextlib.contextmanager
 def applied(operator: str, kernel: str, changed: dict):
     """``changed`` in place of what ``kernel`` is launched with, for the length of a ``with`` block."""
-    if kernel == "chunk":
-        original = ops.MLM_CHUNK
-        ops.MLM_CHUNK = changed["MLM_CHUNK"]
-        try:
-            yield
-        finally:
-            ops.MLM_CHUNK = original
-        return
-    module = importlib.import_module(dispatch.TABLE[operator]["triton"])
-    if kernel in HOPPER:
+    module = ops if kernel == "chunk" else importlib.import_module(dispatch.TABLE[operator]["triton"])
+    if kernel == "chunk" or kernel in HOPPER:  # the table that says so
         with mock.patch.multiple(module, **changed):
             yield
         return
@@ -92,11 +84,8 @@ def applied(operator: str, kernel: str, changed: dict):
         asked = {"attention": arguments[0], "mlm_loss": "fwd"}.get(operator, arguments[-1])
         return config | changed if asked == kernel else config
 
-    module._launch_config = launch_config
-    try:
+    with mock.patch.object(module, "_launch_config", launch_config):
         yield
-    finally:
-        module._launch_config = original
 
 
 def furthest(results: Results) -> list[str]:
