@@ -32,10 +32,12 @@ def _define(operator: str, direction: str, schema: str, fake, check=None) -> Non
         # One of the first four has the operator's dtype; not one element: a loss's gradient may have another.
         float64 = any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.numel() != 1 for x in args[:4])
         implementation = dispatch.implementation(operator, direction, device.type, float64)
-        if device.type != "cuda" or torch.cuda.current_device() == device.index:
-            return implementation(*args)
-        with torch.cuda.device(device):  # kernels are launched on the current device, which is another
-            return implementation(*args)
+        # Autocast chose the inputs' dtypes; inside it would round what implementations widen, to sum it in float32.
+        with torch._C._DisableAutocast():
+            if device.type != "cuda" or torch.cuda.current_device() == device.index:
+                return implementation(*args)
+            with torch.cuda.device(device):  # kernels are launched on the current device, which is another
+                return implementation(*args)
 
     _library.define(f"{name}{schema}", tags=_TAGS)
     _library.impl(name, run, "CompositeExplicitAutograd")

@@ -294,6 +294,27 @@ def test_the_registered_derivative_is_that_of_the_shorter_way(operator, monkeypa
     assert all(map(torch.equal, shorter, registered))
 
 
+@pytest.mark.parametrize(
+    ("operator", "backend"),
+    [(operator, backend) for operator in OPERATORS for backend in available_backends(operator)],
+)
+def test_autocast_rounds_nothing_inside(operator, backend):
+    """What an implementation widens to float32 stays so, in the backward too, with parameters in float32."""
+    of_products = {"qkv", "x", "residual", "hidden", "weight_in", "weight_out"}
+    given = {
+        name: t.bfloat16().detach().requires_grad_() if name in of_products else t
+        for name, t in differentiable(operator)[0].items()
+    }
+    wanted = [t for t in given.values() if torch.is_tensor(t) and t.requires_grad]
+
+    def made(autocast: bool) -> list[torch.Tensor]:
+        with dispatch.use_backend(**{operator: backend}), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            out = getattr(ops, operator)(**given)
+            return [out, *torch.autograd.grad(out, wanted, torch.ones_like(out))]
+
+    assert all(map(torch.equal, made(True), made(False)))
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_there_is_no_second_derivative_and_it_is_said(operator):
     inputs, wanted = differentiable(operator)
