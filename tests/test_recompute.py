@@ -105,3 +105,33 @@ def test_it_can_be_taken_back_and_what_is_unknown_is_refused():
     assert not model.bert.encoder.layer[0].gradient_checkpointing
     with pytest.raises(ValueError, match="recompute takes one of nothing, gelu, layers, got 'all'"):
         model.recompute("all")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_models_have_one_gradient_of_the_table(monkeypatch, reentrant):
+    """transformers hooks the word embeddings then, so that their rows have gradients; a table that is trained gives
+    them one anyway, and so the embedding stays one operator."""
+    model = BertForPreTraining(copy.deepcopy(CONFIG)).to(DEVICE).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    called = []
+    call = ops._call
+    monkeypatch.setattr(ops, "_call", lambda name, *args: called.append(name) or call(name, *args))
+    ids = torch.randint(5, 120, (2, 9), device=DEVICE)
+    model(ids, labels=ids).loss.backward()
+    assert "embedding_layernorm_bwd_add" in called
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, given, rows: seen.append(rows.requires_grad))
+    model(ids, labels=ids).loss.backward()
+    assert seen == [True]  # a hook of the caller's is called, behind transformers'
+
+
+def test_an_adapter_has_gradients_in_checkpointed_layers_behind_a_frozen_table():
+    model = BertForPreTraining(copy.deepcopy(CONFIG)).to(DEVICE).train()
+    model.requires_grad_(False)
+    query = model.bert.encoder.layer[0].attention.self.query.weight.requires_grad_()
+    model.gradient_checkpointing_enable({"use_reentrant": True})  # which needs an input with a gradient
+    ids = torch.randint(5, 120, (2, 9), device=DEVICE)
+    model(ids, labels=ids).loss.backward()
+    assert query.grad.abs().sum() > 0
+    model.disable_input_require_grads()
+    assert not model.get_input_embeddings()._forward_hooks

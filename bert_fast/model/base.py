@@ -85,6 +85,13 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
         elif any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             getattr(self, f"{kind}_checkpointing_disable")()
 
+    def enable_input_require_grads(self) -> None:
+        """As transformers', which does it for gradient checkpointing and adapters; its hook is one that the embeddings
+        know, and so stay fused where it changes nothing."""
+        super().enable_input_require_grads()
+        hooks = self.get_input_embeddings()._forward_hooks
+        hooks.update((handle.id, layers.requires_grad) for handle in self._require_grads_hooks if handle.id in hooks)
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True

@@ -22,9 +22,12 @@ Tensor = torch.Tensor
 
 
 def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks) or _hooked_otherwise(module)
+
+
+def _hooked_otherwise(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
+        module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
@@ -34,6 +37,20 @@ def _hooked(module: nn.Module) -> bool:
 def plain(module: nn.Module, kind: type) -> bool:
     """``module`` is exactly ``kind``, and calling it does nothing but its forward."""
     return type(module) is kind and not _hooked(module)
+
+
+def requires_grad(module: nn.Module, given, output: Tensor) -> None:
+    """A hook: what comes out has a gradient, with which a checkpointed layer or an adapter can begin."""
+    output.requires_grad_(True)
+
+
+def plain_table(embedding: nn.Module) -> bool:
+    """Looking rows up in ``embedding`` is reading its table. ``requires_grad`` does nothing to rows of a table that is
+    trained."""
+    hooks = embedding._forward_hooks.values()
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or _hooked_otherwise(embedding):
+        return False
+    return not hooks or (embedding.weight.requires_grad and all(hook is requires_grad for hook in hooks))
 
 
 def unhooked(module: nn.Module) -> bool:
@@ -133,11 +150,10 @@ class BertEmbeddings(hf.BertEmbeddings):
         of the tables."""
         word, position, segment = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
         norm, p = self.LayerNorm, dropout_p(self.dropout)
-        fused = plain(position, nn.Embedding) and plain(segment, nn.Embedding) and plain(norm, nn.LayerNorm)
-        fused = fused and not any(e.max_norm is not None for e in (position, segment))
+        fused = plain_table(position) and plain_table(segment) and plain(norm, nn.LayerNorm)
         fused = fused and norm.weight is not None and norm.bias is not None
         if fused:
-            if embeds is None and not (plain(word, nn.Embedding) and word.max_norm is None):
+            if embeds is None and not plain_table(word):
                 embeds = word(ids)
             if embeds is None:
                 table, padding_idx = word.weight, word.padding_idx
