@@ -159,8 +159,8 @@ def encoder(config, lengths: Sequence[int], weights: str) -> list[Entry]:
         lines += [
             Entry("rows that are read", "forward", 1, bytes=4 * rh * e, kernels=4),
             # two times zeros of all rows, and sums into some; the head's and the pooler's part put together
-            Entry("rows that are read", "backward", 1, bytes=(2 * th + 13 * rh) * e,
-                  least=4 * rh * e, kernels=9),
+            Entry("rows that are read", "backward", 1, bytes=(2 * th + 8 * rh) * e,
+                  least=4 * rh * e, kernels=5),
         ]  # fmt: skip
     if w != e:
         weight = layers * (h * h + 2 * h * inner)

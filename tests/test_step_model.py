@@ -121,8 +121,6 @@ def moved(calls: list, *names: str) -> int:
             total += 3 * inputs[-1][1]
         elif name == "aten::new_zeros":
             total += outputs[0][1]
-        elif name == "aten::slice_backward":  # zeros of all, and a part copied there
-            total += outputs[0][1] + 2 * inputs[0][1]
         else:
             total += sum(size for _, size in inputs + outputs)
     return total
@@ -144,18 +142,17 @@ def test_what_is_charged_beside_the_fused_operators_is_what_pytorch_is_called_wi
         rel=1e-12,
     )
     assert moved(calls, "aten::_foreach_copy_") == charged("weights q, k, v in one")
-    assert moved(calls, "aten::cat") == 0
     assert moved(calls, "aten::sum") == 0  # the gradients of biases come out of the fused operators
     beside = [inputs[0][1] for name, inputs, _ in calls if name == "aten::addmm_"]
     assert len(beside) == 2 * 3
     assert sum(beside) == pytest.approx(charged("residual's gradient, read by the product"), rel=1e-9)
     rows = step_model.rows_read(LENGTHS) * 64 * 2
     adds = charged("sum of the tied table's gradients")
-    assert moved(calls, "aten::add") == pytest.approx(adds + 3 * rows, rel=1e-9)
-    read = charged("rows that are read")
-    # of the line: rows read and given back, zeros of all rows and of the two parts
-    found = moved(calls, "aten::index_select", "aten::new_zeros", "aten::index_add", "aten::slice_backward")
-    assert found == pytest.approx(read - 3 * rows, rel=1e-9)
+    assert moved(calls, "aten::add") == pytest.approx(adds, rel=1e-9)
+    assert moved(calls, "aten::cat") == 2 * rows  # the gradients of the head's and of the pooler's part
+    # rows read and given back, and zeros of all rows
+    found = moved(calls, "aten::index_select", "aten::new_zeros", "aten::index_add", "aten::cat")
+    assert found == pytest.approx(charged("rows that are read"), rel=1e-9)
     if weights == "float32":  # those of the transform and of the pooler are charged where they are made
         apart = 3 * 64 * 64 * (4 + 2)
         assert charged("rounding of weights") + apart == pytest.approx(moved(calls, "aten::_to_copy"), rel=1e-9)

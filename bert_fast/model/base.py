@@ -168,7 +168,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         x = self.encoder(x, layout, hidden_states, attentions, only)
 
         if only is not None:
-            hidden, first = x[: asked.shape[0]], x[asked.shape[0] :]
+            # not two slices: the gradient of each would be one of all rows, filled up with zeros
+            hidden, first = x.split((asked.shape[0], x.shape[0] - asked.shape[0]))
         else:
             hidden, first = x if asked is None else x.index_select(0, asked), None
         pooled = None
