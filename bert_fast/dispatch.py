@@ -164,7 +164,7 @@ def implementation(operator: str, direction: str, device_type: str, float64: boo
                 "tensors or the model to the CPU, or ask for another backend"
             )
         if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            importlib.import_module("bert_fast.interpreter").correct_bfloat16()
+            importlib.import_module("bert_fast.interpreter").correct()
         module = importlib.import_module(TABLE[operator][backend])
         _functions[key] = getattr(module, f"{operator}_{direction}")
     return _functions[key]

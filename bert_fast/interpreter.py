@@ -1,10 +1,11 @@
-"""bfloat16 under Triton's interpreter (TRITON_INTERPRET=1), as the hardware computes it.
+"""Triton's interpreter (TRITON_INTERPRET=1), corrected: bfloat16 as the hardware computes it, and with NumPy of today.
 
 The interpreter keeps bfloat16 as its 16 bits in unsigned integers. In Triton 3.6 to 3.9 three of its steps are
 wrong: ``tl.dot`` multiplies the bit patterns as integers, arithmetic and comparisons of two bfloat16 blocks do the
 same, and a cast from float32 (so every store) cuts the lower bits off where hardware rounds to nearest even.
+Triton 3.6 besides makes an integer of a scalar (the bound of a loop) in a way that NumPy 2.4 and later refuse.
 Kernels are written for the hardware, so the interpreter is corrected, here and nowhere else; compiled kernels
-never pass through this file. tests/test_interpreter.py fails when Triton no longer needs it.
+never pass through this file. tests/test_interpreter.py fails when Triton no longer needs the bfloat16 part.
 """
 
 import numpy as np
@@ -59,8 +60,16 @@ class _Corrected(interpreter.InterpreterBuilder):
         return super().create_dot(_as_float32(a), _as_float32(b), d, *options)
 
 
-def correct_bfloat16() -> None:
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor, scope) -> None:
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
+
+
+def correct() -> None:
     """Correct Triton's interpreter in this process; a second call changes nothing."""
-    builder = interpreter.interpreter_builder
-    if not isinstance(builder, _Corrected):
-        builder.__class__ = _Corrected
+    if not isinstance(interpreter.interpreter_builder, _Corrected):
+        interpreter.interpreter_builder.__class__ = _Corrected
+        interpreter._patch_lang_tensor = _patch_tensor

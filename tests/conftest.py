@@ -12,9 +12,9 @@ if not torch.cuda.is_available():
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    from bert_fast.interpreter import correct_bfloat16
+    from bert_fast.interpreter import correct
 
-    correct_bfloat16()
+    correct()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
-"""bfloat16 in kernels equals PyTorch's: on a GPU by hardware, without one through bert_fast/interpreter.py.
+"""bfloat16 in kernels equals PyTorch's: on a GPU by hardware, without one through bert_fast/interpreter.py, whose other
+correction is tested here too.
 
 Run as a script, this file prints which of its checks fail in Triton's own interpreter, uncorrected.
 """
@@ -100,13 +101,28 @@ def test_conversions_equal_pytorch(source, target):
 def test_correction_is_idempotent():
     from triton.runtime import interpreter
 
-    from bert_fast.interpreter import correct_bfloat16
+    from bert_fast.interpreter import correct
 
-    correct_bfloat16()
+    correct()
     before = type(interpreter.interpreter_builder)
-    correct_bfloat16()
+    correct()
     assert type(interpreter.interpreter_builder) is before
     check_dot()
+
+
+@triton.jit
+def _loop_kernel(bound_ptr, out_ptr):
+    total = 0
+    for number in range(tl.load(bound_ptr), tl.load(bound_ptr + 1)):
+        total += number
+    tl.store(out_ptr, total)
+
+
+def test_bounds_that_are_loaded():
+    """With every NumPy: an array of one element is no integer to those of 2026."""
+    out = torch.empty(1, dtype=torch.int64, device=DEVICE)
+    _loop_kernel[(1,)](torch.tensor([3, 9], device=DEVICE), out)
+    assert int(out) == 3 + 4 + 5 + 6 + 7 + 8
 
 
 def test_correction_is_still_needed():
