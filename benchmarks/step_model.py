@@ -241,21 +241,23 @@ def heads(config, lengths: Sequence[int], weights: str, joined: bool) -> list[En
 def update(config, weights: str, optimizer: str) -> list[Entry]:
     """The optimiser over every parameter: the gradients' norm, then one pass (AdamW) or two (LAMB).
 
-    Float32 moments and weights; with 16-bit weights those are written by the last pass.
+    Float32 moments and weights; with 16-bit weights those are written by the last pass. One launch a pass
+    has all parameters, those that decay and the others.
     """
     n, g = parameters(config), 2 if weights == "bfloat16" else 4
     copy = 2 if weights == "bfloat16" else 0
     lines = [
         Entry("gradient norm", "update", 1, bytes=n * g, kernels=4),
-        # of two groups of parameters: those that decay, and the others; before them whether the losses are finite
-        Entry("rates, clipping, skipping", "update", 1, kernels=2 + 4),
+        # before them whether the losses are finite
+        Entry("rates, clipping, skipping", "update", 1, kernels=1 + 4),
     ]
     if optimizer == "adamw":
-        return [*lines, Entry("adamw", "update", 1, bytes=n * (g + 24 + copy), kernels=2)]
-    # moments and the norms of weight and update; then the update again from the moments, and the weights written
+        return [*lines, Entry("adamw", "update", 1, bytes=n * (g + 24 + copy))]
+    # moments and the norms of weight and update; then the update again from the moments, and the weights written;
+    # between them a ratio for each parameter
     return [
         *lines,
-        Entry("lamb", "update", 1, bytes=n * ((g + 20) + (16 + copy)), least=n * (g + 24 + copy), kernels=6),
+        Entry("lamb", "update", 1, bytes=n * ((g + 20) + (16 + copy)), least=n * (g + 24 + copy), kernels=3),
     ]
 
 

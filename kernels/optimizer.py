@@ -9,14 +9,15 @@ with masters: 2 less for every gradient, 2 more for the copy that is written las
     AdamW    28    reads w, g, m, v; writes w, m, v
     LAMB  24+16    moments, and sums of w^2 and u^2; a ratio a tensor; then w, with u computed again from m and v
 
-Clipping factor, rates and the decision to skip (a clip of NaN) are made on the device, in one launch for a group of
-parameters, and read there: nothing waits, and a step may be captured in a graph. No float atomics: a program writes its
-sums to its own place, and they are added in one order.
+Clipping factor, rates and the decision to skip (a clip of NaN) are made on the device, in one launch for all groups of
+parameters that go together, and read there: nothing waits, and a step may be captured in a graph. No float atomics: a
+program writes its sums to its own place, and they are added in one order.
 """
 
 import functools
 import math
 from collections import OrderedDict
+from itertools import accumulate
 
 import torch
 import triton
@@ -120,13 +121,19 @@ def _optimizer_norm_kernel(
         _squares(table_ptr, partial_ptr, tensors, tensor, offset, size, DTYPE, ALIGNED, True)
 
 
-@triton.jit(do_not_specialize=["tensors", "lr", "weight_decay", "max_grad_norm"])
+@triton.jit
+def _number(x, THERE: tl.constexpr):
+    return tl.load(x).to(tl.float32) if THERE else x
+
+
+@triton.jit(do_not_specialize=["tensors", "max_grad_norm"])
 def _optimizer_rates_kernel(
-    step_ptr, norm_ptr, skipped_ptr, rate_ptr, clip_ptr, lr, weight_decay, max_grad_norm, tensors,
-    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, LR_THERE: tl.constexpr, DECAY_THERE: tl.constexpr,
+    step_ptr, norm_ptr, skipped_ptr, rate_ptr, clip_ptr, lrs, decays, firsts, max_grad_norm, tensors,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, LRS_THERE: tl.constexpr, DECAYS_THERE: tl.constexpr,
     COUNTS: tl.constexpr, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A single program. ``lr`` and ``weight_decay`` are numbers, or addresses where they are on the device."""
+    """A single program. Tuples have an element for each group of tensors that follow each other: its learning rate and
+    weight decay, numbers, or addresses where they are on the device (THERE); its first tensor."""
     norm = tl.load(norm_ptr).to(tl.float32)
     finite = norm - norm == 0.0
     clip = 1.0
@@ -135,10 +142,6 @@ def _optimizer_rates_kernel(
     tl.store(clip_ptr, tl.where(finite, clip, float("nan")))
     if COUNTS:
         tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(finite, 0, 1))
-    if LR_THERE:
-        lr = tl.load(lr).to(tl.float32)
-    if DECAY_THERE:
-        weight_decay = tl.load(weight_decay).to(tl.float32)
     for first in range(0, tensors, BLOCK):
         tensor = first + tl.arange(0, BLOCK)
         mask = tensor < tensors
@@ -146,8 +149,13 @@ def _optimizer_rates_kernel(
         tl.store(step_ptr + tensor, step, mask=mask)
         t = tl.maximum(step, 1.0).to(tl.float64)  # a first step that is skipped leaves 0, and its rates unused
         row = rate_ptr + 4 * tensor
-        tl.store(row, tl.zeros((BLOCK,), tl.float32) + lr, mask=mask)
-        tl.store(row + 1, tl.zeros((BLOCK,), tl.float32) + weight_decay, mask=mask)
+        lr = tl.zeros((BLOCK,), tl.float32)
+        decay = tl.zeros((BLOCK,), tl.float32)
+        for group in tl.static_range(len(firsts)):
+            lr = tl.where(tensor >= firsts[group], _number(lrs[group], LRS_THERE[group]), lr)
+            decay = tl.where(tensor >= firsts[group], _number(decays[group], DECAYS_THERE[group]), decay)
+        tl.store(row, lr, mask=mask)
+        tl.store(row + 1, decay, mask=mask)
         # 1 - beta^t is 1e-3 and more for any beta in use: in float64 it keeps far more digits than float32 has
         first_rate = 1.0 / (1.0 - tl.exp(t * LOG_BETA1))
         second_rate = 1.0 / tl.sqrt(1.0 - tl.exp(t * LOG_BETA2))
@@ -364,36 +372,45 @@ def optimizer_norm(tensors) -> Tensor:
     return together.sum(dtype=torch.float64).sqrt().float()
 
 
-def optimizer_rates(steps, norm, skipped, lr, weight_decay, betas, max_grad_norm) -> tuple[Tensor, Tensor]:
+def optimizer_rates(steps, norm, skipped, groups, betas, max_grad_norm) -> tuple[Tensor, Tensor]:
     """See bert_fast/optim/reference.py; ``rates`` is float32."""
-    lr, weight_decay = (x.to(steps.device) if isinstance(x, Tensor) else float(x) for x in (lr, weight_decay))
     rates, clip = steps.new_empty((len(steps), 4)), steps.new_empty(())
     beta1, beta2 = betas or (0.0, 0.0)  # a beta of 0 has no bias
-    _optimizer_rates_kernel[(1,)](
-        step_ptr=steps,
-        norm_ptr=norm,
-        skipped_ptr=skipped,
-        rate_ptr=rates,
-        clip_ptr=clip,
-        lr=lr,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm or 0.0,
-        tensors=len(steps),
-        LOG_BETA1=math.log(beta1) if beta1 else -math.inf,
-        LOG_BETA2=math.log(beta2) if beta2 else -math.inf,
-        LR_THERE=isinstance(lr, Tensor),
-        DECAY_THERE=isinstance(weight_decay, Tensor),
-        COUNTS=skipped is not None,
-        CLIPS=max_grad_norm is not None,
-        **_RATES_CONFIG,
-    )
+    done = 0
+    for start in range(0, len(groups), _MAX_GROUPS):
+        counts, *numbers = zip(*groups[start : start + _MAX_GROUPS], strict=True)
+        lrs, decays = (tuple(x.to(steps.device) if isinstance(x, Tensor) else float(x) for x in n) for n in numbers)
+        lrs_there, decays_there = (tuple(isinstance(x, Tensor) for x in n) for n in numbers)
+        *firsts, tensors = accumulate(counts, initial=0)
+        _optimizer_rates_kernel[(1,)](
+            step_ptr=steps[done:],
+            norm_ptr=norm,
+            skipped_ptr=skipped,
+            rate_ptr=rates[done:],
+            clip_ptr=clip,
+            lrs=lrs,
+            decays=decays,
+            firsts=tuple(map(float, firsts)),  # integers in a tuple are compiled in, or that 16 divides them
+            max_grad_norm=max_grad_norm or 0.0,
+            tensors=tensors,
+            LOG_BETA1=math.log(beta1) if beta1 else -math.inf,
+            LOG_BETA2=math.log(beta2) if beta2 else -math.inf,
+            LRS_THERE=lrs_there,
+            DECAYS_THERE=decays_there,
+            COUNTS=skipped is not None,
+            CLIPS=max_grad_norm is not None,
+            **_RATES_CONFIG,
+        )
+        done += tensors
+        skipped = None  # it is counted once
     return rates, clip
 
 
-_RATES_CONFIG = {"BLOCK": 256, "num_warps": 4, "num_stages": 1}  # BERT-large has 398 tensors in two groups
+_MAX_GROUPS = 32  # of one launch: the kernel is compiled for their number, and may have 4 KB of arguments
+_RATES_CONFIG = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}  # BERT-large has 398 tensors
 
 
-def _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
+def _works(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
     """The work of each dtype of parameters, and its rates."""
     rows.check_tensors("optim", **{f"parameter {i}": t for i, t in enumerate(params)})
     kinds = by_dtype(params)
@@ -409,7 +426,7 @@ def _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
 
 def optimizer_adamw(params, masters, grads, exp_avgs, exp_avg_sqs, rates, clip, beta1, beta2, eps) -> None:
     """See bert_fast/optim/reference.py."""
-    for work, chosen in _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
+    for work, chosen in _works(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
         _optimizer_adamw_kernel[(work.programs,)](
             rate_ptr=chosen, clip_ptr=clip, beta1=beta1, rest1=1 - beta1, beta2=beta2, rest2=1 - beta2, eps=eps,
             **work.arguments,
@@ -418,7 +435,7 @@ def optimizer_adamw(params, masters, grads, exp_avgs, exp_avg_sqs, rates, clip, 
 
 def optimizer_lamb(params, masters, grads, exp_avgs, exp_avg_sqs, rates, clip, beta1, beta2, eps, adapt_all) -> None:
     """See bert_fast/optim/reference.py."""
-    for work, chosen in _groups(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
+    for work, chosen in _works(params, masters, grads, exp_avgs, exp_avg_sqs, rates):
         partial = torch.empty((work.programs, 2), dtype=torch.float32, device=work.device)
         ratio = torch.empty(work.tensors, dtype=torch.float32, device=work.device)
         _optimizer_lamb_moments_kernel[(work.programs,)](
@@ -458,10 +475,11 @@ def aot_cases(capability: int) -> list[dict]:
                 )
             )  # fmt: skip
     pointers = {"step_ptr": "*fp32", "norm_ptr": "*fp32", "skipped_ptr": "*i64", "rate_ptr": "*fp32"}
-    pointers |= {"clip_ptr": "*fp32", "lr": "*fp64"}
-    numbers = {"weight_decay": "fp32", "max_grad_norm": "fp32", "tensors": "i32"}
-    constants = {"LOG_BETA1": math.log(0.9), "LOG_BETA2": math.log(0.999), "CLIPS": True}
-    constants |= {"LR_THERE": True, "DECAY_THERE": False, "COUNTS": True}
+    pointers |= {"clip_ptr": "*fp32"}
+    groups = {"lrs": ("*fp64", "*fp64"), "decays": ("fp32", "fp32"), "firsts": ("fp32", "fp32")}
+    numbers = {**groups, "max_grad_norm": "fp32", "tensors": "i32"}
+    constants = {"LOG_BETA1": math.log(0.9), "LOG_BETA2": math.log(0.999), "COUNTS": True, "CLIPS": True}
+    constants |= {"LRS_THERE": (True, True), "DECAYS_THERE": (False, False)}
     cases.append(rows.aot_case(_optimizer_rates_kernel, "optimizer rates", pointers, numbers, constants, _RATES_CONFIG))
     pointers = {"partial_ptr": "*fp32", "start_ptr": "*i64", "rate_ptr": "*fp32", "ratio_ptr": "*fp32"}
     cases.append(

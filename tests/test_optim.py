@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -64,24 +65,26 @@ def bits(params, optimizer):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.98, 0.99999), None])
 @pytest.mark.parametrize("there", [False, True], ids=["numbers", "on-device"])
 def test_rates_and_the_clipping_factor(backend, norm, betas, there):
-    counted = [0.0, 1.0, 9.0, 1000.0, 1e6] + [float(i) for i in range(300)]
+    counted = [0.0, 1.0, 9.0, 1000.0, 1e6] + [float(i) for i in range(600)]
     steps = torch.tensor(counted, device=DEVICE)
     skipped = torch.tensor(7, device=DEVICE)
     lr, decay = (torch.tensor(x, dtype=torch.float64, device=DEVICE) if there else x for x in (1.7e-4, 0.01))
+    groups = [(1, lr, decay), (16, 2e-3, decay), (588, lr, 0.0)]
     with dispatch.use_backend(optimizer=backend):
         rates = dispatch.implementation("optimizer", "rates", DEVICE)
-        found, clip = rates(steps, torch.tensor(norm, device=DEVICE), skipped, lr, decay, betas, 1.0)
+        found, clip = rates(steps, torch.tensor(norm, device=DEVICE), skipped, groups, betas, 1.0)
     finite = math.isfinite(norm)
     assert steps.tolist() == [t + finite for t in counted]
     assert int(skipped) == 7 + (not finite)
     expected = []
-    for t in counted:
+    for number, t in enumerate(counted):
         t = max(1.0, t + finite)
         corrections = [1 - beta**t if beta else 1.0 for beta in betas or (0.0, 0.0)]
-        expected.append([1.7e-4, 0.01, 1 / corrections[0], corrections[1] ** -0.5])
+        own = [2e-3 if 1 <= number < 17 else 1.7e-4, 0.01 if number < 17 else 0.0]
+        expected.append([*own, 1 / corrections[0], corrections[1] ** -0.5])
     torch.testing.assert_close(found.double().cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
     assert math.isnan(float(clip)) if not finite else float(clip) == pytest.approx(min(1.0, 1 / norm), rel=1e-5)
-    unclipped = rates(steps, torch.tensor(norm, device=DEVICE), None, lr, decay, betas, None)[1]
+    unclipped = rates(steps, torch.tensor(norm, device=DEVICE), None, groups, betas, None)[1]
     assert float(unclipped) == 1.0 or not finite
 
 
@@ -356,6 +359,159 @@ def test_lamb_without_eps_at_sizes_that_fill_no_vector(backend):
     train("reference", "lamb", plain, steps=1, eps=0.0)
     for p, q in zip(ours, plain, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def split(params, options, kind="lamb", **shared) -> list[torch.optim.Optimizer]:
+    """One optimiser of all groups, parameter i in group i modulo their number; then one for each group alone."""
+    groups = [{"params": list(params)[i :: len(options)], **given} for i, given in enumerate(options)]
+    twins = [{**group, "params": [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]} for group in groups]
+    return [KINDS[kind](groups, **shared), *(KINDS[kind]([twin], **shared) for twin in twins)]
+
+
+def step_together(together, alone, step, norm=3.0, without=None):
+    """A step of all, with the same gradients and the same norm; group i of ``together`` is that of ``alone[i]``."""
+    gradients([p for group in together.param_groups for p in group["params"]], step)
+    if without is not None:
+        without.grad = None
+    given = torch.tensor(norm, device=DEVICE)
+    together.step(grad_norm=given)
+    for group, other in zip(together.param_groups, alone, strict=True):
+        for p, q in zip(group["params"], other.param_groups[0]["params"], strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        other.step(grad_norm=given)
+
+
+def assert_same_bits(together, alone):
+    for group, other in zip(together.param_groups, alone, strict=True):
+        for p, q in zip(group["params"], other.param_groups[0]["params"], strict=True):
+            assert torch.equal(p, q)
+            assert together.state[p].keys() == other.state[q].keys()
+            for key, value in together.state[p].items():
+                assert value.dtype == other.state[q][key].dtype
+                assert torch.equal(value, other.state[q][key])
+
+
+def rate(value):
+    """A learning rate or weight decay on the device, as a recorded step has it."""
+    return torch.tensor(value, dtype=torch.float64, device=DEVICE)
+
+
+TOGETHER = {
+    "decay": lambda: [{"weight_decay": 0.1}, {"weight_decay": 0.0}],
+    "betas": lambda: [{"betas": (0.9, 0.999)}, {"betas": (0.8, 0.99)}, {"betas": (0.9, 0.999), "weight_decay": 0.0}],
+    "eps": lambda: [{"eps": 1e-6}, {"eps": 1e-3}],
+    "lr on the device": lambda: [{"lr": rate(3e-3)}, {"lr": 1e-2, "weight_decay": 0.0}],
+    "all on the device": lambda: [{"lr": rate(3e-3), "weight_decay": rate(0.1)}, {"lr": rate(0.1)}],
+    "many": lambda: [{"lr": 1e-3 * (1 + i), "weight_decay": 0.01 * (i % 3)} for i in range(40)],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "dtype"), [("adamw", torch.float32), ("lamb", torch.bfloat16)])
+@pytest.mark.parametrize("groups", TOGETHER)
+def test_groups_have_the_bits_of_each_alone(backend, kind, groups, dtype):
+    options = TOGETHER[groups]()
+    shapes = SHAPES + [(3 + i, 5) for i in range(len(options) - len(SHAPES))]
+    together, *alone = split(parameters(dtype, shapes=shapes), options, kind, max_grad_norm=1.0)
+    with dispatch.use_backend(optimizer=backend):
+        for step, norm in enumerate((3.0, math.nan, 0.5)):
+            step_together(together, alone, step, norm)
+            assert int(together.skipped) == int(alone[0].skipped) == (step > 0)
+            assert_same_bits(together, alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_counts_of_groups_that_go_together(backend):
+    """Each parameter's own, whatever goes together: without a gradient, with other betas, loaded, copied, added."""
+    params = parameters(shapes=[(4, 4), (5,), (3, 3), (6,)])
+    together, *alone = split(params, [{"weight_decay": 0.1}, {"weight_decay": 0.0}])
+    with dispatch.use_backend(optimizer=backend):
+        step_together(together, alone, 0)
+        counts = {together.state[p]["step"]._base for p in params}
+        assert [base.tolist() for base in counts] == [[1.0] * 4]
+        for step in (1, 2):
+            step_together(together, alone, step, without=params[step])
+            assert_same_bits(together, alone)
+        for step, betas in ((3, [0.7, 0.9]), (4, (0.9, 0.999))):
+            for optimizer in (together, alone[1]):
+                optimizer.param_groups[-1]["betas"] = betas
+            step_together(together, alone, step)
+            assert_same_bits(together, alone)
+        for optimizer in (together, *alone):
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        step_together(together, alone, 5)
+        together, alone = pickle.loads(pickle.dumps(together)), copy.deepcopy(alone)
+        step_together(together, alone, 6)
+        (late,), (twin,) = parameters(shapes=[(2, 9)]), parameters(shapes=[(2, 9)])
+        together.add_param_group({"params": [late]})
+        alone.append(KINDS["lamb"]([twin]))
+        step_together(together, alone, 7)
+        assert_same_bits(together, alone)
+    groups = [group["params"] for group in together.param_groups]
+    assert [[int(together.state[p]["step"]) for p in params] for params in groups] == [[8, 7], [7, 8], [1]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_beside_others(backend):
+    """The reference takes a group with float64 in it; the others are the backend's."""
+    params = parameters(shapes=[(4, 5), (6,), (7, 3), (3, 3)])
+    for p in (params[0], params[3]):  # a group of it, and one in which it is a part
+        p.data = p.data.double()
+    together, *alone = split(params, [{}, {"weight_decay": 0.0}, {"lr": 1e-3}])
+    with dispatch.use_backend(optimizer=backend):
+        for step in range(2):
+            step_together(together, alone, step)
+    assert_same_bits(together, alone)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's launches")
+@pytest.mark.parametrize("given", [False, True], ids=["own norm", "given norm"])
+def test_launches(given, monkeypatch):
+    """One a pass for all groups of the same betas and eps, and of each dtype that parameters have."""
+    from bert_fast.kernels import optimizer as kernels
+
+    launches = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid):
+            launches.append(self.name.removeprefix("_optimizer_").removesuffix("_kernel"))
+            return self.kernel[grid]
+
+    for name in [name for name in vars(kernels) if name.startswith("_optimizer_") and name.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Counted(name))
+
+    def launched(optimizer) -> list[str]:
+        launches.clear()
+        optimizer.step(grad_norm=torch.tensor(1.0, device=DEVICE) if given else None)
+        norms = launches.count("norm")
+        assert norms == (0 if given else len({p.dtype for g in optimizer.param_groups for p in g["params"]}))
+        return launches[norms:]
+
+    adamw, lamb = ["adamw"], ["lamb_moments", "lamb_ratio", "lamb_apply"]
+    params = parameters()
+    gradients(params, 0)
+    with dispatch.use_backend(optimizer="triton"):
+        for kind, passes in (("adamw", adamw), ("lamb", lamb)):
+            optimizer = build(kind, params)
+            assert len(optimizer.param_groups) == 2
+            assert launched(optimizer) == ["rates", *passes]
+            optimizer.param_groups[1]["lr"] = rate(1e-3)
+            assert launched(optimizer) == ["rates", *passes]
+            optimizer.param_groups[1]["betas"] = (0.8, 0.9)
+            assert launched(optimizer) == 2 * ["rates", *passes]
+            optimizer.add_param_group({"params": [params[0].detach().clone().requires_grad_()], "betas": (0.8, 0.9)})
+            optimizer.param_groups[2]["params"][0].grad = params[0].grad
+            assert launched(optimizer) == 2 * ["rates", *passes]
+            many = parameters(shapes=[(3,)] * 40)
+            gradients(many, 0)
+            optimizer = KINDS[kind]([{"params": [p]} for p in many])
+            assert launched(optimizer) == ["rates", "rates", *passes]
+        params[2].data = params[2].data.bfloat16()
+        gradients(params, 1)
+        assert launched(build("lamb", params)) == ["rates", *lamb, *lamb]
 
 
 def test_a_group_may_be_empty():

@@ -203,6 +203,9 @@ def test_the_operators_bytes_by_hand():
     assert total("gradient norm", "update") == 2 * n
     assert total("lamb", "update") == n * (2 + 3 * 4 + 2 * 4 + 3 * 4 + 4 + 2)
     assert line(step_model.update(config, "float32", "adamw"), "adamw", "update").bytes == 28 * n
+    # the norm and what makes one number of its sums; losses checked, and rates; the passes over all parameters
+    for optimizer, passes in (("adamw", 1), ("lamb", 3)):
+        assert [x.kernels for x in step_model.update(config, "bfloat16", optimizer)] == [4, 4 + 1, passes]
     # the table's two gradients meet in one buffer
     together = step_model.step(config, [100, 100])
     assert not [x for x in together if x.operator == "sum of the tied table's gradients"]

@@ -3,9 +3,10 @@
     optimizer = bert_fast.optim.Lamb(bert_fast.optim.parameter_groups(model), lr=2e-3, max_grad_norm=1.0)
 
 A step is: the norm of all gradients (one read of them), then AdamW's update, or LAMB's moments and norms and then its
-update. Clipping is a factor inside the update. A norm that is not finite changes nothing: weights, moments and steps
-stay, and ``skipped`` counts one more; nothing waits for the device to decide that. Which implementation runs is
-bert_fast/dispatch.py's row ``optimizer``; bert_fast/optim/reference.py has the formulas and their sources.
+update, each in one launch for all param groups with the same betas and eps. Clipping is a factor inside the update. A
+norm that is not finite changes nothing: weights, moments and steps stay, and ``skipped`` counts one more; nothing waits
+for the device to decide that. Which implementation runs is bert_fast/dispatch.py's row ``optimizer``;
+bert_fast/optim/reference.py has the formulas and their sources.
 """
 
 from collections.abc import Iterable
@@ -53,10 +54,14 @@ def _check(grads: list[Tensor]) -> None:
             raise ValueError(f"bert_fast.optim: gradients lie on {device} and on {grad.device}; one device is needed")
 
 
+def _has_float64(tensors: list[Tensor]) -> bool:
+    return torch.float64 in {t.dtype for t in tensors}
+
+
 def _run(function: str, like: list[Tensor], *args):
     """``optimizer_<function>`` of the backend for the device of ``like``; float64 is the reference's."""
     device = like[0].device
-    if any(t.dtype == torch.float64 for t in like):
+    if _has_float64(like):
         from bert_fast.optim import reference
 
         return getattr(reference, f"optimizer_{function}")(*args)
@@ -65,6 +70,23 @@ def _run(function: str, like: list[Tensor], *args):
         return implementation(*args)
     with torch.cuda.device(device):  # kernels are launched on the current device, which may be another
         return implementation(*args)
+
+
+_Group = tuple[dict, list[Tensor]]  # a param group, and those of its parameters that have gradients
+
+
+def _together(groups: Iterable[_Group]) -> list[list[_Group]]:
+    """``groups`` dealt into those that share an update; those without a parameter are left out.
+
+    A launch has one pair of betas and one eps; learning rate and weight decay are each parameter's own. A group with
+    float64 in it stays alone: the reference, which has no launches, takes the whole of it.
+    """
+    found: dict[tuple, list[_Group]] = {}
+    for number, (group, params) in enumerate(groups):
+        if params:
+            alone = number if _has_float64(params) else None
+            found.setdefault((*group["betas"], group["eps"], alone), []).append((group, params))
+    return list(found.values())
 
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -126,24 +148,27 @@ class _Fused(torch.optim.Optimizer):
         norm = _run("norm", grads, grads) if grad_norm is None else grad_norm.detach()
         self.grad_norm = norm.to(trained[0].device)
         self.skipped = skipped = self.skipped.to(self.grad_norm.device)
-        for group, params in groups:
-            if params:
-                self._update(group, params, [states[p] for p in params], skipped)
-                skipped = None  # it is counted once
+        for together in _together(groups):
+            self._update(together, states, skipped)
+            skipped = None  # it is counted once
         return loss
 
-    def _update(self, group: dict, params: list[Tensor], states: list[dict], skipped: Tensor | None) -> None:
+    def _update(self, groups: list[_Group], states_of: dict[Tensor, dict], skipped: Tensor | None) -> None:
+        """Updates ``groups`` that go together."""
+        params = [p for _, members in groups for p in members]
+        states = [states_of[p] for p in params]
+        betas, eps = groups[0][0]["betas"], groups[0][0]["eps"]
         exact = torch.float64 if params[0].dtype == torch.float64 else torch.float32
         rates, clip = _run(
-            "rates", params, self._steps(states, params), self.grad_norm, skipped, group["lr"], group["weight_decay"],
-            group["betas"] if self.bias_correction else None, self.max_grad_norm,
+            "rates", params, self._steps(states, params), self.grad_norm, skipped,
+            [(len(members), group["lr"], group["weight_decay"]) for group, members in groups],
+            betas if self.bias_correction else None, self.max_grad_norm,
         )  # fmt: skip
         function, extra = self._function()
         _run(
             function, params, params, [state.get("master", p) for state, p in zip(states, params, strict=True)],
             [p.grad.to(p.dtype).contiguous() for p in params], [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states], rates.to(exact), clip.to(exact), *group["betas"], group["eps"],
-            *extra,
+            [state["exp_avg_sq"] for state in states], rates.to(exact), clip.to(exact), *betas, eps, *extra,
         )  # fmt: skip
         torch.autograd.graph.increment_version(params)  # kernels write past autograd, which must refuse old graphs
         self._written.update((p, _mark(p)) for p in params if p.dtype in _SIXTEEN_BITS)

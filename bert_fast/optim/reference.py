@@ -1,8 +1,8 @@
 """The optimisers' updates in plain PyTorch: the specification of every backend, and the fallback.
 
 A backend has ``optimizer_norm`` over a list of tensors on one device, ``optimizer_rates``, which makes of a norm what
-follows for a group of parameters, and an update over lists of tensors. Lists go together: element i of each belongs to
-parameter i. All updates are in place.
+follows for parameters of the same betas, and an update over lists of tensors. Lists go together: element i of each
+belongs to parameter i. All updates are in place.
 
     params         the model's parameters, float32 or in 16 bits
     masters        float32 weights that are updated; where ``params[i]`` is float32 itself, the same tensor
@@ -53,16 +53,16 @@ def optimizer_rates(
     steps: Tensor,
     norm: Tensor,
     skipped: Tensor | None,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
+    groups: Sequence[tuple[int, float | Tensor, float | Tensor]],
     betas: tuple[float, float] | None,
     max_grad_norm: float | None,
 ) -> tuple[Tensor, Tensor]:
     """``rates`` (n, 4) and ``clip`` () of the parameters whose updates are counted in ``steps`` (n,) float32.
 
-    Where ``norm`` () is finite ``steps`` goes up by one, and else ``skipped`` () int64, if it is given. ``lr`` and
-    ``weight_decay`` may be on the device, ``betas`` are None without bias correction, ``max_grad_norm`` is what
-    gradients are clipped to. ``rates`` is float64, or float32 rounded from it.
+    Where ``norm`` () is finite ``steps`` goes up by one, and else ``skipped`` () int64, if it is given. ``groups`` has
+    (count, learning rate, weight decay) of each group of parameters that follow each other, n in all and none empty;
+    rate and decay are numbers, or tensors () on the device. ``betas`` are None without bias correction,
+    ``max_grad_norm`` is what gradients are clipped to. ``rates`` is float64, or float32 rounded from it.
     """
     finite = norm.isfinite()
     steps += finite
@@ -71,11 +71,12 @@ def optimizer_rates(
     clip = torch.ones_like(norm) if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     t = steps.double().clamp(min=1)  # a first step that is skipped leaves 0, and its rates unused
     rates = t.new_ones((len(t), 4))
-    for column, value in enumerate((lr, weight_decay)):
-        if isinstance(value, Tensor):
-            rates[:, column] = value.to(rates)
-        else:
-            rates[:, column].fill_(value)
+    for rows, (_, *numbers) in zip(rates.split([count for count, *_ in groups]), groups, strict=True):
+        for column, value in enumerate(numbers):
+            if isinstance(value, Tensor):
+                rows[:, column] = value.to(rates)
+            else:
+                rows[:, column].fill_(value)
     for column, beta, power in zip((2, 3), betas or (), (-1.0, -0.5), strict=False):
         if beta > 0:
             rates[:, column] = (-torch.expm1(t * math.log(beta))) ** power
