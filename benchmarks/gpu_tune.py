@@ -46,6 +46,8 @@ def configurations(operator: str, kernel: str, smoke: bool) -> list[dict]:
         return _grid(BLOCK_M=(1, 2, 4, 8), BLOCK_N=(1024, 2048, 4096), num_warps=(4, 8, 16))
     if operator == "bias_gelu":
         return _grid(BLOCK_M=(1, 2, 4, 8), BLOCK_N=(512, 1024), num_warps=(2, 4, 8))
+    if (operator, kernel) == ("embedding_layernorm", "bwd"):
+        return _grid(RUN=(8, 16, 32), num_warps=(1, 2))
     return _grid(BLOCK_M=(1, 2, 4, 8), num_warps=(2, 4, 8))
 
 

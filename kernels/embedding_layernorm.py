@@ -6,26 +6,36 @@ With M the dropout factor of an element (0 or 1 / keep, from kernels/philox.py, 
     backward  d y = M * d out;  g = weight * d y;  d z = rstd * (g - mean(g) - xhat * mean(g * xhat))
               d weight = sum d y * xhat;  d bias = sum d y;  a table row's gradient = sum of d z of its tokens
 
-Saved: mean and rstd in fp32; z is gathered again. Bytes for T tokens, e-byte tables, o-byte output: forward
-T H (3 e + o), the position and segment rows mostly from cache; backward T H (3 e + o + 4) for d z in fp32, three
-more reads of it for the three tables, and one write of each table's gradient.
+Saved: mean and rstd in fp32; z is gathered again, and in the backward d z is never stored: every token is visited
+twice, once in the order of words and once in that of positions, and d z is made anew where it is summed. Bytes for T
+tokens, e-byte tables, o-byte output: forward T H (e + o), the position and segment rows from cache. Backward T H o,
+each word row that occurs, a write of each table's gradient, and 8 H for each position of each group, where a sum waits
+for another kernel. (d z in fp32, written once and read for three tables, was T H (e + o + 16).) A visit is about 30
+instructions an element, a quarter of them dropout's: together as long as the memory takes.
 
-The tables' gradients are one sum by sorted key. The rows of the three tables are numbered through (word,
-position, segment); every token has a key in each, and an index out of range or ``padding_idx`` has the key past
-the last, which no row reads. Keys are sorted (stable); the sorted list is cut into runs of fixed length.
+    lists     The tokens sorted (stable) by group and word, and by group, position and segment, in one sort of 2 T
+              keys. A token with an index out of range is at the end of both, where nobody reads.
+    groups    Words are dealt out to groups, so many that d out and word rows of a group's tokens are 16 MiB. Programs
+              of either list are resident side by side and walk through it group by group, so what one has read from
+              memory is in the L2 cache for the other. A position of a group is a place, and has a sum of its own.
+    runs      A list is cut into runs of a fixed length; programs take them in turn. Where the key changes, the sum so
+              far is written: a word's to the gradient, a place's to a buffer. A key that ends inside the next run is
+              followed there, and left out by that run.
+    pieces    A key that fills a run is hot ([MASK], [SEP], "the"; a place of many short sequences). What each run has
+              of it, with the rest before or behind, is a piece: a row of a buffer, one for each run.
+    programs  A program sums d bias over all of its entries of the first list, d weight over those of the second. Where
+              the segment changes, the sum since the last change is also added to that segment's row of the program's
+              own. So any number of segments is right, and two are cheap.
 
-    pass 1   a program for each run: where the whole run has one key, its sum is written to a buffer. So the hot
-             rows ([CLS], [SEP], [MASK], both segments, early positions) are summed by many programs.
-    pass 2   a program for each table row: the runs that are wholly its own from that buffer, the rest (less than
-             a run at each end) from d z; no token: zero. Every row of every table is written exactly once.
+    kernels   keys of every token; the sort; where each run starts and ends; the sums; and what completes them: pieces
+              to rows of words and places, places to positions, programs to d weight, d bias and segments, zeros to
+              word rows that no token has. Every row of every gradient is written once.
 
-A tied word table has a gradient from its other use, the MLM projection, too. Given that, pass 2 adds to it in place:
-rows that no token has are then neither read nor written, and no gradient of the size of the table is made.
+A tied word table has a gradient from its other use, the MLM projection, too. Given that, the sums are added to it in
+place: rows that no token has are then neither read nor written, and no gradient of the size of the table is made.
 
 The order of every sum follows from the keys alone, so equal inputs give equal bits. Nothing waits for the device.
 """
-
-import math
 
 import torch
 import triton
@@ -37,24 +47,44 @@ from .rows import drop, normalize, normalize_bwd
 
 Tensor = torch.Tensor
 
+# d out and word rows of a group's tokens. What is in flight of three groups is then less than the L2 cache of an H100
+# (50 MB). Reasoned; no GPU has measured it yet.
+_GROUP_BYTES = 1 << 24
+_KEY_CONFIG = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+_RUN_CONFIG = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
+
+_LARGEST = tl.constexpr(2**31 - 1)  # past every key
+# What is known of a word's or a place's sum, where it is not the number of its first piece.
+_NO_TOKEN = tl.constexpr(-1)
+_WRITTEN = tl.constexpr(-2)
+
 
 def _launch_config(columns: int, direction: str) -> dict:
-    """As in residual_layernorm: 1024 elements forward, 2048 backward. Reasoned; no GPU has measured it yet."""
-    return {**rows.row_tile(columns, 1024 if direction == "fwd" else 2048), "num_stages": 1}
+    """Forward as in residual_layernorm: 1024 elements. Backward a warp has a row of up to 1024, 32 elements a thread.
 
-
-def _table_config(columns: int) -> dict:
-    """Tiles of 4 tokens by up to 1024 columns: most table rows have no token or one, so a wide tile would idle.
-
+    So sums over a row need no barrier, what a row costs besides (ids, keys, addresses) is shared by many elements, and
+    eight programs fit in a multiprocessor's registers. Of shorter rows a warp has up to eight at a time. A run of 16
+    entries is longer than most keys, and four runs of either list are there for each program at 32768 tokens.
     Reasoned; no GPU has measured it yet.
     """
-    block_n = min(1024, max(16, rows.next_power_of_2(columns)))
-    return {"BLOCK_R": 4, "BLOCK_N": block_n, "num_warps": max(1, block_n // 256), "num_stages": 1}
+    if direction == "fwd":
+        return {**rows.row_tile(columns, 1024), "num_stages": 1}
+    block_n = max(8, rows.next_power_of_2(columns))
+    block_m, warps = min(8, max(1, 1024 // block_n)), max(1, block_n // 1024)
+    return {"RUN": 16, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 1}
 
 
-def _run_length(tokens: int) -> int:
-    """A power of two near sqrt(tokens), at least 32: then the hottest row is as long a sum in pass 1 as in pass 2."""
-    return max(32, 1 << round(math.log2(max(1, tokens)) / 2))
+def _completion_config(columns: int) -> dict:
+    """Tiles of 32 rows by up to 128 columns, 32 elements a thread. Reasoned; no GPU has measured it yet."""
+    block_n = min(128, max(16, rows.next_power_of_2(columns)))
+    return {"BLOCK_R": 32, "BLOCK_N": block_n, "num_warps": max(1, block_n // 32), "num_stages": 1}
+
+
+def _group_count(tokens: int, columns: int, positions: int, element_bytes: int) -> int:
+    """How many groups make ``_GROUP_BYTES`` each; fewer where a place had less than four tokens on average, as its sum
+    would cost what the cache saves."""
+    wanted = rows.cdiv(tokens * columns * element_bytes, _GROUP_BYTES)
+    return max(1, min(wanted, tokens // (4 * max(1, positions))))
 
 
 @triton.jit
@@ -73,7 +103,7 @@ def _gather_sum(
     segments,
     COLUMNS: tl.constexpr,
 ):
-    """z (BLOCK_M, BLOCK_N) fp32, 0 past the row's end; the three indices; whether all are in range (NaN z if not)."""
+    """z (BLOCK_M, BLOCK_N) fp32, 0 past the row's end; whether a row's three indices are in range."""
     word_id = tl.load(id_ptr + row, mask=row_mask, other=0)
     position_id = tl.load(position_id_ptr + row, mask=row_mask, other=0)
     segment_id = tl.load(segment_id_ptr + row, mask=row_mask, other=0)
@@ -84,7 +114,7 @@ def _gather_sum(
     z = tl.load(word_ptr + word_id[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
     z += tl.load(segment_ptr + segment_id[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
     z += tl.load(position_ptr + position_id[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    return z, word_id, position_id, segment_id, valid
+    return z, valid
 
 
 @triton.jit(do_not_specialize=["tokens", "words", "positions", "segments", "threshold", "site"])
@@ -118,7 +148,7 @@ def _embedding_layernorm_fwd_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     row_mask, column_mask = row < tokens, column[None, :] < COLUMNS
-    z, _, _, _, valid = _gather_sum(
+    z, valid = _gather_sum(
         id_ptr, position_id_ptr, segment_id_ptr, word_ptr, position_ptr, segment_ptr, row, row_mask, column,
         words, positions, segments, COLUMNS,
     )  # fmt: skip
@@ -136,7 +166,154 @@ def _embedding_layernorm_fwd_kernel(
     tl.store(out_ptr + offset, y, mask=row_mask[:, None] & column_mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "words", "positions", "segments", "padding_idx", "threshold", "site"])
+@triton.jit
+def _word_of_key(key, groups, group_words):
+    """The word with a key: words are dealt out to the groups in turn, and numbered through group after group."""
+    return key % group_words * groups + key // group_words
+
+
+# Specialised to ``tokens``, as the next one: a multiple of 16 makes accesses of 16 bytes possible.
+@triton.jit(do_not_specialize=["words", "positions", "segments", "groups", "group_words", "segment_bits"])
+def _key_kernel(
+    id_ptr,
+    position_id_ptr,
+    segment_id_ptr,
+    key_ptr,  # (2, tokens) int32
+    first_ptr,  # (sums, rounded up to BLOCK) int32: _NO_TOKEN, _WRITTEN or the first piece of a word's or place's sum
+    tokens,
+    words,
+    positions,
+    segments,
+    groups,
+    group_words,
+    segment_bits,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(first_ptr + token, tl.full((BLOCK,), _NO_TOKEN, tl.int32))
+    inside = token < tokens
+    word_id = tl.load(id_ptr + token, mask=inside, other=-1)
+    position_id = tl.load(position_id_ptr + token, mask=inside, other=-1)
+    segment_id = tl.load(segment_id_ptr + token, mask=inside, other=-1)
+    valid = (word_id >= 0) & (word_id < words)
+    valid &= (position_id >= 0) & (position_id < positions)
+    valid &= (segment_id >= 0) & (segment_id < segments)
+    word_id, position_id, segment_id = word_id.to(tl.int32), position_id.to(tl.int32), segment_id.to(tl.int32)
+    group, no_word, no_place = word_id % groups, groups * group_words, groups * positions
+    word_key = tl.where(valid, group * group_words + word_id // groups, no_word)
+    place = tl.where(valid, group * positions + position_id, no_place)
+    place_key = no_word + 1 + (place << segment_bits) + tl.where(valid, segment_id, 0)
+    tl.store(key_ptr + token, word_key, mask=inside)
+    tl.store(key_ptr + tokens + token, place_key, mask=inside)
+
+
+@triton.jit(do_not_specialize=["positions", "groups", "group_words", "segment_bits", "padding_idx"])
+def _run_kernel(
+    key_ptr,  # (2, tokens) int32, sorted
+    run_ptr,  # (3, 2, runs) int32: the first entry, the one after the last, the sum that has a piece here or -1
+    first_ptr,
+    last_ptr,  # (sums,) int32: the piece after a sum's last one
+    tokens,
+    positions,
+    groups,
+    group_words,
+    segment_bits,
+    padding_idx,
+    RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    of_places, no_word, runs = tl.program_id(1), groups * group_words, tl.cdiv(tokens, RUN)
+    # A key less ``offset``, without its last ``bits``, is the number of the sum that its token goes to.
+    offset, bits = of_places * (no_word + 1), of_places * segment_bits
+    sums = tl.where(of_places == 1, groups * positions, no_word)
+    list_end = (1 + of_places) * tokens
+    run = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = run < runs
+    begin = of_places * tokens + run * RUN
+    ahead = tl.arange(0, 2 * RUN)[None, :]
+    own, at = ahead < RUN, begin[:, None] + ahead  # of a run and the next one
+    numbers = (tl.load(key_ptr + at, mask=at < list_end, other=_LARGEST) - offset) >> bits
+    before = (tl.load(key_ptr + begin - 1, mask=inside & (begin > 0), other=-1) - offset) >> bits
+    first = tl.min(numbers, axis=1)
+    last = tl.max(tl.where(own, numbers, -1), axis=1)
+    starts = (first != before) | (first != last)  # the last sum starts in this run
+    goes_on = (last == tl.max(numbers, axis=1)) & (last < sums)  # ... and takes the whole of the next one
+    left_out = own & (numbers == first[:, None]) & ((first == before) & (first != last))[:, None]
+    followed = (numbers == last[:, None]) & (goes_on == 0)[:, None]
+    summed = (own | followed) & (numbers < sums)
+    run_ptr += of_places * runs + run
+    tl.store(run_ptr, begin + tl.sum(left_out.to(tl.int32), axis=1), mask=inside)
+    tl.store(run_ptr + 2 * runs, begin + tl.sum(summed.to(tl.int32), axis=1), mask=inside)
+    tl.store(run_ptr + 4 * runs, tl.where(goes_on | (starts == 0), last, -1), mask=inside)
+    unknown = tl.where(of_places == 1, -1, padding_idx)
+    known = inside & (last < sums) & (_word_of_key(last, groups, group_words) != unknown)
+    piece, number = of_places * runs + run, of_places * no_word + last
+    tl.store(first_ptr + number, piece, mask=known & starts & goes_on)
+    tl.store(last_ptr + number, piece + 1, mask=known & (starts == 0) & (goes_on == 0))
+
+
+@triton.jit
+def _entries(
+    place,
+    end,
+    order_ptr,
+    id_ptr,
+    position_id_ptr,
+    segment_id_ptr,
+    mean_ptr,
+    rstd_ptr,
+    row_key_ptr,
+    tokens,
+    HAS_DROPOUT: tl.constexpr,
+):
+    """Of the entries at ``place`` (BLOCK_M,): token, word, position, segment, mean, rstd, key of the dropout's row."""
+    token = tl.load(order_ptr + tl.minimum(place, end - 1)).to(tl.int32)
+    token = tl.where(token < tokens, token, token - tokens)
+    word_id = tl.load(id_ptr + token).to(tl.int32)
+    position_id = tl.load(position_id_ptr + token).to(tl.int32)
+    segment_id = tl.load(segment_id_ptr + token).to(tl.int32)
+    mean, rstd = tl.load(mean_ptr + token), tl.load(rstd_ptr + token)
+    row_key = tl.load(row_key_ptr + token) if HAS_DROPOUT else token
+    return token, word_id, position_id, segment_id, mean, rstd, row_key
+
+
+@triton.jit
+def _load_rows(ptr, row, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr):
+    """Rows as they are stored; of bfloat16 two elements as 32 bits, so that each is one instruction from float32."""
+    if PAIRED and ptr.dtype.element_ty == tl.bfloat16:
+        column = tl.arange(0, BLOCK_N // 2)[None, :]
+        pair_ptr = ptr.to(tl.pointer_type(tl.int32)) + row[:, None].to(tl.int64) * (COLUMNS // 2)
+        return tl.load(pair_ptr + column, mask=column < COLUMNS // 2, other=0)
+    else:
+        column = tl.arange(0, BLOCK_N)[None, :]
+        return tl.load(ptr + row[:, None].to(tl.int64) * COLUMNS + column, mask=column < COLUMNS, other=0.0)
+
+
+@triton.jit
+def _as_float32(loaded, BLOCK_N: tl.constexpr):
+    if loaded.dtype == tl.int32:
+        first, second = loaded << 16, loaded & -65536
+        pairs = tl.join(first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True))
+        return tl.reshape(pairs, (loaded.shape[0], BLOCK_N))
+    else:
+        return loaded.to(tl.float32)
+
+
+@triton.jit
+def _write_word(grad_word_ptr, word, total, column, inside, COLUMNS: tl.constexpr, ADD: tl.constexpr):
+    """Write a row of the word table's gradient, or add to it: rounded before, as a gradient of its own would be."""
+    grad_word_ptr += word.to(tl.int64) * COLUMNS + column
+    total = total.to(grad_word_ptr.dtype.element_ty)
+    if ADD:
+        total = tl.load(grad_word_ptr, mask=inside, other=0.0).to(tl.float32) + total.to(tl.float32)
+    tl.store(grad_word_ptr, total, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "segments", "groups", "group_words", "segment_bits", "padding_idx", "threshold", "site"
+    ]
+)  # fmt: skip
 def _embedding_layernorm_bwd_kernel(
     grad_out_ptr,
     id_ptr,
@@ -150,143 +327,198 @@ def _embedding_layernorm_bwd_kernel(
     rstd_ptr,
     row_key_ptr,
     rng_key_ptr,
-    grad_z_ptr,  # (tokens, COLUMNS) fp32
-    key_ptr,  # (3, tokens) int32: each token's row in the three tables, numbered through
-    partial_ptr,  # (programs, 2, COLUMNS) fp32: sums of d weight, d bias
+    key_ptr,  # (2, tokens) int32, sorted
+    order_ptr,  # (2, tokens) int64: where in the unsorted keys
+    grad_word_ptr,
+    place_sum_ptr,  # (groups, positions, COLUMNS) fp32
+    piece_ptr,  # (2, runs, COLUMNS) fp32
+    run_ptr,
+    first_ptr,  # (words' and places' sums,) int32: _NO_TOKEN, _WRITTEN or the first piece
+    partial_ptr,  # (programs, 2 + segments, COLUMNS) fp32: sums of d bias, d weight, of each segment's d z
     tokens,
-    words,
-    positions,
     segments,
+    groups,
+    group_words,
+    segment_bits,
     padding_idx,
     threshold,
     scale,
     site,
     COLUMNS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    ADD_TO_WORD: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    column = tl.arange(0, BLOCK_N)
-    column_mask = column[None, :] < COLUMNS
-    nowhere = words + positions + segments
-    weight = tl.load(weight_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
-    sum_weight = tl.zeros((BLOCK_N,), tl.float32)
-    sum_bias = tl.zeros((BLOCK_N,), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.num_programs(0)):
-        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_mask = row < tokens
-        z, word_id, position_id, segment_id, valid = _gather_sum(
-            id_ptr, position_id_ptr, segment_id_ptr, word_ptr, position_ptr, segment_ptr, row, row_mask, column,
-            words, positions, segments, COLUMNS,
-        )  # fmt: skip
-        word_key = tl.where(valid & (word_id != padding_idx), word_id, nowhere)
-        position_key = tl.where(valid, words + position_id, nowhere)
-        segment_key = tl.where(valid, words + positions + segment_id, nowhere)
-        tl.store(key_ptr + row, word_key, mask=row_mask)
-        tl.store(key_ptr + tokens.to(tl.int64) + row, position_key, mask=row_mask)
-        tl.store(key_ptr + 2 * tokens.to(tl.int64) + row, segment_key, mask=row_mask)
-
-        mask = (row_mask & valid)[:, None] & column_mask
-        offset = row[:, None].to(tl.int64) * COLUMNS + column[None, :]
-        grad_y = tl.load(grad_out_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        if HAS_DROPOUT:
-            row_key = tl.load(row_key_ptr + row, mask=row_mask, other=0)
-            grad_y = drop(grad_y, row_key, rng_key_ptr, threshold, scale, site, BLOCK_M, BLOCK_N)
-        mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)
-        normalized = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
-        grad_z = normalize_bwd(grad_y * weight, normalized, rstd, COLUMNS)
-        tl.store(grad_z_ptr + offset, grad_z, mask=mask)
-        sum_weight += tl.sum(grad_y * normalized, axis=0)
-        sum_bias += tl.sum(grad_y, axis=0)
-
-    partial_ptr += tl.program_id(0).to(tl.int64) * 2 * COLUMNS
+    column = tl.arange(0, BLOCK_N)[None, :]
     inside = column < COLUMNS
-    tl.store(partial_ptr + column, sum_weight, mask=inside)
-    tl.store(partial_ptr + COLUMNS + column, sum_bias, mask=inside)
+    index = tl.arange(0, BLOCK_M)
+    # Beside rows of float32, pairs would be other threads' than those are, and be exchanged between them.
+    PAIRED: tl.constexpr = COLUMNS % 2 == 0 and word_ptr.dtype.element_ty == tl.bfloat16
+    no_word, runs = groups * group_words, tl.cdiv(tokens, RUN)
+    program, of_places = tl.program_id(0) // 2, tl.program_id(0) % 2
+    zeros = tl.zeros((1, BLOCK_N), tl.float32)
+    parameter_sum = zeros
+    for OF_PLACES in tl.static_range(2):
+        if of_places == OF_PLACES:
+            # As in the kernel above: the number of the sum that an entry goes to, and for places the segment behind it.
+            offset, bits = (no_word + 1, segment_bits) if OF_PLACES else (0, 0)
+            if OF_PLACES:
+                for segment in range(segments):
+                    row = program * (2 + segments) + 2 + segment
+                    tl.store(partial_ptr + row.to(tl.int64) * COLUMNS + column, zeros, mask=inside)
+                tl.debug_barrier()  # another thread than the one that wrote may add
+            for run in range(program, runs, tl.num_programs(0) // 2):
+                piece = OF_PLACES * runs + run
+                start, end = tl.load(run_ptr + piece), tl.load(run_ptr + 2 * runs + piece)
+                in_pieces = tl.load(run_ptr + 4 * runs + piece)
+                if start < end:
+                    token, word_id, position_id, segment_id, mean, rstd, row_key = _entries(
+                        start + index, end, order_ptr, id_ptr, position_id_ptr, segment_id_ptr, mean_ptr, rstd_ptr,
+                        row_key_ptr, tokens, HAS_DROPOUT,
+                    )  # fmt: skip
+                    next_grad = _load_rows(grad_out_ptr, token, COLUMNS, BLOCK_N, PAIRED)
+                    key = tl.load(key_ptr + start)
+                    total = zeros
+                    begun = 0  # whether the sum's row has what an earlier segment's tokens have
+                    for place in range(start, end, BLOCK_M):
+                        grad_y = _as_float32(next_grad, BLOCK_N)
+                        if BLOCK_M > 1:  # rows past the end are the last one again: 0 makes their d z 0
+                            grad_y = tl.where((place + index < end)[:, None], grad_y, 0.0)
+                        z = _as_float32(_load_rows(word_ptr, word_id, COLUMNS, BLOCK_N, PAIRED), BLOCK_N)
+                        z += _as_float32(_load_rows(segment_ptr, segment_id, COLUMNS, BLOCK_N, PAIRED), BLOCK_N)
+                        z += _as_float32(_load_rows(position_ptr, position_id, COLUMNS, BLOCK_N, PAIRED), BLOCK_N)
+                        normalized = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+                        if HAS_DROPOUT:  # the factor of kept elements comes in with rstd, and with the program's sum
+                            grad_y = drop(grad_y, row_key, rng_key_ptr, threshold, 1.0, site, BLOCK_M, BLOCK_N)
+                        scaled_rstd = rstd * scale
+                        token, word_id, position_id, segment_id, mean, rstd, row_key = _entries(
+                            place + BLOCK_M + index, end, order_ptr, id_ptr, position_id_ptr, segment_id_ptr, mean_ptr,
+                            rstd_ptr, row_key_ptr, tokens, HAS_DROPOUT,
+                        )  # fmt: skip
+                        next_grad = _load_rows(grad_out_ptr, token, COLUMNS, BLOCK_N, PAIRED)
+                        weight = _as_float32(_load_rows(weight_ptr, tl.arange(0, 1), COLUMNS, BLOCK_N, PAIRED), BLOCK_N)
+                        grad_z = normalize_bwd(grad_y * weight, normalized, scaled_rstd, COLUMNS)
+                        parameter_sum += tl.sum(grad_y * normalized if OF_PLACES else grad_y, axis=0)[None, :]
+                        for i in tl.static_range(BLOCK_M):
+                            at = place + i
+                            total += tl.sum(tl.where((index == i)[:, None], grad_z, 0.0), axis=0)[None, :]
+                            following = tl.load(key_ptr + at + 1, mask=at + 1 < end, other=-1)
+                            if (key != following) & (at < end):
+                                number = (key - offset) >> bits
+                                in_piece = number == in_pieces
+                                piece_row = piece_ptr + piece.to(tl.int64) * COLUMNS + column
+                                if OF_PLACES:
+                                    segment = key - offset - (number << bits)
+                                    row = program * (2 + segments) + 2 + segment
+                                    sum_row = partial_ptr + row.to(tl.int64) * COLUMNS + column
+                                    tl.store(sum_row, tl.load(sum_row, mask=inside, other=0.0) + total, mask=inside)
+                                    sum_row = place_sum_ptr + number.to(tl.int64) * COLUMNS + column
+                                    if in_piece:
+                                        sum_row = piece_row
+                                    if begun != 0:
+                                        total += tl.load(sum_row, mask=inside, other=0.0)
+                                    tl.store(sum_row, total, mask=inside)
+                                    tl.debug_barrier()
+                                    begun = (number == (following - offset) >> bits).to(tl.int32)
+                                    known, number = True, no_word + number
+                                else:
+                                    word = _word_of_key(key, groups, group_words)
+                                    known = word != padding_idx
+                                    if in_piece:
+                                        tl.store(piece_row, total, mask=inside)
+                                    elif known:
+                                        _write_word(grad_word_ptr, word, total, column, inside, COLUMNS, ADD_TO_WORD)
+                                tl.store(first_ptr + number, _WRITTEN, mask=known & (in_piece == 0))
+                                total = zeros
+                            key = following
+    row = program * (2 + segments) + of_places
+    tl.store(partial_ptr + row.to(tl.int64) * COLUMNS + column, parameter_sum * scale, mask=inside)
 
 
 @triton.jit
-def _add_tokens(total, grad_z_ptr, order_ptr, start, end, tokens, column, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """``total`` (BLOCK_R, BLOCK_N) plus the rows of d z at sorted places start .. end-1."""
-    for place in range(start, end, BLOCK_R):
-        places = place + tl.arange(0, BLOCK_R)
-        inside = places < end
-        token = tl.load(order_ptr + places, mask=inside, other=0).to(tl.int32) % tokens
-        offset = token[:, None].to(tl.int64) * COLUMNS + column[None, :]
-        total += tl.load(grad_z_ptr + offset, mask=inside[:, None] & (column[None, :] < COLUMNS), other=0.0)
+def _add_rows(total, ptr, first, last, stride, column, inside, BLOCK_R: tl.constexpr):
+    """``total`` (BLOCK_R, BLOCK_N) plus the rows first .. last-1 of those that are ``stride`` elements apart."""
+    for start in range(first, last, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        offset = row[:, None].to(tl.int64) * stride + column
+        total += tl.load(ptr + offset, mask=(row < last)[:, None] & inside, other=0.0)
     return total
 
 
-@triton.jit(do_not_specialize=["tokens", "table_rows", "run"])
-def _run_sum_kernel(
-    grad_z_ptr,
-    key_ptr,  # (3 * tokens,) int32, sorted
-    order_ptr,  # (3 * tokens,) int64: where in the unsorted (3, tokens) keys
-    run_sum_ptr,  # (runs, COLUMNS) fp32
-    tokens,
-    table_rows,
-    run,
-    COLUMNS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    start = tl.program_id(0) * run
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.load(key_ptr + start)
-    if (first == tl.load(key_ptr + start + run - 1)) & (first < table_rows):
-        total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-        total = _add_tokens(total, grad_z_ptr, order_ptr, start, start + run, tokens, column, COLUMNS, BLOCK_R)
-        offset = tl.program_id(0).to(tl.int64) * COLUMNS + column
-        tl.store(run_sum_ptr + offset, tl.sum(total, axis=0), mask=column < COLUMNS)
-
-
-@triton.jit(do_not_specialize=["tokens", "words", "positions", "run"])
-def _table_grad_kernel(
-    grad_z_ptr,
-    order_ptr,
-    start_ptr,  # (table rows + 1,) int32: where each row's tokens start in the sorted keys
-    run_sum_ptr,
+@triton.jit(do_not_specialize=["programs", "words", "positions", "segments", "groups", "group_words"])
+def _completion_kernel(
+    partial_ptr,
+    place_sum_ptr,
+    piece_ptr,
+    first_ptr,
+    last_ptr,
     grad_word_ptr,
     grad_position_ptr,
     grad_segment_ptr,
-    tokens,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    programs,
     words,
     positions,
-    run,
+    segments,
+    groups,
+    group_words,
     COLUMNS: tl.constexpr,
     ADD_TO_WORD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    table_row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(0)  # d bias; d weight; a segment; a position; BLOCK_R words
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = column < COLUMNS
-    start = tl.load(start_ptr + table_row)
-    end = tl.load(start_ptr + table_row + 1)
-    first_run, last_run = tl.cdiv(start, run), end // run  # the runs that are wholly this row's, if first < last
-    head_end = tl.minimum(first_run * run, end)
-    tail_start = tl.maximum(last_run * run, head_end)
-    total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    total = _add_tokens(total, grad_z_ptr, order_ptr, start, head_end, tokens, column, COLUMNS, BLOCK_R)
-    for first in range(first_run, last_run, BLOCK_R):
-        runs = first + tl.arange(0, BLOCK_R)
-        offset = runs[:, None].to(tl.int64) * COLUMNS + column[None, :]
-        total += tl.load(run_sum_ptr + offset, mask=(runs[:, None] < last_run) & inside[None, :], other=0.0)
-    total = _add_tokens(total, grad_z_ptr, order_ptr, tail_start, end, tokens, column, COLUMNS, BLOCK_R)
-    total = tl.sum(total, axis=0)
-    if table_row < words:
-        grad_ptr = grad_word_ptr + table_row.to(tl.int64) * COLUMNS + column
-        if ADD_TO_WORD:  # rounded before, as a gradient of its own would be
-            inside &= start < end
-            held = tl.load(grad_ptr, mask=inside, other=0.0).to(tl.float32)
-            total = held + total.to(grad_word_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(grad_ptr, total, mask=inside)
-    elif table_row < words + positions:
-        tl.store(grad_position_ptr + (table_row - words).to(tl.int64) * COLUMNS + column, total, mask=inside)
+    no_word, block = groups * group_words, tl.arange(0, BLOCK_R)
+    zeros = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    if part < 2 + segments:
+        stride = (2 + segments) * COLUMNS
+        total = _add_rows(zeros, partial_ptr + part * COLUMNS, 0, programs, stride, column, inside, BLOCK_R)
+        row = tl.sum(total, axis=0)[None, :]
+        if part == 0:
+            tl.store(grad_bias_ptr + column, row, mask=inside)
+        elif part == 1:
+            tl.store(grad_weight_ptr + column, row, mask=inside)
+        else:
+            tl.store(grad_segment_ptr + (part - 2).to(tl.int64) * COLUMNS + column, row, mask=inside)
+    elif part < 2 + segments + positions:
+        position = part - 2 - segments
+        total = zeros
+        for start in range(0, groups, BLOCK_R):
+            place = (start + block) * positions + position
+            first = tl.load(first_ptr + no_word + place, mask=start + block < groups, other=_NO_TOKEN)
+            offset = place[:, None].to(tl.int64) * COLUMNS + column
+            total += tl.load(place_sum_ptr + offset, mask=(first == _WRITTEN)[:, None] & inside, other=0.0)
+            if tl.max(first, axis=0) >= 0:
+                for group in range(start, tl.minimum(start + BLOCK_R, groups)):
+                    number = no_word + group * positions + position
+                    first_piece = tl.load(first_ptr + number)
+                    if first_piece >= 0:
+                        last_piece = tl.load(last_ptr + number)
+                        total = _add_rows(total, piece_ptr, first_piece, last_piece, COLUMNS, column, inside, BLOCK_R)
+        row = tl.sum(total, axis=0)[None, :]
+        tl.store(grad_position_ptr + position.to(tl.int64) * COLUMNS + column, row, mask=inside)
     else:
-        row = table_row - words - positions
-        tl.store(grad_segment_ptr + row.to(tl.int64) * COLUMNS + column, total, mask=inside)
+        start = (part - 2 - segments - positions) * BLOCK_R
+        key = start + block
+        first = tl.load(first_ptr + key, mask=key < no_word, other=_WRITTEN)
+        if not ADD_TO_WORD:
+            word = _word_of_key(key, groups, group_words)  # may be past the last: groups are of one size
+            offset = word[:, None].to(tl.int64) * COLUMNS + column
+            tl.store(grad_word_ptr + offset, zeros, mask=((first == _NO_TOKEN) & (word < words))[:, None] & inside)
+        if tl.max(first, axis=0) >= 0:
+            for number in range(start, tl.minimum(start + BLOCK_R, no_word)):
+                first_piece = tl.load(first_ptr + number)
+                if first_piece >= 0:
+                    last_piece = tl.load(last_ptr + number)
+                    total = _add_rows(zeros, piece_ptr, first_piece, last_piece, COLUMNS, column, inside, BLOCK_R)
+                    row = tl.sum(total, axis=0)[None, :]
+                    word_of_number = _word_of_key(number, groups, group_words)
+                    _write_word(grad_word_ptr, word_of_number, row, column, inside, COLUMNS, ADD_TO_WORD)
 
 
 def embedding_layernorm_fwd(
@@ -369,15 +601,65 @@ def embedding_layernorm_bwd(
         "embedding_layernorm", columns, grad_out=grad_out, word=word, position=position, segment=segment, weight=weight,
         grad_word=grad_word,
     )  # fmt: skip
-    device = word.device
-    grad_z = torch.empty((tokens, columns), dtype=torch.float32, device=device)
-    key = torch.empty((3, tokens), dtype=torch.int32, device=device)
-    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
+    device, words = word.device, word.shape[0]
+    sizes = {"positions": position.shape[0], "segments": segment.shape[0]}
+    groups = _group_count(tokens, columns, sizes["positions"], grad_out.element_size() + word.element_size())
+    dealt = {"groups": groups, "group_words": rows.cdiv(words, groups)}
+    places = groups * sizes["positions"]
+    sums = groups * dealt["group_words"] + places
+    segment_bits = (sizes["segments"] - 1).bit_length()
+    if sums - places + 1 + ((places + 1) << segment_bits) > 2**31:
+        raise ValueError(
+            f"bert_fast.embedding_layernorm: tables of {words}, {sizes['positions']} and {sizes['segments']} rows need "
+            "keys of more than 32 bits, which the triton backend does not have. Use the reference: "
+            'bert_fast.set_backend(embedding_layernorm="reference")'
+        )
+    key_programs = rows.cdiv(max(tokens, sums), _KEY_CONFIG["BLOCK"])
+    key = torch.empty((2, tokens), dtype=torch.int32, device=device)
+    first = torch.empty(key_programs * _KEY_CONFIG["BLOCK"], dtype=torch.int32, device=device)
+    last = torch.empty(sums, dtype=torch.int32, device=device)
+    if key_programs:
+        _key_kernel[(key_programs,)](
+            id_ptr=ids,
+            position_id_ptr=positions,
+            segment_id_ptr=segments,
+            key_ptr=key,
+            first_ptr=first,
+            tokens=tokens,
+            words=words,
+            segment_bits=segment_bits,
+            **sizes,
+            **dealt,
+            **_KEY_CONFIG,
+        )
+    key, order = torch.sort(key.view(-1), stable=True)
     config = _launch_config(columns, "bwd")
-    programs = rows.row_programs(device, rows.cdiv(tokens, config["BLOCK_M"]))
-    partial = torch.empty((programs, 2, columns), dtype=torch.float32, device=device)
+    runs = rows.cdiv(tokens, config["RUN"])
+    run = torch.empty((3, 2, runs), dtype=torch.int32, device=device)
     if tokens:
-        _embedding_layernorm_bwd_kernel[(programs,)](
+        _run_kernel[(rows.cdiv(runs, _RUN_CONFIG["BLOCK"]), 2)](
+            key_ptr=key,
+            run_ptr=run,
+            first_ptr=first,
+            last_ptr=last,
+            tokens=tokens,
+            positions=sizes["positions"],
+            segment_bits=segment_bits,
+            padding_idx=padding_idx,
+            RUN=config["RUN"],
+            **dealt,
+            **_RUN_CONFIG,
+        )
+
+    add_to_word = grad_word is not None
+    if not add_to_word:
+        grad_word = torch.empty_like(word)
+    programs = rows.row_programs(device, runs)
+    place_sum = torch.empty((places, columns), dtype=torch.float32, device=device)
+    piece = torch.empty((2 * runs, columns), dtype=torch.float32, device=device)
+    partial = torch.empty((programs, 2 + sizes["segments"], columns), dtype=torch.float32, device=device)
+    if tokens:
+        _embedding_layernorm_bwd_kernel[(2 * programs,)](
             grad_out_ptr=grad_out,
             id_ptr=ids,
             position_id_ptr=positions,
@@ -390,23 +672,52 @@ def embedding_layernorm_bwd(
             rstd_ptr=rstd,
             row_key_ptr=row_key,
             rng_key_ptr=rng_key,
-            grad_z_ptr=grad_z,
             key_ptr=key,
+            order_ptr=order,
+            grad_word_ptr=grad_word,
+            place_sum_ptr=place_sum,
+            piece_ptr=piece,
+            run_ptr=run,
+            first_ptr=first,
             partial_ptr=partial,
             tokens=tokens,
-            words=word.shape[0],
-            positions=position.shape[0],
-            segments=segment.shape[0],
+            segments=sizes["segments"],
+            segment_bits=segment_bits,
             padding_idx=padding_idx,
             threshold=dropout_threshold(p),
             scale=dropout_scale(p),
             site=site,
             COLUMNS=columns,
             HAS_DROPOUT=p > 0.0,
+            ADD_TO_WORD=add_to_word,
+            **dealt,
             **config,
         )
-    rows.sum_partials(partial, [grad_weight, grad_bias])
-    return *_table_grads(grad_z, key, word, position, segment, grad_word), grad_weight, grad_bias
+
+    grad_position, grad_segment = torch.empty_like(position), torch.empty_like(segment)
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
+    config = _completion_config(columns)
+    parts = 2 + sum(sizes.values()) + rows.cdiv(sums - places, config["BLOCK_R"])
+    _completion_kernel[(parts, rows.cdiv(columns, config["BLOCK_N"]))](
+        partial_ptr=partial,
+        place_sum_ptr=place_sum,
+        piece_ptr=piece,
+        first_ptr=first,
+        last_ptr=last,
+        grad_word_ptr=grad_word,
+        grad_position_ptr=grad_position,
+        grad_segment_ptr=grad_segment,
+        grad_weight_ptr=grad_weight,
+        grad_bias_ptr=grad_bias,
+        programs=programs,
+        words=words,
+        COLUMNS=columns,
+        ADD_TO_WORD=add_to_word,
+        **sizes,
+        **dealt,
+        **config,
+    )
+    return grad_word, grad_position, grad_segment, grad_weight, grad_bias
 
 
 def embedding_layernorm_bwd_add(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -414,95 +725,45 @@ def embedding_layernorm_bwd_add(*arguments) -> tuple[Tensor, Tensor, Tensor, Ten
     return embedding_layernorm_bwd(*arguments)[1:]
 
 
-def _table_grads(
-    grad_z: Tensor, key: Tensor, word: Tensor, position: Tensor, segment: Tensor, grad_word: Tensor | None
-) -> list[Tensor]:
-    """Sum ``grad_z`` (T, H) into gradients of the three tables by ``key`` (3, T): see the two passes above."""
-    tokens, columns = grad_z.shape
-    add_to_word = grad_word is not None
-    if not add_to_word:
-        grad_word = torch.empty_like(word)
-    grads = [grad_word, torch.empty_like(position), torch.empty_like(segment)]
-    table_rows = sum(table.shape[0] for table in grads)
-    key, order = torch.sort(key.view(-1), stable=True)
-    numbers = torch.arange(table_rows + 1, dtype=torch.int32, device=key.device)
-    starts = torch.searchsorted(key, numbers, out_int32=True)
-    run = _run_length(tokens)
-    runs = 3 * tokens // run
-    run_sum = torch.empty((runs, columns), dtype=torch.float32, device=key.device)
-    config = _table_config(columns)
-    column_blocks = rows.cdiv(columns, config["BLOCK_N"])
-    if runs:
-        _run_sum_kernel[(runs, column_blocks)](
-            grad_z_ptr=grad_z,
-            key_ptr=key,
-            order_ptr=order,
-            run_sum_ptr=run_sum,
-            tokens=tokens,
-            table_rows=table_rows,
-            run=run,
-            COLUMNS=columns,
-            **config,
-        )
-    if table_rows:
-        _table_grad_kernel[(table_rows, column_blocks)](
-            grad_z_ptr=grad_z,
-            order_ptr=order,
-            start_ptr=starts,
-            run_sum_ptr=run_sum,
-            grad_word_ptr=grads[0],
-            grad_position_ptr=grads[1],
-            grad_segment_ptr=grads[2],
-            tokens=tokens,
-            words=word.shape[0],
-            positions=position.shape[0],
-            run=run,
-            COLUMNS=columns,
-            ADD_TO_WORD=add_to_word,
-            **config,
-        )
-    return grads
-
-
 def aot_cases(capability: int) -> list[dict]:
     """The kernels' default configurations at BERT-base and -large, for ahead-of-time compilation.
 
-    The output is bf16, tables and parameters fp32 (autocast). ``capability`` is 80, 90 or 100: one configuration
-    serves all.
+    Output and its gradient are bf16, tables and parameters fp32 (autocast) or, backward, bf16 too. ``capability`` is
+    80, 90 or 100: one configuration serves all.
     """
-    gather = dict.fromkeys(("id_ptr", "position_id_ptr", "segment_id_ptr", "row_key_ptr", "rng_key_ptr"), "*i64")
-    tables = ("word_ptr", "position_ptr", "segment_ptr", "weight_ptr", "mean_ptr", "rstd_ptr")
-    gather |= dict.fromkeys(tables, "*fp32")
-    forward = gather | {"bias_ptr": "*fp32", "out_ptr": "*bf16"}
-    backward = gather | {"grad_out_ptr": "*bf16", "grad_z_ptr": "*fp32", "key_ptr": "*i32", "partial_ptr": "*fp32"}
-    sums = {"grad_z_ptr": "*fp32", "order_ptr": "*i64", "run_sum_ptr": "*fp32"}
-    table = sums | {"start_ptr": "*i32"}
-    grads = ("grad_word_ptr", "grad_position_ptr", "grad_segment_ptr")
-    table, in_bf16 = table | dict.fromkeys(grads, "*fp32"), dict.fromkeys(grads, "*bf16")
-    sizes = dict.fromkeys(("tokens", "words", "positions", "segments"), "i32")
-    dropout = {"threshold": "i32", "scale": "fp32", "site": "i32"}
-    cases = []
+    tables = ("word_ptr", "position_ptr", "segment_ptr", "weight_ptr", "bias_ptr")
+    tables += tuple(f"grad_{name}" for name in tables)
+    pointers = dict.fromkeys(("out_ptr", "grad_out_ptr"), "*bf16") | dict.fromkeys(tables, "*fp32")
+    for names, kind in (
+        (("id_ptr", "position_id_ptr", "segment_id_ptr", "row_key_ptr", "rng_key_ptr", "order_ptr"), "*i64"),
+        (("key_ptr", "run_ptr", "first_ptr", "last_ptr"), "*i32"),
+        (("mean_ptr", "rstd_ptr", "place_sum_ptr", "piece_ptr", "partial_ptr"), "*fp32"),
+    ):
+        pointers |= dict.fromkeys(names, kind)
+    scalars = ("tokens", "words", "positions", "segments", "groups", "group_words", "segment_bits", "padding_idx",
+               "programs", "threshold", "site")  # fmt: skip
+    scalars = dict.fromkeys(scalars, "i32") | {"scale": "fp32", "eps": "fp32"}
+
+    def case(kernel, name: str, constants: dict, config: dict, kind: str = "fp32") -> dict:
+        types = pointers | dict.fromkeys(tables, f"*{kind}")
+        own = {name: types[name] for name in kernel.arg_names if name in types}
+        return rows.aot_case(kernel, f"embedding_layernorm {name}", own, scalars, constants, config)
+
+    run = {"RUN": _launch_config(1024, "bwd")["RUN"]}
+    cases = [case(_key_kernel, "keys", {}, _KEY_CONFIG), case(_run_kernel, "runs", run, _RUN_CONFIG)]
+    for found in cases:
+        found["divisible_by_16"].append("tokens")
+    sorts = (("fp32", True), ("bf16", False))  # a step of pretrain; the operator alone, as benchmarks time it
     for columns in (768, 1024):
         for p in (0.0, 0.1):
-            at = f"H={columns} p={p}"
-            constants = {"COLUMNS": columns, "HAS_DROPOUT": p > 0.0}
-            for kernel, direction, pointers, more in (
-                (_embedding_layernorm_fwd_kernel, "fwd", forward, {"eps": "fp32"}),
-                (_embedding_layernorm_bwd_kernel, "bwd", backward, {"padding_idx": "i32"}),
-            ):
-                scalars = {**sizes, **dropout, **more}
-                config = _launch_config(columns, direction)
-                name = f"embedding_layernorm {direction} {at}"
-                cases.append(rows.aot_case(kernel, name, pointers, scalars, constants, config))
-        runs, of_rows = ("tokens", "table_rows", "run"), ("tokens", "words", "positions", "run")
-        for kernel, name, pointers, scalars, constants in (
-            (_run_sum_kernel, "run sums", sums | {"key_ptr": "*i32"}, runs, {}),
-            (_table_grad_kernel, "table gradients", table, of_rows, {"ADD_TO_WORD": False}),
-            (_table_grad_kernel, "table gradients added", table, of_rows, {"ADD_TO_WORD": True}),
-            (_table_grad_kernel, "table gradients added bf16", table | in_bf16, of_rows, {"ADD_TO_WORD": True}),
-        ):
-            name = f"embedding_layernorm {name} H={columns}"
-            config = _table_config(columns)
-            types, constants = dict.fromkeys(scalars, "i32"), {"COLUMNS": columns} | constants
-            cases.append(rows.aot_case(kernel, name, pointers, types, constants, config))
-    return [*cases, rows.sum_partials_case("embedding_layernorm", 2, "*fp32")]
+            name, constants = f"H={columns} p={p}", {"COLUMNS": columns, "HAS_DROPOUT": p > 0.0}
+            config = _launch_config(columns, "fwd")
+            cases.append(case(_embedding_layernorm_fwd_kernel, f"fwd {name}", constants, config))
+            for kind, add in sorts:
+                constants, config = constants | {"ADD_TO_WORD": add}, _launch_config(columns, "bwd")
+                added = f"bwd {name} {kind}{' added' if add else ''}"
+                cases.append(case(_embedding_layernorm_bwd_kernel, added, constants, config, kind))
+        for kind, add in sorts:
+            name, constants = f"{kind}{' added' if add else ''} H={columns}", {"COLUMNS": columns, "ADD_TO_WORD": add}
+            cases.append(case(_completion_kernel, f"completion {name}", constants, _completion_config(columns), kind))
+    return cases

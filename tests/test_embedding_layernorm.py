@@ -28,9 +28,9 @@ def make_indices(tokens):
     return ids.to(DEVICE), (torch.arange(tokens) % POSITIONS).to(DEVICE), torch.randint(0, 2, (tokens,)).to(DEVICE)
 
 
-def make_tables(columns, dtypes):
+def make_tables(columns, dtypes, segments=SEGMENTS):
     table, parameter, _ = dtypes
-    shapes = {"word": (WORDS, columns), "position": (POSITIONS, columns), "segment": (SEGMENTS, columns)}
+    shapes = {"word": (WORDS, columns), "position": (POSITIONS, columns), "segment": (segments, columns)}
     tables = {name: torch.randn(shape).to(table) for name, shape in shapes.items()}
     tables |= {name: torch.randn(columns).to(parameter) for name in ("weight", "bias")}
     return {name: t.to(DEVICE) for name, t in tables.items()}
@@ -59,9 +59,9 @@ def run(backend, indices, tables, grad_out, keys, p=0.0, padding_idx=None, out_d
         return differentiate(ours, tables, grad_out)
 
 
-def compare(backend, tokens, columns, dtypes, p, padding_idx=None, indices=None):
+def compare(backend, tokens, columns, dtypes, p, padding_idx=None, indices=None, segments_of_table=SEGMENTS):
     indices = make_indices(tokens) if indices is None else indices
-    tables, keys, out_dtype = make_tables(columns, dtypes), make_keys(tokens), dtypes[2]
+    tables, keys, out_dtype = make_tables(columns, dtypes, segments_of_table), make_keys(tokens), dtypes[2]
     grad_out = torch.randn(tokens, columns, device=DEVICE).to(out_dtype)
     ids, positions, segments = indices
 
@@ -95,7 +95,7 @@ def test_dtypes(backend, dtypes, p):
     compare(backend, 17, 96, DTYPES[dtypes], p)
 
 
-@pytest.mark.parametrize(("tokens", "columns"), [(0, 32), (1, 32), (17, 1), (129, 7), (33, 300), (5, 1024)])
+@pytest.mark.parametrize(("tokens", "columns"), [(0, 32), (1, 32), (17, 1), (49, 7), (18, 300), (5, 1024)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes(backend, tokens, columns):
     compare(backend, tokens, columns, DTYPES["fp32"], 0.1)
@@ -111,10 +111,10 @@ def test_more_shapes(backend, tokens, columns, dtypes):
     compare(backend, tokens, columns, DTYPES[dtypes], 0.1)
 
 
-@pytest.mark.parametrize("tokens", [31, 33, 200])
+@pytest.mark.parametrize("tokens", [15, 32, 49])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_row_takes_every_token(backend, tokens):
-    """The hottest possible rows: sums split over whole runs, with and without a rest at either end."""
+    """The hottest possible rows: sums in less than a run, in whole runs alone, and with a rest."""
     same = [torch.full((tokens,), index, device=DEVICE) for index in (WORDS - 1, 3, 0)]
     result = compare(backend, tokens, 32, DTYPES["fp32"], 0.1, indices=same)
     for name, row in (("d word", WORDS - 1), ("d position", 3), ("d segment", 0)):
@@ -123,7 +123,7 @@ def test_one_row_takes_every_token(backend, tokens):
         assert (result[name][others] == 0).all(), name
 
 
-@pytest.mark.parametrize("counts", [(31, 1, 32, 33), (5, 5, 100, 5)])
+@pytest.mark.parametrize("counts", [(15, 1, 16, 17), (3, 5, 50, 5)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_runs_meet_rows_at_every_offset(backend, counts):
     ids = torch.repeat_interleave(torch.tensor([0, 1, 12, WORDS - 1]), torch.tensor(counts))
@@ -131,6 +131,82 @@ def test_runs_meet_rows_at_every_offset(backend, counts):
     ids = ids[torch.randperm(tokens)].to(DEVICE)
     positions, segments = torch.full_like(ids, POSITIONS - 1), ids % 2
     compare(backend, tokens, 16, DTYPES["fp32"], 0.0, indices=(ids, positions, segments))
+
+
+@pytest.mark.parametrize("segments", [1, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_of_segments(backend, segments):
+    """Some of each at every position, and one that no token has."""
+    ids, positions, _ = make_indices(50)
+    found = torch.randint(0, max(1, segments - 1), (50,)).to(DEVICE)
+    result = compare(backend, 50, 24, DTYPES["fp32"], 0.1, None, (ids, positions % 3, found), segments)
+    assert segments == 1 or (result["d segment"][-1] == 0).all()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize(("dtypes", "groups", "padding_idx"), [("fp32", 3, 7), ("bf16", 40, None)])
+def test_words_in_groups(monkeypatch, dtypes, groups, padding_idx):
+    """As many tokens have: a position's sum is then that of its groups. Of 40 groups 17 have no word."""
+    from bert_fast.kernels import embedding_layernorm as kernel
+
+    monkeypatch.setattr(kernel, "_group_count", lambda *_: groups)
+    ids, positions, segments = make_indices(48)
+    result = compare("triton", 48, 24, DTYPES[dtypes], 0.1, padding_idx, (ids, positions // 2, segments))
+    assert (result["d word"][WORDS - 3 :] == 0).all()
+    assert (result["d position"][(POSITIONS + 1) // 2 :] == 0).all()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_the_number_of_groups():
+    """16 MiB of d out and word rows in each, and four tokens for each position of a group."""
+    from bert_fast.kernels import embedding_layernorm as kernel
+
+    assert kernel._group_count(32768, 1024, 512, 2 + 2) == 8
+    assert kernel._group_count(32768, 768, 512, 2 + 4) == 9
+    assert kernel._group_count(4096, 1024, 512, 2 + 2) == 1
+    assert kernel._group_count(32768, 1024, 8192, 2 + 2) == 1
+    assert kernel._group_count(0, 1024, 0, 2 + 2) == 1
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 48, 130])
+def test_runs_share_out_every_entry_once(tokens):
+    """A sum is one run's alone, or has a piece in each of its runs, and which is the first and the last is told."""
+    from bert_fast.kernels import embedding_layernorm as kernel
+
+    length, runs, block = 16, -(-tokens // 16), kernel._RUN_CONFIG["BLOCK"]
+    for most in (2, 20, 60):  # tokens of a sum
+        sums = int(torch.randint(1, 2 + tokens // most * 2, ()))  # what is past them stands for indices out of range
+        numbers = [torch.arange(tokens).repeat_interleave(torch.randint(1, most, (tokens,)))[:tokens] for _ in range(2)]
+        numbers = torch.stack(numbers).clamp(max=sums)
+        segments = torch.arange(tokens) % 3  # two bits of a place's key
+        keys = torch.stack([numbers[0], (sums + 1 + (numbers[1] << 2) + segments).sort().values])
+        found = torch.full((3, 2, runs), -9, dtype=torch.int32, device=DEVICE)
+        first = torch.full((2, sums), -1, dtype=torch.int32, device=DEVICE)
+        last = torch.full_like(first, -1)
+        kernel._run_kernel[(-(-runs // block), 2)](
+            key_ptr=keys.int().to(DEVICE), run_ptr=found, first_ptr=first, last_ptr=last, tokens=tokens,
+            positions=sums, groups=1, group_words=sums, segment_bits=2, padding_idx=-1, RUN=length,
+            **kernel._RUN_CONFIG,
+        )  # fmt: skip
+        for of_places in range(2):
+            starts, ends, in_pieces = found[:, of_places].tolist()
+            entries, pieces = [], {}
+            for run, (start, end, number_in_pieces) in enumerate(zip(starts, ends, in_pieces, strict=True)):
+                taken = range(start - tokens * of_places, end - tokens * of_places)
+                assert len(taken) < 2 * length
+                entries += taken
+                for number in set(numbers[of_places, taken].tolist()):
+                    piece = of_places * runs + run if number == number_in_pieces else None
+                    pieces.setdefault(number, []).append(piece)
+            assert entries == list(range(int((numbers[of_places] < sums).sum())))
+            for number, found_pieces in pieces.items():
+                told = int(first[of_places, number]), int(last[of_places, number])
+                if found_pieces == [None]:
+                    assert told == (-1, -1)
+                else:
+                    assert len(found_pieces) > 1
+                    assert found_pieces == list(range(*told))
 
 
 @pytest.mark.parametrize("padding_idx", [0, 7])
@@ -143,9 +219,9 @@ def test_padding_idx_gets_no_gradient(backend, padding_idx):
     assert (result["d position"] != 0).any()
 
 
-@pytest.mark.parametrize("tokens", [0, 100])
-@pytest.mark.parametrize("padding_idx", [-1, 7])
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtypes", "tokens", "padding_idx"), [("fp32", 0, -1), ("fp32", 50, -1), ("fp32", 50, 7), ("bf16", 50, -1)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_added_in_place_with_the_bits_of_a_sum(backend, dtypes, padding_idx, tokens):
     """embedding_layernorm_bwd_add is embedding_layernorm_bwd, and one addition of what that gives."""
@@ -197,39 +273,50 @@ def test_mask_is_the_function(backend, columns, p):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_twice(backend):
-    indices, tables, keys = make_indices(70), make_tables(64, DTYPES["fp32"]), make_keys(70)
-    grad_out = torch.randn(70, 64, device=DEVICE)
+    indices, tables, keys = make_indices(40), make_tables(64, DTYPES["fp32"]), make_keys(40)
+    grad_out = torch.randn(40, 64, device=DEVICE)
     first, second = (run(backend, indices, tables, grad_out, keys, 0.1) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
-@pytest.mark.parametrize(
-    ("which", "value", "p"),
-    [(0, WORDS, 0.0), (0, -1, 0.5), (1, 2**40, 0.5), (2, SEGMENTS, 0.0), (2, -(2**33), 0.5)],
-)
-def test_index_out_of_range_is_nan_and_goes_nowhere(which, value, p):
-    """What the kernel does where nothing is checked before (on a GPU), called past the checks of ops."""
+def both_ways(indices, tables, grad_out, keys, p):
+    """Output and gradients of the kernels, called past the checks of ops: on a GPU nothing is checked before."""
     from bert_fast.kernels import embedding_layernorm as kernel
 
-    indices, tables, keys = list(make_indices(40)), make_tables(32, DTYPES["fp32"]), make_keys(40)
-    grad_out = torch.randn(40, 32, device=DEVICE)
+    out, mean, rstd = kernel.embedding_layernorm_fwd(*indices, *tables.values(), *keys, EPS, p, 0, -1, FULL)
+    tensors = list(tables.values())[:4]
+    return out, kernel.embedding_layernorm_bwd(grad_out, *indices, *tensors, mean, rstd, *keys, p, 0, -1)
 
-    def call(indices, grad_out, keys):
-        out, mean, rstd = kernel.embedding_layernorm_fwd(*indices, *tables.values(), *keys, EPS, p, 0, -1, FULL)
-        tensors = list(tables.values())[:4]
-        return out, kernel.embedding_layernorm_bwd(grad_out, *indices, *tensors, mean, rstd, *keys, p, 0, -1)
 
-    bad = indices[which].clone()
-    bad[11] = value
-    out, grads = call([*indices[:which], bad, *indices[which + 1 :]], grad_out, keys)
-    assert out[11].isnan().all()
-    others = torch.arange(40, device=DEVICE) != 11
-    good_out, good_grads = call([i[others] for i in indices], grad_out[others], (keys[0][others], keys[1]))
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize(
+    ("which", "value", "p", "valid"),
+    [(0, WORDS, 0.0, 19), (0, -1, 0.5, 16), (1, 2**40, 0.5, 15), (2, SEGMENTS, 0.0, 17), (2, -(2**33), 0.5, 0)],
+)
+def test_index_out_of_range_is_nan_and_goes_nowhere(which, value, p, valid):
+    """One token; and so many that the others are just a run, one less, one more, or none."""
+    indices, tables, keys = list(make_indices(20)), make_tables(32, DTYPES["fp32"]), make_keys(20)
+    grad_out = torch.randn(20, 32, device=DEVICE)
+    bad = torch.randperm(20, device=DEVICE)[valid:]
+    broken = indices[which].clone()
+    broken[bad] = value
+    out, grads = both_ways([*indices[:which], broken, *indices[which + 1 :]], tables, grad_out, keys, p)
+    assert out[bad].isnan().all()
+    others = broken != value
+    fewer = [i[others] for i in indices]
+    good_out, good_grads = both_ways(fewer, tables, grad_out[others], (keys[0][others], keys[1]), p)
     assert torch.equal(out[others], good_out)
     for ours, expected in zip(grads, good_grads, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_keys_of_more_than_32_bits_are_refused():
+    tables = make_tables(1, DTYPES["fp32"], segments=2**16)
+    tables["position"] = torch.zeros(2**16, 1, device=DEVICE)
+    with pytest.raises(ValueError, match=r"of 23, 65536 and 65536 rows need keys of more than 32 bits.*reference"):
+        both_ways(make_indices(3), tables, torch.zeros(3, 1, device=DEVICE), make_keys(3), 0.0)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on CPU tensors")

@@ -2,6 +2,7 @@
 hand; and what it says of the aims."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -188,8 +189,10 @@ def test_the_operators_bytes_by_hand():
     assert total("residual_layernorm", "forward") == pytest.approx(2 * rows * 64 * 4 * 2)
     assert total("residual_layernorm", "backward") == pytest.approx(2 * rows * 64 * 4 * 2)
     assert total("embedding_layernorm", "forward") == 200 * 64 * (2 + 2)
-    # word row, d out; d z written and read three times in float32; three tables
-    assert total("embedding_layernorm", "backward") == 200 * 64 * (2 + 2 + 4 * 4) + (1000 + 128 + 2) * 64 * 2
+    # d out; a row of each word that occurs; three tables; of 100 positions a sum in float32, written and read
+    occurring = 1000 * (1 - math.exp(-200 / 1000))
+    expected = 200 * 64 * 2 + occurring * 64 * 2 + (1000 + 128 + 2) * 64 * 2 + 100 * 64 * 2 * 4
+    assert total("embedding_layernorm", "backward") == pytest.approx(expected)
     # 31 positions are one chunk. The table copied; logits read and overwritten, sums of the bias's gradient; d word
     # written in float32 and rounded, d hidden likewise
     assert total("mlm_loss", "forward") == 64000 * 4 + 31000 * (4 + 2) + 64000 * 4 + 64000 * 6 + 31 * 64 * 6
@@ -318,8 +321,8 @@ def test_operators_alone_against_the_copy_bandwidth():
     seconds = 8 * 32768 * 1024 / ceilings.copy
     expected = seconds / (seconds + ceilings.between_kernels)
     assert shares["residual_layernorm, forward: of the copy bandwidth"] == pytest.approx(expected)
-    # three sorted sums read d z in float32 again, and all of the table's gradient is written
-    assert 0.2 < shares["embedding_layernorm, backward: of the copy bandwidth"] < 0.3
+    # its instructions take a little longer than its bytes
+    assert 0.75 < shares["embedding_layernorm, backward: of the copy bandwidth"] < 0.85
     assert 0.9 < shares["adamw, update: of the copy bandwidth"] < shares["lamb, update: of the copy bandwidth"] < 1
     assert 0.5 < shares["mlm_loss, forward: its three products alone, of its time"] < 1
     table = step_aims.aims(ceilings)
