@@ -122,7 +122,7 @@ reference.bias_gelu_fwd = lambda x, bias: right(x, bias) * 1.001
 from bert_fast import dispatch as seam
 seam.set_backend("reference")
 import run
-arguments = "--model tiny --seq 32 --batch 2 --rounds 1 --json".split()
+arguments = "--model tiny --seq 32 --batch 2 --rounds 1 --dtype float32 --json".split()
 sys.exit(run.main([*arguments, {str(tmp_path / "r.json")!r}]))
 """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
