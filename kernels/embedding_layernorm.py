@@ -88,33 +88,15 @@ def _group_count(tokens: int, columns: int, positions: int, element_bytes: int) 
 
 
 @triton.jit
-def _gather_sum(
-    id_ptr,
-    position_id_ptr,
-    segment_id_ptr,
-    word_ptr,
-    position_ptr,
-    segment_ptr,
-    row,
-    row_mask,
-    column,
-    words,
-    positions,
-    segments,
-    COLUMNS: tl.constexpr,
-):
-    """z (BLOCK_M, BLOCK_N) fp32, 0 past the row's end; whether a row's three indices are in range."""
-    word_id = tl.load(id_ptr + row, mask=row_mask, other=0)
-    position_id = tl.load(position_id_ptr + row, mask=row_mask, other=0)
-    segment_id = tl.load(segment_id_ptr + row, mask=row_mask, other=0)
+def _indices(id_ptr, position_id_ptr, segment_id_ptr, token, inside, words, positions, segments):
+    """Of tokens: word, position and segment, and whether all three are in range."""
+    word_id = tl.load(id_ptr + token, mask=inside, other=0)
+    position_id = tl.load(position_id_ptr + token, mask=inside, other=0)
+    segment_id = tl.load(segment_id_ptr + token, mask=inside, other=0)
     valid = (word_id >= 0) & (word_id < words)
     valid &= (position_id >= 0) & (position_id < positions)
     valid &= (segment_id >= 0) & (segment_id < segments)
-    mask = (row_mask & valid)[:, None] & (column[None, :] < COLUMNS)
-    z = tl.load(word_ptr + word_id[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    z += tl.load(segment_ptr + segment_id[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    z += tl.load(position_ptr + position_id[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    return z, valid
+    return word_id, position_id, segment_id, valid
 
 
 @triton.jit(do_not_specialize=["tokens", "words", "positions", "segments", "threshold", "site"])
@@ -148,10 +130,13 @@ def _embedding_layernorm_fwd_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     row_mask, column_mask = row < tokens, column[None, :] < COLUMNS
-    z, valid = _gather_sum(
-        id_ptr, position_id_ptr, segment_id_ptr, word_ptr, position_ptr, segment_ptr, row, row_mask, column,
-        words, positions, segments, COLUMNS,
-    )  # fmt: skip
+    word_id, position_id, segment_id, valid = _indices(
+        id_ptr, position_id_ptr, segment_id_ptr, row, row_mask, words, positions, segments
+    )
+    mask = (row_mask & valid)[:, None] & column_mask
+    z = tl.load(word_ptr + word_id[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    z += tl.load(segment_ptr + segment_id[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    z += tl.load(position_ptr + position_id[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
     normalized, mean, rstd = normalize(z, column_mask, eps, COLUMNS)
     tl.store(mean_ptr + row, mean, mask=row_mask)
     tl.store(rstd_ptr + row, rstd, mask=row_mask)
@@ -192,12 +177,9 @@ def _key_kernel(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(first_ptr + token, tl.full((BLOCK,), _NO_TOKEN, tl.int32))
     inside = token < tokens
-    word_id = tl.load(id_ptr + token, mask=inside, other=-1)
-    position_id = tl.load(position_id_ptr + token, mask=inside, other=-1)
-    segment_id = tl.load(segment_id_ptr + token, mask=inside, other=-1)
-    valid = (word_id >= 0) & (word_id < words)
-    valid &= (position_id >= 0) & (position_id < positions)
-    valid &= (segment_id >= 0) & (segment_id < segments)
+    word_id, position_id, segment_id, valid = _indices(
+        id_ptr, position_id_ptr, segment_id_ptr, token, inside, words, positions, segments
+    )
     word_id, position_id, segment_id = word_id.to(tl.int32), position_id.to(tl.int32), segment_id.to(tl.int32)
     group, no_word, no_place = word_id % groups, groups * group_words, groups * positions
     word_key = tl.where(valid, group * group_words + word_id // groups, no_word)
