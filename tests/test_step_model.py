@@ -312,6 +312,18 @@ def test_the_aims_are_told_with_the_share_of_the_ceilings_that_they_need():
     assert f"{rate / 1e12:.0f} TFLOP/s ({100 * 250e12 / rate:.0f} %)" in line_of_it
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
+@pytest.mark.parametrize("lengths", [[512] * 64, [512] * 8, [300] * 50])
+def test_the_embeddings_groups_are_the_kernels(weights, lengths):
+    kernel = pytest.importorskip("bert_fast.kernels.embedding_layernorm")
+    step_model = script("step_model")
+    config = script("workload").model_config("base", dropout=0.1)
+    x = line(step_model.step(config, lengths, weights), "embedding_layernorm", "backward")
+    element_bytes = 2 + (2 if weights == "bfloat16" else 4)
+    groups = kernel._group_count(sum(lengths), config.hidden_size, config.max_position_embeddings, element_bytes)
+    assert x.bytes - x.least == pytest.approx(8 * groups * max(lengths) * config.hidden_size)
+
+
 def test_operators_alone_against_the_copy_bandwidth():
     step_aims, step_model = script("step_aims"), script("step_model")
     ceilings = step_model.Ceilings()
