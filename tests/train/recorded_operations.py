@@ -9,6 +9,7 @@ anything then: what a replay reads must have been there before, or be made by th
 
 import contextlib
 import gc
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ from bert_fast.train.captured import Recorder
 
 Tensor = torch.Tensor
 
-# Nobody's work on a device: memory, and other names for memory that is there.
+# Nobody's work on a device.
 _MAKE_MEMORY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # What waits for the device, or makes as much as values say: a stream that is being recorded refuses it.
 _WAIT = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique2")
@@ -34,8 +35,8 @@ def _bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
-def _name(function) -> str:
-    return function.overloadpacket.__name__
+def _tensors(tree) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def _in_place(function) -> bool:
@@ -58,12 +59,12 @@ class Operations(TorchDispatchMode):
             return function(*args, **kwargs)
         if function.namespace == "bert_fast":  # what it does on a device is what its implementation launches
             return self._opened(function, args, kwargs)
-        name = _name(function)
+        name = function.overloadpacket.__name__
         if name in _WAIT and not self._inside_operator:
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-        given = {_storage(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {_storage(t) for t in _tensors((args, kwargs))}
         out = function(*args, **kwargs)
-        fresh = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.numel() and _storage(t) not in given]
+        fresh = [t for t in _tensors(out) if t.numel() and _storage(t) not in given]
         self.made.update((_storage(t), t) for t in fresh)
         if name not in _MAKE_MEMORY and (fresh or _in_place(function)):
             self.names.append(name)
@@ -82,12 +83,12 @@ class Operations(TorchDispatchMode):
     @staticmethod
     def _again(function, args, kwargs, out) -> None:
         found = function(*args, **kwargs)
-        for old, new in zip(tree_leaves(out), tree_leaves(found), strict=True):
-            if isinstance(old, Tensor) and old.numel() and _storage(old) != _storage(new):
+        for old, new in zip(_tensors(out), _tensors(found), strict=True):
+            if old.numel() and _storage(old) != _storage(new):
                 assert (old.shape, old.dtype) == (new.shape, new.dtype)
                 old.copy_(new)
 
-    def launched(self, launch, kernel, *args, **kwargs) -> None:
+    def _launched(self, launch, kernel, *args, **kwargs) -> None:
         def again():
             self._inside_kernel = True
             try:
@@ -102,12 +103,12 @@ class Operations(TorchDispatchMode):
     @contextlib.contextmanager
     def recording(self):
         launch = InterpretedFunction.run
-        InterpretedFunction.run = lambda kernel, *args, **kwargs: self.launched(launch, kernel, *args, **kwargs)
-        try:
-            with self:
-                yield
-        finally:
-            InterpretedFunction.run = launch
+
+        def run(kernel, *args, **kwargs):
+            self._launched(launch, kernel, *args, **kwargs)
+
+        with mock.patch.object(InterpretedFunction, "run", run), self:
+            yield
 
 
 class Replay(Recorder):
