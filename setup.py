@@ -75,7 +75,7 @@ packages = [name for name in find_packages(include=["bert_fast", "bert_fast.*"])
 setup(
     packages=[*packages, "bert_fast.kernels", CPU_PACKAGE],
     package_dir={"bert_fast.kernels": "kernels", CPU_PACKAGE: "kernels/cpu"},
-    package_data={"bert_fast": ["data/*.json"]},
+    package_data={"bert_fast": ["data/*.json", "py.typed"]},
     ext_modules=[Extension(CPU_PACKAGE + ".library", sources=[])],
     cmdclass={"build_ext": BuildCpuOperators, "bdist_wheel": PlatformWheel},
 )

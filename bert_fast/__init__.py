@@ -1,8 +1,12 @@
 """bert_fast: pre-train BERT fast, as a drop-in for transformers' BERT."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-_MODEL = (
+__all__ = [
+    "BertConfig",
     "BertForMaskedLM",
     "BertForMultipleChoice",
     "BertForNextSentencePrediction",
@@ -13,26 +17,39 @@ _MODEL = (
     "BertModel",
     "BertPreTrainedModel",
     "accelerate",
-)
-_DISPATCH = ("backends", "set_backend", "use_backend")
+    "backends",
+    "set_backend",
+    "use_backend",
+]
+
+if TYPE_CHECKING:  # what editors and type checkers read
+    from transformers import BertConfig
+
+    from bert_fast.dispatch import backends, set_backend, use_backend
+    from bert_fast.model import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertModel,
+        BertPreTrainedModel,
+        accelerate,
+    )
+
+
+_DISPATCH = "bert_fast.dispatch"
+_ELSEWHERE = {"BertConfig": "transformers", "backends": _DISPATCH, "set_backend": _DISPATCH, "use_backend": _DISPATCH}
 
 
 def __getattr__(name: str):
-    """The model classes, imported when first asked for: transformers takes seconds to import."""
-    if name in _MODEL:
-        from . import model
-
-        return getattr(model, name)
-    if name in _DISPATCH:
-        from . import dispatch
-
-        return getattr(dispatch, name)
-    if name == "BertConfig":
-        from transformers import BertConfig
-
-        return BertConfig
+    """What ``__all__`` names, imported when first asked for: transformers takes seconds to import."""
+    if name in __all__:
+        return getattr(import_module(_ELSEWHERE.get(name, "bert_fast.model")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_MODEL, *_DISPATCH, "BertConfig"]
+    return sorted({*globals(), *__all__})
