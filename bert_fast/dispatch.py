@@ -15,6 +15,8 @@ import warnings
 
 import torch
 
+from . import choice
+
 _TRITON = "bert_fast.kernels."
 _CPU = "bert_fast.kernels.cpu."
 
@@ -172,7 +174,7 @@ def implementation(operator: str, direction: str, device_type: str, float64: boo
 
 def in_epilogue(direction: str, x: torch.Tensor) -> bool:
     """Whether FEED_FORWARD_EPILOGUE names the GPU that has ``x`` (T, ...) and asks for no more tokens."""
-    capabilities = FEED_FORWARD_EPILOGUE.get(direction)
+    capabilities = choice.of(f"feed_forward.{direction}_epilogue", FEED_FORWARD_EPILOGUE.get(direction, {}))
     if not capabilities or x.device.type != "cuda":
         return False
     major, minor = torch.cuda.get_device_capability(x.device)

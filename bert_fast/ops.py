@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from . import dispatch
+from . import choice, dispatch
 from .linear import product_dtype
 
 Tensor = torch.Tensor
@@ -666,7 +666,7 @@ _differentiate("feed_forward", _feed_forward_setup, _feed_forward_backward)
 def joins_feed_forward(x: Tensor) -> bool:
     """Whether a model has to compute the feed-forward of ``x`` by ``feed_forward``: where FEED_FORWARD_EPILOGUE in
     bert_fast/dispatch.py names this GPU, in 16 bits, in forwards that are not compiled."""
-    if not dispatch.FEED_FORWARD_EPILOGUE or torch.compiler.is_compiling():
+    if not (dispatch.FEED_FORWARD_EPILOGUE or choice.active()) or torch.compiler.is_compiling():
         return False
     sixteen_bits = product_dtype(x) in (torch.float16, torch.bfloat16)
     return sixteen_bits and any(dispatch.in_epilogue(direction, x) for direction in ("fwd", "bwd"))
@@ -790,7 +790,7 @@ def mlm_loss(
     _check_floating(name, hidden=hidden, word=word, bias=bias, normalizer=normalizer)
     _require(labels.dtype == torch.int64, name, f"labels has dtype {labels.dtype}, expected int64", TypeError)
     if chunk is None:
-        chunk = MLM_CHUNK.get(hidden.device.type, 1024)
+        chunk = choice.of("mlm_loss.chunk", MLM_CHUNK).get(hidden.device.type, 1024)
     _require(chunk >= 1, name, f"chunk is {chunk}, expected at least 1")
     if normalizer is not None:
         _require(normalizer.numel() == 1, name, f"normalizer has shape {tuple(normalizer.shape)}, expected 1 element")

@@ -42,6 +42,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import choice
 from ..random import dropout_scale, dropout_threshold
 from . import rows
 from .philox import attention_keep
@@ -395,6 +396,7 @@ def _attention_bias_kernel(
 def _programs(name: str, qkv, cu_seqlens, max_seqlen: int) -> tuple[dict, int, int]:
     """The configuration of kernel ``name``, its blocks a sequence, and its programs a head."""
     config = _launch_config(name, rows.capability(qkv.device), qkv.shape[3], qkv.dtype, max_seqlen)
+    config = choice.of(f"attention.{name}", config)
     blocks = max(1, rows.cdiv(max_seqlen, config["BLOCK_N" if name == "dkv" else "BLOCK_M"]))
     return config, blocks, blocks * cu_seqlens.numel()  # one sequence more than there are: the unused tail
 
@@ -434,8 +436,9 @@ def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site,
     Raises TypeError for other dtypes, ValueError where ``scale`` is not above 0.
     """
     _check(qkv, scale)
-    hopper = _hopper(ASYNCHRONOUS_FORWARD, qkv, max_seqlen)
+    hopper = _hopper(choice.of("attention.asynchronous", ASYNCHRONOUS_FORWARD), qkv, max_seqlen)
     if hopper is not None and hopper.takes_forward(qkv):
+        choice.served("attention.asynchronous")
         return hopper.attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty((tokens, heads * head_dim))
@@ -456,8 +459,9 @@ def attention_bwd(
     """-> gradients of qkv (T, 3, A, D) in its dtype and of its bias (3, A, D) in ``bias_dtype``, empty (0,) where that
     is None: see reference.attention_bwd. Raises as attention_fwd."""
     _check(qkv, scale)
-    hopper = _hopper(ONE_PASS_BACKWARD, qkv, max_seqlen)
+    hopper = _hopper(choice.of("attention.one_pass", ONE_PASS_BACKWARD), qkv, max_seqlen)
     if hopper is not None and hopper.takes_backward(grad_out, qkv, out, max_seqlen):
+        choice.served("attention.one_pass")
         return hopper.attention_bwd(
             grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias_dtype
         )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import choice
 from . import rows
 
 Tensor = torch.Tensor
@@ -115,7 +116,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     tokens, columns = x.shape
     out = torch.empty_like(x)
     if out.numel():
-        config = _launch_config(columns, "fwd")
+        config = choice.of("bias_gelu.fwd", _launch_config(columns, "fwd"))
         tiles = rows.cdiv(tokens, config["BLOCK_M"]) * rows.cdiv(columns, config["BLOCK_N"])
         _bias_gelu_fwd_kernel[(tiles,)](
             x_ptr=x,
@@ -134,7 +135,7 @@ def bias_gelu_bwd(grad_out: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Ten
     rows.check_tensors("bias_gelu", grad_out=grad_out, x=x, bias=bias)
     tokens, columns = x.shape
     grad_x = torch.empty_like(x)
-    config = _launch_config(columns, "bwd")
+    config = choice.of("bias_gelu.bwd", _launch_config(columns, "bwd"))
     column_blocks = rows.cdiv(columns, config["BLOCK_N"])
     tiles = rows.cdiv(tokens, config["BLOCK_M"])
     # Without a bias there is no sum to keep: one program a tile.

@@ -41,6 +41,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import choice
 from ..random import dropout_scale, dropout_threshold
 from . import rows
 from .rows import drop, normalize, normalize_bwd
@@ -529,7 +530,7 @@ def embedding_layernorm_fwd(
     mean = torch.empty(tokens, dtype=torch.float32, device=word.device)
     rstd = torch.empty_like(mean)
     if tokens:
-        config = _launch_config(columns, "fwd")
+        config = choice.of("embedding_layernorm.fwd", _launch_config(columns, "fwd"))
         _embedding_layernorm_fwd_kernel[(rows.cdiv(tokens, config["BLOCK_M"]),)](
             id_ptr=ids,
             position_id_ptr=positions,
@@ -615,7 +616,7 @@ def embedding_layernorm_bwd(
             **_KEY_CONFIG,
         )
     key, order = torch.sort(key.view(-1), stable=True)
-    config = _launch_config(columns, "bwd")
+    config = choice.of("embedding_layernorm.bwd", _launch_config(columns, "bwd"))
     runs = rows.cdiv(tokens, config["RUN"])
     run = torch.empty((3, 2, runs), dtype=torch.int32, device=device)
     if tokens:

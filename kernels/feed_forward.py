@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import choice
 from ..reference import feed_forward_gradients
 from . import rows
 from .bias_gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_slope, normal_cdf
@@ -202,7 +203,7 @@ def product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     _require(columns, x, weight)
     z = x.new_empty(tokens, columns)
     out = torch.empty_like(z)
-    config = _launch_config(x.dtype, "fwd")
+    config = choice.of("feed_forward.fwd", _launch_config(x.dtype, "fwd"))
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     programs = _programs(x.device, rows.cdiv(tokens, m) * rows.cdiv(columns, n), config.pop("PROGRAMS"))
     with torch.cuda.device_of(x):
@@ -227,7 +228,7 @@ def product_gelu_bwd(grad_out: Tensor, weight: Tensor, z: Tensor, bias: Tensor |
     tokens, columns = z.shape
     _require(columns, grad_out, weight, z)
     grad_z = torch.empty_like(z)
-    config = _launch_config(z.dtype, "bwd")
+    config = choice.of("feed_forward.bwd", _launch_config(z.dtype, "bwd"))
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     row_tiles = rows.cdiv(tokens, m)
     programs = _programs(z.device, row_tiles * rows.cdiv(columns, n), config.pop("PROGRAMS"))
@@ -258,6 +259,7 @@ def feed_forward_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See bert_fast/reference.py. ``in_epilogue``: by the kernel, where it takes the operands."""
     if in_epilogue and takes(weight_in.shape[0], x, weight_in):
+        choice.served("feed_forward.fwd_epilogue")
         z, activated = product_gelu(x, weight_in, bias)
     else:
         z = F.linear(x, weight_in)
@@ -278,6 +280,7 @@ def feed_forward_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See bert_fast/reference.py. ``in_epilogue``: by the kernel, where it takes the operands."""
     if in_epilogue and takes(z.shape[1], grad_out, weight_out, z):
+        choice.served("feed_forward.bwd_epilogue")
         grad_z, grad_bias = product_gelu_bwd(grad_out, weight_out, z, bias)
     else:
         grad_z, grad_bias = bias_gelu_bwd(grad_out @ weight_out, z, bias)

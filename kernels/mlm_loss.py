@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import choice
 from ..products import multiply
 from . import rows
 
@@ -206,7 +207,7 @@ def mlm_loss_fwd(
     width = table.shape[0]
     stride = rows.cdiv(vocabulary, _PAD) * _PAD  # rows of logits start at aligned addresses in every dtype
     chunk = _even(positions, chunk)
-    config = _launch_config(vocabulary)
+    config = choice.of("mlm_loss.fwd", _launch_config(vocabulary))
     logits = torch.empty((chunk, stride), dtype=hidden.dtype, device=device)
     row_loss = torch.empty(positions, dtype=torch.float32, device=device)
     partial = row_loss.new_empty((rows.cdiv(chunk, config["BLOCK_M"]) if with_grads else 0, stride))

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import choice
 from ..random import dropout_scale, dropout_threshold
 from . import rows
 from .rows import drop, normalize, normalize_bwd
@@ -171,7 +172,7 @@ def residual_layernorm_fwd(
     mean = torch.empty(tokens, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if tokens:
-        config = _launch_config(columns, "fwd")
+        config = choice.of("residual_layernorm.fwd", _launch_config(columns, "fwd"))
         _residual_layernorm_fwd_kernel[(rows.cdiv(tokens, config["BLOCK_M"]),)](
             x_ptr=x,
             bias_ptr=x if bias is None else bias,
@@ -219,7 +220,7 @@ def residual_layernorm_bwd(
     grad_residual = torch.empty_like(z)
     grad_weight, grad_ln_bias = torch.empty_like(weight), torch.empty_like(weight)
     grad_bias = torch.empty_like(weight) if has_bias else weight.new_empty(0)
-    config = _launch_config(columns, "bwd")
+    config = choice.of("residual_layernorm.bwd", _launch_config(columns, "bwd"))
     programs = rows.row_programs(z.device, rows.cdiv(tokens, config["BLOCK_M"]))
     outputs = [grad_weight, grad_ln_bias] + ([grad_bias] if has_bias else [])
     partial = torch.empty((programs, len(outputs), columns), dtype=torch.float32, device=z.device)
