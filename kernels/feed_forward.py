@@ -35,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import choice
 from ..reference import feed_forward_gradients
 from . import rows
-from .bias_gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_slope, normal_cdf
+from .bias_gelu import bias_gelu_bwd, bias_gelu_fwd, gelu, gelu_slope
 
 Tensor = torch.Tensor
 
@@ -119,7 +119,7 @@ def _feed_forward_fwd_kernel(
             z = quarters[i].to(z_desc.dtype)
             z_desc.store([row, column + i * part], z)
             u = _plus_bias(z, bias_ptr, column + i * part + tl.arange(0, part), COLUMNS, HAS_BIAS)
-            out_desc.store([row, column + i * part], (u * normal_cdf(u)).to(out_desc.dtype))
+            out_desc.store([row, column + i * part], gelu(u, out_desc.dtype == tl.float32).to(out_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -154,7 +154,7 @@ def _feed_forward_bwd_kernel(
         for i in tl.static_range(4):
             columns = column + i * part + tl.arange(0, part)
             u = _plus_bias(z_desc.load([row, column + i * part]), bias_ptr, columns, COLUMNS, HAS_BIAS)
-            grad_z = quarters[i] * gelu_slope(u)
+            grad_z = quarters[i] * gelu_slope(u, grad_z_desc.dtype == tl.float32)
             grad_z_desc.store([row, column + i * part], grad_z.to(grad_z_desc.dtype))
             if HAS_BIAS:  # rows past the end are zeros
                 sums_ptr = partial_ptr + tl.cast(row // BLOCK_M, tl.int64) * COLUMNS
