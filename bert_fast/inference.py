@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import logging as transformers_logging
 
-from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, special_ids
+from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, special_ids, token_ids, vocabulary_rows
 from bert_fast.output import Output
 from bert_fast.train import checkpoint
 
@@ -86,11 +86,11 @@ def load_model(
             f"{folder} has no weights for {cls.__name__}: {needed[0]} and {len(needed) - 1} more are missing and "
             "would be random"
         )
-    vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
-    if vocabulary > model.config.vocab_size:
+    rows = vocabulary_rows(tokenizer)
+    if rows > model.config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {vocabulary} tokens, the model {model.config.vocab_size}: they do not "
-            "belong together"
+            f"{folder}: the tokenizer's ids go up to {rows - 1}, the model has {model.config.vocab_size} rows: they "
+            "do not belong together"
         )
     return model.eval().to(device), tokenizer, missing
 
@@ -142,7 +142,8 @@ class Candidate(NamedTuple):
 def fill_mask(model, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[list[Candidate]]:
     """The ``top_k`` most probable tokens for each [MASK] of ``text``, best first, from a BertForMaskedLM.
 
-    Raises ValueError where the text has no [MASK] or more tokens than the model has positions.
+    Rows of the model that have no token (a padded vocabulary, gaps in its ids) are no candidates. Raises ValueError
+    where the text has no [MASK] or more tokens than the model has positions.
     """
     tokenizer = bare_tokenizer(tokenizer)
     ids = tokenizer.encode(text).ids
@@ -154,10 +155,11 @@ def fill_mask(model, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[li
     device = next(model.parameters()).device
     with torch.no_grad():
         scores = model(input_ids=torch.tensor([ids], device=device)).logits[0, places]
-    probabilities, found = scores.float().softmax(dim=-1).topk(min(top_k, scores.shape[-1]))
+    candidates = torch.from_numpy(token_ids(tokenizer)).to(device)
+    best, found = scores.float().softmax(dim=-1)[:, candidates].topk(min(top_k, len(candidates)))
     return [
         [Candidate(tokenizer.id_to_token(i), i, p) for p, i in zip(row.tolist(), numbers.tolist(), strict=True)]
-        for row, numbers in zip(probabilities, found, strict=True)
+        for row, numbers in zip(best, candidates[found], strict=True)
     ]
 
 

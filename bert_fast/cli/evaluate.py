@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
 
         found = evaluate(model, counted(), precision=options.precision)
     counts = token_counts(baseline, dataset.vocab_size)
-    found["unigram_loss"] = unigram_loss(counts, data.packed_loader(batches, workers=0))
+    found["unigram_loss"] = unigram_loss(counts, data.packed_loader(batches, workers=0), dataset.vocabulary)
     lines = [
         f"MLM loss      {found['mlm_loss']:.4f}   unigram baseline {found['unigram_loss']:.4f}",
         f"perplexity    {found['perplexity']:.2f}",

@@ -12,7 +12,7 @@ from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.packing import Capacities, plan_batches
 from bert_fast.data.pairs import NO_LABEL, Corpus, permutation, plan_epoch
 from bert_fast.data.samples import SampleMaker
-from bert_fast.data.tokenizer import bare_tokenizer, continuation_table, special_ids
+from bert_fast.data.tokenizer import bare_tokenizer, continuation_table, special_ids, token_ids, vocabulary_rows
 
 
 def encode_documents(documents: Iterable[Sequence[str]], tokenizer: Tokenizer) -> Corpus:
@@ -59,7 +59,7 @@ class PretrainingDataset(Dataset):
         self.short_seq_prob = short_seq_prob
         tokenizer = bare_tokenizer(tokenizer)
         self.special = special_ids(tokenizer)
-        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size, self.vocabulary = vocabulary_rows(tokenizer), token_ids(tokenizer)
         self.continues = continuation_table(tokenizer) if whole_word else None
         self.set_epoch(0)
 
@@ -94,7 +94,7 @@ class PretrainingDataset(Dataset):
 
     def make(self, epoch: int, indices: np.ndarray, rows: np.ndarray, max_length: int) -> list[Sample]:
         """Samples from ``rows`` (n, 5) of a plan (``Plan.rows``) that need not be here."""
-        make = SampleMaker(self.corpus, self.seed, self.nsp, self.special, self.vocab_size, self.continues)
+        make = SampleMaker(self.corpus, self.seed, self.nsp, self.special, self.vocabulary, self.continues)
         return make(epoch, indices, rows, max_length)
 
 

@@ -54,12 +54,12 @@ def choose_words(keys: np.ndarray, counts: np.ndarray, begins: np.ndarray) -> np
     return chosen
 
 
-def replace_tokens(tokens: np.ndarray, bits: np.ndarray, mask_id: int, vocab_size: int) -> np.ndarray:
-    """What stands at the chosen positions: 80 % ``mask_id``, 10 % a token uniform over the vocabulary, 10 % kept.
+def replace_tokens(tokens: np.ndarray, bits: np.ndarray, mask_id: int, vocabulary: np.ndarray) -> np.ndarray:
+    """What stands at the chosen positions: 80 % ``mask_id``, 10 % one of ``vocabulary``, uniform, 10 % kept.
 
-    ``tokens`` int64 (k,), ``bits`` uint64 (k,) independent and uniform: the low half chooses the case, the high
-    half the token.
+    ``tokens`` int64 (k,); ``vocabulary`` int64, the ids that have a token; ``bits`` uint64 (k,), independent, uniform:
+    the low half chooses the case, the high half the token.
     """
     case = (bits & np.uint64(0xFFFFFFFF)).astype(np.float64) / 2.0**32
-    drawn = ((bits >> np.uint64(32)) * np.uint64(vocab_size)) >> np.uint64(32)
-    return np.where(case < 0.8, mask_id, np.where(case < 0.9, drawn.astype(np.int64), tokens))
+    drawn = vocabulary[((bits >> np.uint64(32)) * np.uint64(len(vocabulary))) >> np.uint64(32)]
+    return np.where(case < 0.8, mask_id, np.where(case < 0.9, drawn, tokens))

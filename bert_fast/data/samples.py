@@ -16,14 +16,15 @@ COIN, KEY, BITS = range(3)  # what a sample's random words are for, in this orde
 class SampleMaker:
     """Makes samples of ``corpus``; each is a function of (seed, epoch, index) and its row of the plan.
 
-    ``continues`` (vocabulary,) bool are the pieces that continue a word, for whole-word masking; else None.
+    ``vocabulary`` int64 are the ids that have a token, and ``continues`` (rows,) bool those of pieces that continue a
+    word, for whole-word masking; else None.
     """
 
     corpus: Corpus
     seed: int
     nsp: bool
     special: SpecialIds
-    vocab_size: int
+    vocabulary: np.ndarray
     continues: np.ndarray | None
 
     def __call__(self, epoch: int, indices: np.ndarray, rows: np.ndarray, max_length: int) -> list[Sample]:
@@ -67,7 +68,7 @@ class SampleMaker:
         ends = _before(chosen)[_before(real)]
         predicted = np.diff(ends)
         number = np.arange(len(masked)) + np.repeat(_before(needs[:, BITS])[:-1] - ends[:-1], predicted)
-        ids[masked] = replace_tokens(labels, words[use == BITS][number], self.special.mask, self.vocab_size)
+        ids[masked] = replace_tokens(labels, words[use == BITS][number], self.special.mask, self.vocabulary)
         masked -= np.repeat(cls, predicted)
 
         nsp_labels = rows[:, 4].tolist() if self.nsp else [NO_LABEL] * len(rows)

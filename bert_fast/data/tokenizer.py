@@ -126,11 +126,31 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*ids.values())
 
 
-def continuation_table(tokenizer: Tokenizer) -> np.ndarray:
-    """bool (vocabulary,): True for the ids of pieces that continue a word (``##...``)."""
+def token_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """int64 (tokens,): the ids that have a token, sorted; a repeated or blank line of a vocab.txt leaves a gap."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    table = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
-    table[[number for token, number in vocabulary.items() if token.startswith("##") and len(token) > 2]] = True
+    return np.array(sorted(number for token, number in vocabulary.items() if token), dtype=np.int64)
+
+
+def vocabulary_rows(tokenizer: Tokenizer) -> int:
+    """The rows that an embedding of the ids needs: the largest id and one, whatever gaps there are below."""
+    return int(token_ids(tokenizer)[-1]) + 1
+
+
+def continuation_table(tokenizer: Tokenizer) -> np.ndarray:
+    """bool (rows,): True for the ids of pieces that continue a word (``##...``).
+
+    ValueError where the tokenizer marks no such pieces (byte-level BPE): whole words cannot be told.
+    """
+    prefix = getattr(tokenizer.model, "continuing_subword_prefix", None)
+    if not prefix:
+        raise ValueError(
+            "whole-word masking needs a tokenizer whose pieces say that they continue a word, as WordPiece's ## does; "
+            f"this one is {type(tokenizer.model).__name__} without such a prefix"
+        )
+    table = np.zeros(vocabulary_rows(tokenizer), dtype=bool)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    table[[number for token, number in vocabulary.items() if token.startswith(prefix) and token != prefix]] = True
     return table
 
 

@@ -118,14 +118,15 @@ def token_counts(corpus: Corpus, vocab_size: int) -> np.ndarray:
     return counts
 
 
-def unigram_loss(train_counts: np.ndarray, batches: Iterable[dict]) -> float:
+def unigram_loss(train_counts: np.ndarray, batches: Iterable[dict], vocabulary: np.ndarray | None = None) -> float:
     """Mean cross-entropy of predicting every masked token by how frequent it is: what a model must beat.
 
-    ``train_counts`` (vocabulary,) are the tokens' counts in the training text. Each gets one added, so that a token
-    never seen costs much, not infinitely much (Laplace smoothing).
+    ``train_counts`` (rows,) are the tokens' counts in the training text. Each of ``vocabulary``, the ids that have a
+    token (None: all rows), gets one added, so that a token never seen costs much, not infinitely much (Laplace
+    smoothing).
     """
     smoothed = np.asarray(train_counts, dtype=np.float64) + 1
-    costs = np.log(smoothed.sum()) - np.log(smoothed)
+    costs = np.log(smoothed[slice(None) if vocabulary is None else vocabulary].sum()) - np.log(smoothed)
     labels: Counter = Counter()
     for batch in batches:
         masked = batch["masked_labels"]

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from transformers import BertConfig, PreTrainedConfig
 
 from bert_fast.data import load_tokenizer, special_ids
+from bert_fast.data.tokenizer import vocabulary_rows
 from bert_fast.inference import readable_weights, silent_transformers
 from bert_fast.model import BertForPreTraining
 from bert_fast.train.config import SIZES, ConfigError, PretrainConfig
@@ -29,7 +30,7 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, longest: int) -> 
     ConfigError for a file that is none or has names that BertConfig does not know, a model with fewer positions, or a
     checkpoint of another vocabulary.
     """
-    vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+    vocabulary = vocabulary_rows(tokenizer)
     if config.init_from:
         made = _checkpoint_config(config.init_from)
         if made.vocab_size < vocabulary:
