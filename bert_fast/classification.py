@@ -12,8 +12,9 @@ import torch
 from transformers import BertTokenizerFast, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from bert_fast.inference import load_model, model_folder, silent_transformers
+from bert_fast.inference import load_model, model_folder
 from bert_fast.model import BertForSequenceClassification
+from bert_fast.weights import silent_transformers
 
 
 class Example(NamedTuple):
@@ -246,8 +247,8 @@ def _network(model: str | Path, labels: list[str], dropout: float | None, from_s
     """The classifier with a new head (or all new), and the tokenizer as ``transformers`` has it."""
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     network, _, _ = load_model(
-        BertForSequenceClassification, model, optional=("classifier.", "bert.pooler."), num_labels=len(labels),
-        ignore_mismatched_sizes=True, **rates,
+        BertForSequenceClassification, model, optional=("bert.pooler.",), drawn=("classifier.",),
+        num_labels=len(labels), dtype=torch.float32, **rates,
     )  # fmt: skip
     config = network.config
     config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}

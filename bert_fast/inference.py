@@ -1,23 +1,20 @@
 """After pre-training: loading a run or a Hugging Face folder, filling masks, vectors of sentences."""
 
 import json
-import pickle
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import logging as transformers_logging
 
 from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, special_ids, token_ids, vocabulary_rows
 from bert_fast.output import Output
 from bert_fast.train import checkpoint
+from bert_fast.weights import read_weights
 
 # Sentences that are sorted by length together; their vectors are held until all of them are there.
 WINDOW = 8192
@@ -61,31 +58,23 @@ def load_model(
     cls: type,
     path: str | Path,
     *,
-    optional: Sequence[str] = (),
     device: str | torch.device = "cpu",
     output: Output | None = None,
     **arguments,
 ):
-    """(model in evaluation mode, tokenizer, names of ``optional`` weights that were missing) from a run or folder.
+    """(model in evaluation mode, tokenizer, names of the weights that were drawn at random) from a run or folder.
 
     ``path`` and ``output`` are as in :func:`model_folder`. ``cls`` is one of this package's model classes,
-    ``arguments`` go to its ``from_pretrained``. Raises ValueError where the checkpoint lacks weights that the class
-    needs (they would be random), except those whose names begin with one of ``optional``, where they cannot be read,
-    and where it has no BERT's configuration or vocabulary.
+    ``arguments`` are those of :func:`bert_fast.weights.read_weights`, ``optional`` and ``drawn`` among them. Raises
+    ValueError where the checkpoint's weights are not all that the class needs and of its shapes, where they cannot be
+    read, and where it has no BERT's configuration or vocabulary.
     """
     folder = model_folder(path, output)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind != "bert":
         raise ValueError(f"{folder} holds a model of type {kind!r}; this engine runs BERT")
     tokenizer = load_tokenizer(folder)
-    with silent_transformers(), readable_weights(folder):
-        model, loading = cls.from_pretrained(folder, output_loading_info=True, **arguments)
-    missing = sorted(loading["missing_keys"])
-    if needed := [name for name in missing if not name.startswith(tuple(optional))]:
-        raise ValueError(
-            f"{folder} has no weights for {cls.__name__}: {needed[0]} and {len(needed) - 1} more are missing and "
-            "would be random"
-        )
+    model, missing, _ = read_weights(cls, folder, **arguments)
     rows = vocabulary_rows(tokenizer)
     if rows > model.config.vocab_size:
         raise ValueError(
@@ -93,42 +82,6 @@ def load_model(
             "do not belong together"
         )
     return model.eval().to(device), tokenizer, missing
-
-
-@contextmanager
-def readable_weights(source: str | Path) -> Iterator[None]:
-    """ValueError where the weights of ``source`` are cut short, damaged, or a pickle of more than tensors.
-
-    The checksums of a run's checkpoint are compared first.
-    """
-    if (Path(source) / "checksums.json").is_file():
-        try:
-            checkpoint.read(Path(source))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"checkpoint {source} is damaged: {error}") from error
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {source} are damaged or cut short: {error}") from error
-    except (pickle.UnpicklingError, EOFError) as error:  # torch's own message proposes to run what the file says
-        raise ValueError(
-            f"the weights in {source} are a pickle that is damaged, or holds more than tensors and might run code; it "
-            "was not loaded: have them as model.safetensors"
-        ) from error
-
-
-@contextmanager
-def silent_transformers() -> Iterator[None]:
-    """No progress bars and no reports of transformers meanwhile: what they would tell is checked and raised here."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 class Candidate(NamedTuple):

@@ -11,9 +11,9 @@ from transformers import BertConfig, PreTrainedConfig
 
 from bert_fast.data import load_tokenizer, special_ids
 from bert_fast.data.tokenizer import vocabulary_rows
-from bert_fast.inference import readable_weights, silent_transformers
 from bert_fast.model import BertForPreTraining
 from bert_fast.train.config import SIZES, ConfigError, PretrainConfig
+from bert_fast.weights import UnfitWeights, read_weights
 
 POSITIONS = 512  # as published, whatever length is trained on
 WITHOUT_EFFECT = {  # in configuration files of published BERTs, and read by nobody any more
@@ -108,29 +108,25 @@ def comparable(config: BertConfig) -> dict:
 def new_model(config: PretrainConfig, made: BertConfig, seed: int) -> tuple[BertForPreTraining, list[str]]:
     """A model with fresh weights drawn from ``seed``, or those of ``--init-from``; and what there is to say of it.
 
-    Heads and pooler that the checkpoint lacks are drawn; ConfigError where it lacks more or has no weights to read.
+    Heads and pooler that the checkpoint lacks are drawn; ConfigError where its other weights are not the model's own
+    (see :func:`bert_fast.weights.read_weights`) or there are none to read.
     """
     torch.manual_seed(seed)
     if not config.init_from:
         return BertForPreTraining(made), []
     try:
-        with silent_transformers(), readable_weights(config.init_from):
-            model, info = BertForPreTraining.from_pretrained(
-                config.init_from, config=made, dtype=torch.float32, output_loading_info=True
-            )
+        model, missing, unused = read_weights(
+            BertForPreTraining, config.init_from, optional=("cls.", "bert.pooler."), config=made, dtype=torch.float32
+        )
     except OSError as error:
         raise ConfigError(f"--init-from {config.init_from}: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if needed := [name for name in missing if not name.startswith(("cls.", "bert.pooler."))]:
-        raise ConfigError(
-            f"--init-from {config.init_from} has no weights of a BERT's encoder: {needed[0]} and {len(needed) - 1} "
-            "more are missing and would be random"
-        )
+    except UnfitWeights as error:
+        raise ConfigError(f"--init-from {error}") from error
     notes = []
     if missing:
         notes.append(f"{config.init_from} lacks {', '.join(missing)}: drawn at random")
-    if unexpected := sorted(info["unexpected_keys"]):
-        notes.append(f"of {config.init_from} not used: {', '.join(unexpected)}")
+    if unused:
+        notes.append(f"of {config.init_from} not used: {', '.join(unused)}")
     return model, notes
 
 

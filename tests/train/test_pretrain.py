@@ -356,7 +356,7 @@ def test_a_checkpoint_that_would_leave_the_encoder_random_is_refused(configure, 
     bert.config.save_pretrained(tmp_path / "weightless")
     for source, message in (
         ("roberta", "roberta is a model of type 'roberta'; this engine trains BERT"),
-        ("shallow", "no weights of a BERT's encoder: bert.encoder.layer.1.attention.* and 15 more are missing"),
+        ("shallow", "no weights for BertForPreTraining: bert.encoder.layer.1.attention.* and 15 more are missing"),
         ("weightless", "--init-from .*weightless: .*model.safetensors"),
         ("nowhere/nothing", "nowhere/nothing is no checkpoint of transformers"),
     ):
