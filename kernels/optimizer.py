@@ -38,9 +38,9 @@ _captured: list[Tensor] = []  # tables that a graph copies from or reads; it may
 
 @triton.jit
 def _at(table_ptr, row, tensors, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in ``row`` of a table (rows, tensors)."""
+    """The address in ``row`` of a table (rows, tensors); ALIGNED[row]: all addresses in it are multiples of 16."""
     pointer = tl.load(table_ptr + row * tensors + tensor).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
+    if ALIGNED[row]:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
@@ -352,7 +352,8 @@ class _Work:
             "chunk_ptr": chunks,
             "tensors": len(first),
             "DTYPE": _DTYPES[first[0].dtype],
-            "ALIGNED": all(address % 16 == 0 for row in addresses for address in row),
+            # by kind of tensor: a gradient in another's bucket may lie 8 bytes off, weights and moments do not
+            "ALIGNED": tuple(all(address % 16 == 0 for address in kind) for kind in addresses),
             **_CONFIG,
         }
 
@@ -467,13 +468,17 @@ def aot_cases(capability: int) -> list[dict]:
             (_optimizer_lamb_moments_kernel, "lamb moments", {**rates, "partial_ptr": "*fp32"}, betas),
             (_optimizer_lamb_apply_kernel, "lamb apply", {**rates, "ratio_ptr": "*fp32"}, {"eps": "fp32"}),
         ):
-            constants = {"DTYPE": dtype, "ALIGNED": True}
-            cases.append(
-                rows.aot_case(
-                    kernel, f"optimizer {name} {dtype.name}", {**tables, **pointers}, {"tensors": "i32", **scalars},
-                    constants, _CONFIG,
-                )
-            )  # fmt: skip
+            for but in ("", ", gradients off"):
+                if but and kernel not in (_optimizer_adamw_kernel, _optimizer_lamb_moments_kernel):
+                    continue  # the others have no gradients in that row
+                aligned = tuple(not but or row != _GRAD.value for row in range(5))
+                constants = {"DTYPE": dtype, "ALIGNED": aligned}
+                cases.append(
+                    rows.aot_case(
+                        kernel, f"optimizer {name} {dtype.name}{but}", {**tables, **pointers},
+                        {"tensors": "i32", **scalars}, constants, _CONFIG,
+                    )
+                )  # fmt: skip
     pointers = {"step_ptr": "*fp32", "norm_ptr": "*fp32", "skipped_ptr": "*i64", "rate_ptr": "*fp32"}
     pointers |= {"clip_ptr": "*fp32"}
     groups = {"lrs": ("*fp64", "*fp64"), "decays": ("fp32", "fp32"), "firsts": ("fp32", "fp32")}

@@ -1,6 +1,7 @@
 """The optimisers: every backend against float64, PyTorch's AdamW, LAMB as its paper has it; what is never changed."""
 
 import copy
+import importlib
 import math
 import os
 import pickle
@@ -281,6 +282,37 @@ def test_state_comes_back_bit_for_bit(backend, kind):
     for a, b in zip(bits(whole, optimizer), bits(resumed, other), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_lie_in_a_bucket(backend, kind, dtype, monkeypatch):
+    """As DistributedDataParallel lays them: one behind another, so at any address. The bits are the same, and weights
+    and moments are still accessed by 16 bytes."""
+    plain, bucketed = parameters(dtype), parameters(dtype)
+    expected = bits(plain, train(backend, kind, plain))
+    bucket, seen = torch.empty(1 + sum(p.numel() for p in bucketed), dtype=dtype, device=DEVICE), []
+    if backend == "triton":
+        kernels = importlib.import_module("bert_fast.kernels.optimizer")
+
+        class Work(kernels._Work):
+            def __init__(self, lists):
+                super().__init__(lists)
+                seen.append((len(lists), self.arguments["ALIGNED"]))
+
+        monkeypatch.setattr(kernels, "_Work", Work)
+    optimizer = build(kind, bucketed)
+    with dispatch.use_backend(optimizer=backend):
+        for step in range(3):
+            gradients(bucketed, step)
+            places = bucket[1:].split([p.numel() for p in bucketed])
+            for p, place in zip(bucketed, places, strict=True):
+                p.grad = place.view(p.shape).copy_(p.grad)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(expected, bits(bucketed, optimizer), strict=True))
+    for kinds, aligned in seen:
+        assert aligned == ((False,) if kinds == 1 else (True, True, False, True, True))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="threads of a CPU")
