@@ -777,7 +777,7 @@ def mlm_loss(
 
     hidden (M, H), word (V, H), bias (V,) floating; labels (M,) int64, 0 .. V-1 or ``ignore_index``. The sum
     over labelled positions is divided by ``normalizer`` (1 element; default: their number; loss 0 and zero
-    gradients where there is none). Logits exist for at most ``chunk`` positions at a time (default: 4096 on a GPU,
+    gradients where it is 0). Logits exist for at most ``chunk`` positions at a time (default: 4096 on a GPU,
     1024 elsewhere). The gradients are made in the forward pass: three matrix products, where recomputing in the
     backward takes five. Products are in hidden's dtype, gradients in their inputs' dtypes, summed in float32.
     Raises ValueError or TypeError for shapes, devices and dtypes that do not fit, IndexError for labels out of

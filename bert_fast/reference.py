@@ -24,6 +24,11 @@ def _accumulate(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def divisor(count: Tensor) -> Tensor:
+    """What a sum over ``count`` items is divided by; infinity for 0, so that it and its gradients are 0."""
+    return count.where(count != 0, math.inf)
+
+
 def _drop_hidden(x: Tensor, row_key: Tensor, rng_key: Tensor, p: float, site: int) -> Tensor:
     if p == 0.0:
         return x
@@ -394,14 +399,14 @@ def mlm_loss_fwd(
     gradients of loss with respect to hidden, word and bias, each in its input's dtype (else empty).
 
     loss = sum over labels != ignore_index of (logsumexp(logits) - logits[label]) / normalizer; the default
-    normalizer is the number of such labels, and the loss is 0 with zero gradients where there is none.
-    ``normalizer`` has one element. Logits are held for at most ``chunk`` positions. Products are in hidden's dtype:
+    normalizer is the number of such labels, and the loss is 0 with zero gradients where it is 0. It has one element.
+    Logits are held for at most ``chunk`` positions. Products are in hidden's dtype:
     d logits = (softmax - onehot) / normalizer, d hidden = d logits @ word, d word = d logits^T @ hidden.
     """
     exact = hidden.dtype == torch.float64
     total = torch.float64 if exact else torch.float32
     valid = labels != ignore_index
-    count = valid.sum().clamp(min=1) if normalizer is None else normalizer.reshape(())
+    count = divisor(valid.sum() if normalizer is None else normalizer.reshape(()))
     table, table_bias = word.to(hidden.dtype), bias.to(total)
     grad_hidden = torch.empty_like(hidden) if with_grads else hidden.new_empty(0)
     grad_word = torch.zeros(word.shape if with_grads else (0,), dtype=total, device=word.device)

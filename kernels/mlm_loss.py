@@ -35,6 +35,7 @@ import triton.language as tl
 
 from .. import choice
 from ..products import multiply
+from ..reference import divisor
 from . import rows
 
 Tensor = torch.Tensor
@@ -197,8 +198,8 @@ def mlm_loss_fwd(
     rows.check_tensors("mlm_loss", hidden=hidden, word=word, bias=bias)
     (positions, columns), vocabulary, device = hidden.shape, word.shape[0], hidden.device
     if normalizer is None:
-        normalizer = (labels != ignore_index).sum().clamp(min=1)
-    inverse = normalizer.reshape(1).float().reciprocal()
+        normalizer = (labels != ignore_index).sum()
+    inverse = divisor(normalizer).reshape(1).float().reciprocal()
     # fp16 has too few exponents for probabilities over thousands of positions: divide after the products.
     divide_late = hidden.dtype == torch.float16
     scale = torch.ones_like(inverse) if divide_late else inverse

@@ -195,12 +195,28 @@ def test_an_update_that_is_not_finite_is_decided_inside():
         step = prepare(build(recorder=recorder))
         apply(step, 1)
         before = [p.detach().clone() for p in step.parameters]
-        outcome = apply(step, 2, predicted=0)  # a sum divided by nothing
+        outcome = apply(step, 2, predicted=float("nan"))
         assert not bool(outcome.scalars.isfinite().all())
         assert same(before, [p.detach() for p in step.parameters])
         assert int(step.optimizer.skipped) == 1
         found.append(trained(step))
     assert same(*found)
+
+
+@pytest.mark.parametrize("recorder", [None, *recorders()])
+def test_an_update_without_labels_is_a_loss_of_zero(recorder):
+    """As of a corpus without words that fit: every micro-batch is like that, and their counts are 0."""
+    step = prepare(build(recorder=recorder))
+    before = [p.detach().clone() for p in step.parameters]
+    none = [b | {k: torch.full_like(b[k], -100) for k in ("masked_labels", "next_sentence_label")} for b in batches(1)]
+    outcome = step(none, seed=1, lr=1e-2, predicted=0, sequences=0)
+    assert outcome.scalars.tolist() == [0.0] * 4
+    assert outcome.finite.all()
+    decayed = [p for group in step.optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+    for p, old in zip(step.parameters, before, strict=True):
+        expected = (1 - 1e-2 * 0.01) * old if any(p is d for d in decayed) else old
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-8)
+    assert not int(step.optimizer.skipped)
 
 
 @pytest.mark.parametrize("recorder", recorders())

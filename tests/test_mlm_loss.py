@@ -101,9 +101,12 @@ def test_normalizer_replaces_the_count(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("positions", [0, 7])
-def test_nothing_labelled_is_zero(backend, positions):
-    hidden, word, bias, labels = _inputs(positions, 60, 16, torch.float32, ignored=1.1)
-    loss, *grads = _run(backend, hidden, word, bias, labels, None, -100, 4, True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [None, 0.0])
+def test_nothing_labelled_is_zero(backend, positions, dtype, count):
+    hidden, word, bias, labels = _inputs(positions, 60, 16, dtype, ignored=1.1)
+    normalizer = None if count is None else torch.tensor(count, device=DEVICE)
+    loss, *grads = _run(backend, hidden, word, bias, labels, normalizer, -100, 4, True)
     assert loss.item() == 0.0
     for grad, like in zip(grads, (hidden, word, bias), strict=True):
         assert torch.equal(grad, torch.zeros_like(like))

@@ -472,10 +472,68 @@ def test_no_masked_position_at_all_gives_zero():
     batch["labels"].fill_(-100)
     for training in (False, True):
         ours.train(training)
-        loss = ours(**batch).loss
-        assert loss == 0
-        loss.backward()
-        assert all(p.grad is None or not p.grad.any() for p in ours.parameters())
+        assert_nothing_is_learnt(ours, ours(**batch).loss)
+
+
+def assert_nothing_is_learnt(model, loss) -> None:
+    """A loss of 0, and gradients of 0 where there are any."""
+    assert loss == 0
+    model.zero_grad()
+    loss.backward()
+    assert all(p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+
+
+def unlabelled(name: str, batch: dict) -> dict:
+    """``batch`` with nothing to predict, as transformers says it."""
+    ignored = S if name == "BertForQuestionAnswering" else -100
+    labels = ("labels", "next_sentence_label", "start_positions", "end_positions")
+    return batch | {key: torch.full_like(batch[key], ignored) for key in labels if key in batch}
+
+
+@pytest.mark.parametrize("count", [None, 0, 0.0, torch.tensor(0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HEADS[1:])
+def test_nothing_to_predict_is_a_loss_of_zero(name, dtype, count):
+    """A count of 0 is what Trainer passes with such a batch."""
+    ours = getattr(bert_fast, name)(config(**qa(name))).to(DEVICE, dtype)
+    batch = unlabelled(name, inputs_of(name, mask_of("right"))) | {"num_items_in_batch": count}
+    for training in (False, True):
+        ours.train(training)
+        assert_nothing_is_learnt(ours, ours(**batch).loss)
+        if name == "BertForPreTraining":
+            assert_nothing_is_learnt(ours, ours(**batch, num_sequences_in_batch=count).loss)
+
+
+@pytest.mark.parametrize("count", [None, 0])
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [
+        ("regression", torch.zeros(0, 3)),
+        ("regression", torch.zeros(0, 1)),
+        ("single_label_classification", torch.zeros(0, dtype=torch.long)),
+        ("multi_label_classification", torch.zeros(0, 3)),
+    ],
+)
+def test_no_sequence_at_all_is_a_loss_of_zero(problem, labels, count):
+    changes = {"problem_type": problem, "num_labels": labels.shape[-1] or 3}
+    ours = bert_fast.BertForSequenceClassification(config(**changes)).to(DEVICE)
+    loss = ours(_long(0, S), labels=labels.to(DEVICE), num_items_in_batch=count).loss
+    assert_nothing_is_learnt(ours, loss)
+
+
+def test_next_sentences_are_learnt_beside_no_masked_token():
+    """The count of sequences says how much the NSP loss weighs; of tokens there are none."""
+    reference, ours = pair("BertForPreTraining")
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    batch["labels"].fill_(-100)
+    order = batch["next_sentence_label"]
+    logits = reference(**batch).seq_relationship_logits
+    expected = torch.nn.functional.cross_entropy(logits, order)
+    expected.backward()
+    got = ours.train()(**batch, num_items_in_batch=0, num_sequences_in_batch=B).loss
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+    got.backward()
+    assert_same_gradients(ours, reference)
 
 
 def test_logits_in_training():

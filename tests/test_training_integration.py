@@ -130,6 +130,17 @@ def test_trainer_accumulation_is_exact_for_pretraining_with_even_masks(accumulat
     assert_same_tensors(train(ours, rows, tmp_path, accumulation=accumulation), expected)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", ["BertForPreTraining", "BertForMaskedLM"])
+def test_trainer_goes_on_after_a_batch_without_a_masked_token(name, accumulation, tmp_path):
+    """Trainer counts 0 items there; the update learns nothing."""
+    _, ours = pair(name)
+    rows = [{k: v for k, v in row.items() if name == "BertForPreTraining" or k != "next_sentence_label"}
+            for row in pretraining_rows([24, 5, 17, 9], [0] * 4)]  # fmt: skip
+    changes = train(ours, rows, tmp_path, accumulation=accumulation)
+    assert all(torch.equal(change, torch.zeros_like(change)) for change in changes.values())
+
+
 @pytest.mark.xfail(strict=False, reason="huggingface/transformers#47688: the update grows with the number of steps")
 def test_trainer_accumulation_of_transformers_itself(tmp_path):
     theirs, _ = pair("BertForPreTraining")

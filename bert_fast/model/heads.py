@@ -19,6 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops, packing
+from ..reference import divisor
 from .base import BertPreTrainedModel, Rows
 from .layers import plain
 from .losses import as_tensor, cross_entropy, elementwise, with_zero_gradients
@@ -148,7 +149,7 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
             nsp = cross_entropy(nsp_logits.view(-1, 2), next_sentence_label.view(-1), count)
             items = kwargs.get("num_items_in_batch")
             if count is None and items is not None and targets is not None:
-                nsp = (nsp * ((targets != -100).sum() / as_tensor(items, nsp))).to(nsp.dtype)
+                nsp = (nsp * ((targets != -100).sum() / divisor(as_tensor(items, nsp)))).to(nsp.dtype)
             loss = nsp if loss is None else loss + nsp
         elif loss is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             unused = [*self.cls.seq_relationship.parameters(), *self.bert.pooler.parameters()]

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from ..reference import divisor
+
 Tensor = torch.Tensor
 
 
@@ -17,20 +19,20 @@ def as_tensor(count, like: Tensor) -> Tensor | None:
 def cross_entropy(logits: Tensor, labels: Tensor, count=None, ignore_index: int = -100) -> Tensor:
     """Cross-entropy of logits (N, C) and labels (N,): the sum over labels != ignore_index divided by ``count``.
 
-    ``count`` (int or tensor) defaults to their number; no such label at all gives 0, not NaN.
+    ``count`` (int or tensor) defaults to their number; a count of 0 gives 0, not NaN.
     """
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    if count is None:
-        return total / (labels != ignore_index).sum().clamp(min=1)
-    return (total / as_tensor(count, logits)).to(total.dtype)
+    items = (labels != ignore_index).sum() if count is None else as_tensor(count, logits)
+    return (total / divisor(items)).to(total.dtype)
 
 
 def elementwise(loss, prediction: Tensor, target: Tensor, count=None) -> Tensor:
-    """``loss`` (mse_loss, binary_cross_entropy_with_logits) averaged over its elements, or divided by ``count``."""
-    if count is None:
+    """``loss`` (mse_loss, binary_cross_entropy_with_logits) averaged over its elements, or divided by ``count``; 0
+    where there is none."""
+    if count is None and prediction.numel():
         return loss(prediction, target)
     total = loss(prediction, target, reduction="sum")
-    return (total / as_tensor(count, prediction)).to(total.dtype)
+    return total if count is None else (total / divisor(as_tensor(count, prediction))).to(total.dtype)
 
 
 class _WithZeroGradients(torch.autograd.Function):

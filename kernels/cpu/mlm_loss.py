@@ -28,7 +28,7 @@ def mlm_loss_fwd(
     if torch.float64 in (hidden.dtype, word.dtype, bias.dtype):
         return reference.mlm_loss_fwd(hidden, word, bias, labels, normalizer, ignore_index, chunk, with_grads)
     valid = labels != ignore_index
-    count = valid.sum().clamp(min=1).float() if normalizer is None else normalizer.reshape(()).float()
+    count = reference.divisor(valid.sum() if normalizer is None else normalizer.reshape(())).float()
     scale, targets = float(1.0 / count), labels.where(valid, -1)
     positions, vocabulary = hidden.shape[0], word.shape[0]
     once = positions <= chunk  # then nothing is summed
