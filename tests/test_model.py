@@ -196,6 +196,85 @@ def test_four_dimensional_masks():
     assert_same_gradients(ours, reference)
 
 
+LOWEST = torch.finfo(torch.float32).min
+
+
+def blind_mask(kind: str) -> torch.Tensor:
+    """A 4-D mask with queries that may see no key at all, as padding has them where both sides are masked."""
+    allowed = torch.rand(1 if kind == "shared" else B, 3 if kind == "heads" else 1, S, S, device=DEVICE) < 0.6
+    allowed |= torch.eye(S, dtype=torch.bool, device=DEVICE)
+    real = mask_of("right").bool()[: len(allowed), None]
+    if kind == "shared":
+        real = real & (torch.arange(S, device=DEVICE) < 6)
+    keys, queries = real[:, :, None], real[..., None]
+    if kind == "bool":
+        return allowed & keys & queries
+    if kind == "keys":
+        return torch.zeros(keys.shape, device=DEVICE).masked_fill(~keys, -torch.inf)
+    if kind == "lowest":
+        return torch.zeros(allowed.shape, device=DEVICE).masked_fill(~(allowed & keys & queries), LOWEST)
+    if kind == "twice":  # -inf where both are
+        blank = torch.zeros(B, 1, S, S, device=DEVICE)
+        return blank.masked_fill(~keys, LOWEST) + blank.masked_fill(~queries, LOWEST)
+    if kind == "nothing":
+        return torch.full((B, 1, S, S), -torch.inf, device=DEVICE)
+    return torch.zeros(allowed.shape, device=DEVICE).masked_fill(~(allowed & keys & queries), -torch.inf)
+
+
+def sdpa_pair(name: str, dtype: torch.dtype = torch.float32):
+    reference, ours = pair(name, attn_implementation="sdpa", **qa(name))
+    return reference.to(dtype), ours.to(dtype)
+
+
+BLIND = ["infinite", "bool", "twice"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in HEADS if name != "BertForMultipleChoice" for kind in BLIND]  # which takes 2-D masks alone
+    + [("BertForPreTraining", kind) for kind in ("lowest", "keys", "shared", "heads", "nothing")],
+)
+def test_queries_that_see_no_key_are_finite(name, kind):
+    """As in transformers' default, sdpa; its mathematical form, as flash's backward on a CPU errs for the lowest."""
+    reference, ours = sdpa_pair(name)
+    batch = inputs_of(name) | {"attention_mask": blind_mask(kind)}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = reference(**batch)
+        loss_of(expected).backward()
+    for extra in ({}, {"output_attentions": True}):  # there transformers takes eager, whose weights are NaN
+        ours.zero_grad()
+        got = ours.train()(**batch, **extra)
+        torch.testing.assert_close(loss_of(got), loss_of(expected), **TOLERANCE)
+        loss_of(got).backward()
+        assert_same_gradients(ours, reference)
+    assert all(weights.isfinite().all() for weights in got.attentions)
+    assert_same_outputs(ours.eval()(**batch), expected)
+
+
+@pytest.mark.parametrize("kind", BLIND)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["autocast", "pure", "mask in float32"])
+def test_queries_that_see_no_key_in_sixteen_bits(mode, dtype, kind):
+    """Against float32 with the mask as its dtype has it: half precision's lowest number is no infinity."""
+    exact, ours = sdpa_pair("BertForTokenClassification")
+    batch, mask = inputs_of("BertForTokenClassification"), blind_mask(kind)
+    if mode == "pure" and mask.dtype != torch.bool:
+        mask = mask.clamp(min=torch.finfo(dtype).min).where(mask.isfinite(), mask).to(dtype)
+    if mode != "autocast":
+        ours.to(dtype)
+    losses = []
+    for model, given, autocast in ((exact, mask if mask.dtype == torch.bool else mask.float(), False),
+                                   (ours, mask, mode == "autocast")):  # fmt: skip
+        kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with kernel, torch.autocast(DEVICE, dtype, enabled=autocast):
+            losses.append(loss_of(model(**batch, attention_mask=given)))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1].float(), losses[0], atol=0.05, rtol=0.05)
+    for mine, true in zip(ours.parameters(), exact.parameters(), strict=True):
+        if true.grad is not None:
+            assert (mine.grad.float() - true.grad).norm() <= 0.1 * true.grad.norm() + 0.01
+
+
 @pytest.mark.parametrize("kind", ["none", "right", "holes"])
 def test_embeddings_positions_states_and_attentions(kind):
     reference, ours = pair("BertModel")

@@ -324,7 +324,7 @@ def _bias_of(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
             f"{length})"
         )
     if mask.dtype == torch.bool:
-        return packing.attention_bias(mask, torch.float32)
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
     if not mask.is_floating_point():
         raise TypeError(
             f"a 4-D attention_mask has dtype {mask.dtype}, expected bool (True: attended) or floating (added)"

@@ -223,7 +223,10 @@ def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, wher
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, v = dense.to(total).permute(2, 0, 3, 1, 4)  # each (B, A, S, D)
         scores = scale * (q @ k.transpose(2, 3))
-        weights = torch.softmax(scores if layout.bias is None else scores + layout.bias.to(total), dim=-1)
+        if layout.bias is None:
+            weights = torch.softmax(scores, dim=-1)
+        else:  # 0, and not NaN, for a query that sees no key (a bias of -inf), as transformers' sdpa has it
+            weights = torch._safe_softmax(scores + layout.bias.to(total), dim=-1)
         if p:
             row_key = packing.unpack(layout, layout.row_key)  # (B, S)
             keep = random.attention_keep_mask(layout.rng_key, row_key.flatten(), heads, layout.length, p, where)
