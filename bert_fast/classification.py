@@ -1,132 +1,32 @@
 """Fine-tuning for the classification of sentences and sentence pairs, on ``transformers.Trainer``."""
 
-import csv
-import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import BertTokenizerFast, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertTokenizerFast,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
+from bert_fast.examples import Example, doubtful_labels, label_names, label_value, read_examples, well_formed_examples
 from bert_fast.inference import load_model, model_folder
 from bert_fast.model import BertForSequenceClassification
-from bert_fast.weights import silent_transformers
+from bert_fast.weights import read_weights, silent_transformers
 
+__all__ = ["Example", "finetune", "label_names", "read_examples"]
 
-class Example(NamedTuple):
-    """A sentence, or a pair of them, with its label as the file has it."""
-
-    text: str
-    pair: str | None
-    label: str
-
-
-def read_examples(
-    path: str | Path, *, text: str | None = None, pair: str | None = None, label: str | None = None
-) -> list[Example]:
-    """The examples of a .tsv, .csv or .jsonl file.
-
-    ``text``, ``pair`` and ``label`` name columns (then the first line is a header) or JSON keys, or number columns
-    from 0, -1 being the last (then there is no header). Default: "text" and "label" of JSON lines, else the first
-    column and the last; no pair. In .tsv a quotation mark is a character like any other. Raises ValueError naming the
-    line that does not fit, FileNotFoundError where there is no file.
-    """
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in (".tsv", ".csv", ".jsonl", ".ndjson"):
-        raise ValueError(f"{path}: its name must end with .tsv, .csv or .jsonl")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
-            if kind in (".jsonl", ".ndjson"):
-                examples = list(_from_json(path, file, text or "text", pair, label or "label"))
-            else:
-                columns = (text or "0", pair, label or "-1")
-                examples = list(_from_table(path, file, "\t" if kind == ".tsv" else ",", *columns))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if not examples:
-        raise ValueError(f"{path} holds no example")
-    return examples
-
-
-def _from_json(path: Path, lines: Iterable[str], text: str, pair: str | None, label: str) -> Iterator[Example]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            name = "" if values[label] is None else str(values[label])
-            found = Example(values[text], None if pair is None else values[pair], name)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no JSON object with {text!r} and {label!r}: {error}") from error
-        if not all(isinstance(part, str) for part in found[: 1 if pair is None else 2]):
-            raise ValueError(f"{path}, line {number}: {text!r} is no text")
-        yield _labelled(found, path, number)
-
-
-def _from_table(
-    path: Path, lines: Iterable[str], delimiter: str, text: str, pair: str | None, label: str
-) -> Iterator[Example]:
-    rows = csv.reader(
-        lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL, strict=True
-    )
-    names = [name for name in (text, pair, label) if name is not None]
-    numbered = all(name.lstrip("-").isdigit() for name in names)
-    header = None if numbered else next(rows, [])
-    if header is not None and (missing := [name for name in names if name not in header]):
-        raise ValueError(f"{path}: no column {missing[0]!r} in its header: {', '.join(header)}")
-    places = [None if n is None else int(n) if numbered else header.index(n) for n in (text, pair, label)]
-    try:
-        for row in rows:
-            if not row:
-                continue
-            try:
-                found = [None if place is None else row[place] for place in places]
-            except IndexError:
-                raise ValueError(f"{path}, line {rows.line_num}: only {len(row)} columns") from None
-            if len(row) < len(names):
-                raise ValueError(f"{path}, line {rows.line_num}: only {len(row)} columns")
-            yield _labelled(Example(*found), path, rows.line_num)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
-
-
-def _labelled(example: Example, path: Path, line: int) -> Example:
-    if not example.label.strip():
-        raise ValueError(f"{path}, line {line}: the label is empty: leave out what has none")
-    return example
-
-
-def label_names(examples: Iterable[Example]) -> list[str]:
-    """The labels that occur, in order: by number where all are whole numbers, else by name.
-
-    ValueError for one only, and for numbers of which some have a fraction.
-    """
-    names = {example.label for example in examples}
-    if len(names) < 2:
-        raise ValueError(f"classification needs two labels at least; the examples have only {names or 'none'}")
-    if fractions := _fractions(names):
-        raise ValueError(
-            f"the labels are numbers with a fraction, as {fractions[0]}: regression is not what finetune does; give "
-            "classes names"
-        )
-    try:
-        return sorted(names, key=int)
-    except ValueError:
-        return sorted(names)
-
-
-def _fractions(names: set[str]) -> list[str]:
-    """Those with a fraction, where all are numbers."""
-    try:
-        numbers = {name: float(name) for name in names}
-    except ValueError:
-        return []
-    return sorted(name for name, number in numbers.items() if math.isfinite(number) and not number.is_integer())
+# Only a head may be drawn, and a pooler that pre-training without next-sentence prediction did not train.
+LOADING = {"optional": ("bert.pooler.",), "drawn": ("classifier.",), "dtype": torch.float32}
 
 
 def finetune(
@@ -148,38 +48,49 @@ def finetune(
     from_scratch: bool = False,
     on_step: Callable[[int, int, float | None], None] | None = None,
     on_epoch: Callable[[dict], None] | None = None,
-    on_warning: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+    on_warning: Callable[[str], None] = warnings.warn,
 ) -> dict:
     """Trains a BertForSequenceClassification from the run or Hugging Face folder ``model`` and measures it.
 
-    Examples are cut to ``max_length`` tokens (None: 128, or the model's positions if fewer). Returns {"accuracy",
-    "loss", "majority", "examples", "labels", "epochs"} on ``validation``; "majority" is the accuracy of always
-    saying ``train``'s most frequent label. ``out`` gets the model and the tokenizer, as a Hugging Face folder.
-    ``dropout`` is that of hidden states and attention (None: the model's own). ``from_scratch`` keeps the
-    architecture and the tokenizer, with random weights: what pre-training is worth is the difference. ``precision``
-    is "fp32" or "bf16" (autocast). ``on_step(step, steps, loss)`` is called after every update, ``on_epoch`` with the
-    measures after every epoch, ``on_warning`` where labels are more than half as many as examples. The same seed gives
-    the same weights. Raises ValueError for examples that do not fit together or begin with the names of columns and for
-    labels that are numbers with a fraction, FloatingPointError where the loss is not finite in the end.
+    Labels with one :func:`bert_fast.examples.label_value` are one class. A head that ``model`` has keeps its rows for
+    the labels that it names; the others are drawn. Weights are float32, whatever they were saved as. Examples are cut
+    to ``max_length`` tokens (None: 128, or the model's positions if fewer). ``out`` gets the model and the tokenizer,
+    as a Hugging Face folder. ``dropout`` is that of hidden states and attention (None: the model's own).
+    ``from_scratch`` keeps the architecture and the tokenizer, with random weights: what pre-training is worth is the
+    difference. ``precision`` is "fp32" or "bf16" (autocast). The same seed gives the same weights. Returns
+
+    accuracy, loss      on ``validation``
+    majority            the accuracy there of always saying ``train``'s most frequent label
+    examples, labels    how many ``validation`` has; the names of the classes
+    epochs, seq         as trained: ``max_length`` is the latter
+    head                where its weights come from, in words
+    cut                 how many examples of "train" and of "validation" were cut
+    empty               examples with an empty text, of both
+    shared              examples of ``validation`` whose texts ``train`` has, too
+
+    ``on_step(step, steps, loss)`` is called after every update, ``on_epoch`` with the measures after every epoch,
+    ``on_note`` with ``head``, ``on_warning`` with what is doubtful in the labels and how many lone surrogates became
+    U+FFFD. Raises ValueError for examples that do not fit together or begin with the names of columns and for labels
+    that are numbers with a fraction, FloatingPointError where the loss is not finite in the end.
     """
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
-    labels = label_names(train)
-    _require_no_header(train, validation, labels)
-    if unknown := sorted({example.label for example in validation} - set(labels)):
-        raise ValueError(f"the validation examples have the label {unknown[0]!r}, which no training example has")
-    if len({example.pair is None for example in (*train, *validation)}) > 1:
-        raise ValueError("some examples are pairs and others are not")
-    if on_warning is not None and 2 * len(labels) > len(train):
-        on_warning(f"{len(labels)} labels for {len(train)} training examples: is the right column the label (--label)?")
+    train, validation, labels = _examples(train, validation, on_warning)
     torch.manual_seed(seed)
-    network, tokenizer = _network(model, labels, dropout, from_scratch)
+    network, tokenizer, head = _network(model, labels, dropout, from_scratch)
+    if on_note is not None:
+        on_note(head)
     positions = network.config.max_position_embeddings
     max_length = min(128, positions) if max_length is None else max_length
     if not 8 <= max_length <= positions:
         raise ValueError(f"sequences of {max_length} tokens: it must be 8 to the model's {positions} positions")
+    parts = {
+        name: _encoded(part, tokenizer, labels, max_length)
+        for name, part in (("train", train), ("validation", validation))
+    }
     report = _Report(on_step, on_epoch)
     with tempfile.TemporaryDirectory() as scratch:  # Trainer wants a folder; nothing is written there
         trainer = Trainer(
@@ -204,8 +115,8 @@ def finetune(
                 disable_tqdm=True,
                 dataloader_pin_memory=device != "cpu",
             ),
-            train_dataset=_encoded(train, tokenizer, labels, max_length),
-            eval_dataset=_encoded(validation, tokenizer, labels, max_length),
+            train_dataset=parts["train"].rows,
+            eval_dataset=parts["validation"].rows,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
             callbacks=[report],
@@ -218,15 +129,40 @@ def finetune(
         with silent_transformers():
             network.save_pretrained(out)
             tokenizer.save_pretrained(out)
-    most = max(labels, key=[example.label for example in train].count)
+    classes = [row["labels"] for row in parts["train"].rows]
+    most = max(range(len(labels)), key=classes.count)
+    texts = {(example.text, example.pair) for example in train}
     return {
         "accuracy": report.measured["accuracy"],
         "loss": report.measured["loss"],
-        "majority": sum(example.label == most for example in validation) / len(validation),
+        "majority": sum(row["labels"] == most for row in parts["validation"].rows) / len(validation),
         "examples": len(validation),
         "labels": labels,
         "epochs": epochs,
+        "seq": max_length,
+        "head": head,
+        "cut": {name: part.cut for name, part in parts.items()},
+        "empty": sum(not text.strip() for e in (*train, *validation) for text in (e.text, e.pair) if text is not None),
+        "shared": sum((example.text, example.pair) in texts for example in validation),
     }
+
+
+def _examples(
+    train: list[Example], validation: list[Example], on_warning: Callable[[str], None]
+) -> tuple[list[Example], list[Example], list[str]]:
+    """(train, validation, names of the classes), checked to fit together, as well-formed text."""
+    (train, replaced), (validation, more) = map(well_formed_examples, (train, validation))
+    labels = label_names(train)
+    _require_no_header(train, validation, labels)
+    if unknown := sorted({e.label for e in validation if label_value(e.label) not in set(map(label_value, labels))}):
+        raise ValueError(f"the validation examples have the label {unknown[0]!r}, which no training example has")
+    if len({example.pair is None for example in (*train, *validation)}) > 1:
+        raise ValueError("some examples are pairs and others are not")
+    for text in doubtful_labels(train, validation):
+        on_warning(text)
+    if replaced + more:
+        on_warning(f"{replaced + more:,} lone surrogates in the examples (cut characters) became U+FFFD")
+    return train, validation, labels
 
 
 def _require_no_header(train: list[Example], validation: list[Example], labels: list[str]) -> None:
@@ -244,26 +180,74 @@ def _require_no_header(train: list[Example], validation: list[Example], labels: 
 
 
 def _network(model: str | Path, labels: list[str], dropout: float | None, from_scratch: bool):
-    """The classifier with a new head (or all new), and the tokenizer as ``transformers`` has it."""
+    """(the classifier, the tokenizer as ``transformers`` has it, where the head comes from in words)."""
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    network, _, _ = load_model(
-        BertForSequenceClassification, model, optional=("bert.pooler.",), drawn=("classifier.",),
-        num_labels=len(labels), dtype=torch.float32, **rates,
-    )  # fmt: skip
+    folder = model_folder(model)
+    network, _, drawn = load_model(BertForSequenceClassification, folder, num_labels=len(labels), **LOADING, **rates)
     config = network.config
     config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     config.problem_type = "single_label_classification"
     if from_scratch:
-        network = BertForSequenceClassification(config)
-    return network, BertTokenizerFast.from_pretrained(model_folder(model))
+        network, head = BertForSequenceClassification(config), "all weights are drawn at random"
+    else:
+        head = _set_head(network, folder, labels, drawn)
+    return network, BertTokenizerFast.from_pretrained(folder), head
 
 
-def _encoded(examples: list[Example], tokenizer: BertTokenizerFast, labels: list[str], max_length: int) -> list[dict]:
-    numbers = {name: i for i, name in enumerate(labels)}
+def _set_head(network: BertForSequenceClassification, folder: Path, labels: list[str], drawn: list[str]) -> str:
+    """Gives the head of ``network`` the rows that ``folder``'s own has for ``labels``; what was done, in words.
+
+    ``drawn`` are the weights of ``network`` that ``folder`` did not have, or of another shape.
+    """
+    names = BertConfig.from_pretrained(folder).id2label
+    rows = _rows_of_labels([names[row] for row in sorted(names)], labels)
+    if rows:
+        own, missing, _ = read_weights(BertForSequenceClassification, folder, **LOADING)
+        rows = {} if "classifier.weight" in missing else rows
+    if not rows and "classifier.weight" in drawn:
+        return f"{folder} has no head for these labels: drawn at random are {', '.join(drawn)}"
+    head = torch.nn.Linear(network.config.hidden_size, len(labels))
+    network._init_weights(head)
+    with torch.no_grad():
+        for ours, theirs in rows.items():
+            head.weight[ours], head.bias[ours] = own.classifier.weight[theirs], own.classifier.bias[theirs]
+    network.classifier = head
+    new = [name for place, name in enumerate(labels) if place not in rows]
+    if not rows:
+        return f"the head of {folder} is for {', '.join(names.values())}: a new one is drawn for {', '.join(labels)}"
+    left_out = [name for row, name in names.items() if row not in rows.values()]
+    return f"the head of {folder} is kept, each row for the label that it names" + "".join(
+        f"; {what}: {', '.join(some)}" for what, some in (("drawn at random", new), ("left out", left_out)) if some
+    )
+
+
+def _rows_of_labels(names: list[str], labels: list[str]) -> dict[int, int]:
+    """For each of ``labels`` that a head's rows are ``names`` for, its place and that row.
+
+    The names that transformers gives where there are none, LABEL_0 and so on, stand for 0 and so on where these are
+    all the labels.
+    """
+    numbers = [f"LABEL_{row}" for row in range(len(names))]
+    if names == numbers and {label_value(label) for label in labels} == set(range(len(names))):
+        names = list(map(str, range(len(names))))
+    rows = {label_value(name): row for row, name in enumerate(names)}
+    return {place: rows[value] for place, value in enumerate(map(label_value, labels)) if value in rows}
+
+
+class _Encoded(NamedTuple):
+    """Examples as the model takes them, and how many were cut."""
+
+    rows: list[dict]
+    cut: int
+
+
+def _encoded(examples: list[Example], tokenizer: BertTokenizerFast, labels: list[str], max_length: int) -> _Encoded:
+    numbers = {label_value(name): i for i, name in enumerate(labels)}
     pairs = None if examples[0].pair is None else [example.pair for example in examples]
     encoded = tokenizer([example.text for example in examples], pairs, truncation=True, max_length=max_length)
-    columns = {**encoded, "labels": [numbers[example.label] for example in examples]}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    columns = {**encoded, "labels": [numbers[label_value(example.label)] for example in examples]}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return _Encoded(rows, sum(bool(encoding.overflowing) for encoding in encoded.encodings))
 
 
 class _Report(TrainerCallback):

@@ -91,12 +91,26 @@ def _finetune(options: argparse.Namespace) -> None:
             on_step=lambda step, steps, loss: bar.update(step, "" if loss is None else f"loss {loss:.4f}", loss=loss),
             on_epoch=lambda m: out.note(f"epoch {m['epoch']:g}: accuracy {100 * m['accuracy']:.2f} %, "
                                         f"loss {m['loss']:.4f}"),
+            on_note=out.note,
             on_warning=out.warn,
         )  # fmt: skip
     text = (
         f"accuracy {100 * found['accuracy']:.2f} % on {found['examples']:,} examples, after {found['epochs']:g} epochs "
         f"(the most frequent label: {100 * found['majority']:.2f} %)"
     )
+    if told := _of_the_examples(found):
+        text += f"\n{told}"
     if options.out is not None:
         text += f"\n{options.out}: the classifier, as a Hugging Face folder"
     out.result({"model": options.model, "out": options.out, "from_scratch": options.from_scratch} | found, text)
+
+
+def _of_the_examples(found: dict) -> str:
+    """What of the examples was cut, is empty or stands in both files; empty where nothing."""
+    counts = {
+        f"training examples cut to {found['seq']} tokens": found["cut"]["train"],
+        f"validation examples cut to {found['seq']} tokens": found["cut"]["validation"],
+        "empty texts": found["empty"],
+        "validation examples with texts of training examples": found["shared"],
+    }
+    return "; ".join(f"{number:,} {what}" for what, number in counts.items() if number)

@@ -122,6 +122,144 @@ def test_examples_are_read_as_the_file_has_them(tmp_path):
         assert label_names([Example("", None, label) for label in names]) == names
 
 
+@pytest.fixture
+def with_head(folder, tmp_path):
+    """with_head(names, **fields): a classifier whose labels are ``names``, each row with numbers of its own."""
+
+    def with_head(names, **fields):
+        made = tmp_path / "with-head"
+        config = bert_fast.BertConfig.from_pretrained(folder / "model", num_labels=len(names))
+        config.update({"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}, **fields})
+        model = bert_fast.BertForSequenceClassification(config)
+        model.classifier.bias.data = torch.randn(len(names))
+        model.save_pretrained(made)
+        for path in (folder / "tok").iterdir():
+            (made / path.name).write_bytes(path.read_bytes())
+        return made, model.classifier.weight.detach().clone(), model.classifier.bias.detach().clone()
+
+    return with_head
+
+
+def tuned_head(base, labels, out, **options):
+    """(the head as it is before it learns, what was told of it) when ``base`` is fine-tuned for ``labels``."""
+    told, examples = [], [Example(f"text {label}", None, label) for label in labels] * 4
+    found = finetune(base, examples, examples, out, learning_rate=0.0, epochs=1, on_note=told.append,
+                     on_warning=told.append, **options)  # fmt: skip
+    assert told[-1] == found["head"]
+    model = transformers.BertForSequenceClassification.from_pretrained(out)
+    assert [model.config.id2label[i] for i in range(model.config.num_labels)] == found["labels"]
+    return model.classifier, found["labels"], found["head"]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["positive", "negative"], ["negative", "positive"]),
+        (["c", "a", "b"], ["a", "b", "c"]),
+        (["2", "0", "1"], ["0.0", "1.0", "2.0"]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["2", "0", "1"]),
+        (["LABEL_1", "LABEL_0"], ["LABEL_0", "LABEL_1"]),
+        (["neutral ", "good"], ["good", "neutral"]),
+    ],
+)
+def test_the_rows_of_a_head_follow_the_names_of_their_labels(with_head, tmp_path, names, labels):
+    base, weight, bias = with_head(names)
+    head, found, told = tuned_head(base, labels, tmp_path / "out")
+    by_name = {name.removeprefix("LABEL_").strip(): row for row, name in enumerate(names)}
+    rows = [by_name[name.removeprefix("LABEL_").removesuffix(".0")] for name in found]
+    assert torch.equal(head.weight, weight[rows])
+    assert torch.equal(head.bias, bias[rows])
+    assert "is kept, each row for the label that it names" in told
+    assert "drawn" not in told
+
+
+def test_rows_that_a_head_lacks_are_drawn_and_others_left_out(with_head, tmp_path):
+    base, weight, bias = with_head(["good", "bad", "mixed"])
+    head, found, told = tuned_head(base, ["ugly", "good", "bad"], tmp_path / "out")
+    assert found == ["bad", "good", "ugly"]
+    assert torch.equal(head.weight[:2], weight[[1, 0]])
+    assert torch.equal(head.bias[:2], bias[[1, 0]])
+    assert not any(torch.equal(head.weight[2], row) for row in weight)
+    assert "drawn at random: ugly; left out: mixed" in told
+    head, _, told = tuned_head(base, ["mixed", "bad"], tmp_path / "fewer")
+    assert torch.equal(head.weight, weight[[1, 2]])
+    assert told.endswith("left out: good")
+    head, _, told = tuned_head(base, ["mixed", "bad", "good", "ugly"], tmp_path / "more")
+    assert torch.equal(head.weight[:3], weight[[1, 0, 2]])
+    assert told.endswith("drawn at random: ugly")
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["LABEL_0", "LABEL_1"], ["bad", "good"]),  # whose rows these are, nobody knows
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["1", "2", "3"]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "1"]),
+        (["entailment", "contradiction"], ["bad", "good"]),
+        (["LABEL_0"], ["0", "1"]),  # a regression
+    ],
+)
+def test_a_head_that_names_none_of_the_labels_is_drawn_anew(with_head, tmp_path, names, labels):
+    base, weight, _ = with_head(names)
+    head, _, told = tuned_head(base, labels, tmp_path / "out")
+    assert not any(torch.equal(ours, theirs) for ours in head.weight for theirs in weight)
+    assert "drawn" in told
+    again, _, _ = tuned_head(base, labels, tmp_path / "again")
+    assert torch.equal(head.weight, again.weight)
+
+
+def test_from_scratch_takes_no_row(with_head, tmp_path):
+    base, weight, _ = with_head(["a", "b"])
+    head, _, told = tuned_head(base, ["a", "b"], tmp_path / "out", from_scratch=True)
+    assert not any(torch.equal(ours, theirs) for ours in head.weight for theirs in weight)
+    assert told == "all weights are drawn at random"
+
+
+def test_a_model_without_a_head_says_what_is_drawn(run, folder, files):
+    train, dev = files
+    argv = ("finetune", folder / "model", "--train", train, "--validation", dev, "--epochs", 0.2)
+    assert "has no head for these labels: drawn at random are classifier.bias, classifier.weight" in run(*argv).err
+    assert "drawn at random are" in run(*argv, "--json", "--quiet").result["head"]
+
+
+def test_labels_that_are_one_value_are_learnt_as_one(run, folder, tmp_path):
+    rows = [(text, {"good": "1", "bad": "0"}[label]) for text, label in reviews(60, 4)]
+    plain = write(tmp_path / "plain.tsv", rows)
+    mixed = write(tmp_path / "mixed.tsv", [(t, n + [".0", "", " "][i % 3]) for i, (t, n) in enumerate(rows)])
+    argv = ("finetune", folder / "model", "--epochs", 1, "--lr", "1e-3", "--json", "--quiet", "--validation", mixed)
+    first, second = (run(*argv, "--train", path) for path in (plain, mixed))
+    assert first.result == second.result
+    assert first.result["labels"] == ["0", "1"]
+    (warning,) = [line["text"] for line in second.lines if line["kind"] == "warning"]
+    assert "one value are one class: '0' and '0 ' and '0.0'" in warning
+
+
+def test_lone_surrogates_become_replacement_characters(run, folder, tmp_path):
+    path = tmp_path / "cut.jsonl"
+    lines = [{"text": f"{word} \ud83d", "pair": "\udc00 pair \ud83d\ude00", "label": label} for word, label in
+             [("value", "good\ud800"), ("loop", "bad")] * 4]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run("finetune", folder / "model", "--train", path, "--validation", path, "--pair", "pair", "--epochs", 1,
+               "--out", tmp_path / "out")  # fmt: skip
+    assert done.code == 0
+    assert "40 lone surrogates in the examples (cut characters) became U+FFFD" in done.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["id2label"] == {"0": "bad", "1": "good\ufffd"}
+
+
+def test_what_was_cut_is_empty_or_in_both_files_is_counted(run, folder, tmp_path):
+    train = write(tmp_path / "train.tsv", [("value " * 40, "a"), ("loop", "b"), ("", "a"), ("name " * 40, "b")] * 2)
+    dev = write(tmp_path / "dev.tsv", [("loop", "b"), ("class " * 40, "a"), ("class", "a")])
+    argv = ("finetune", folder / "model", "--train", train, "--validation", dev, "--epochs", 1, "--seq", 16)
+    found = run(*argv, "--json").result
+    assert found["cut"] == {"train": 4, "validation": 1}
+    assert (found["seq"], found["empty"], found["shared"]) == (16, 2, 1)
+    assert (
+        "4 training examples cut to 16 tokens; 1 validation examples cut to 16 tokens; 2 empty texts; "
+        "1 validation examples with texts of training examples"
+    ) in run(*argv, "--quiet").out
+
+
 def test_more_labels_than_half_the_examples_are_told(run, folder, tmp_path):
     for labels, told in (("abcab", "3 labels for 5 training examples"), ("abcabc", "")):
         path = write(tmp_path / "t.tsv", [("some text", label) for label in labels])
