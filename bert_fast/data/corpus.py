@@ -1,12 +1,12 @@
 """Documents of a corpus: text, JSON lines and Parquet, plain, gzip, bzip2 or zstd; streamed in bounded memory."""
 
-import glob
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from bert_fast.data.paths import expand_paths
 from bert_fast.data.sentences import split_sentences
 
 BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n\s*")
@@ -17,35 +17,6 @@ LONGEST_JSON_LINE = 64 << 20
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
-
-
-def expand_paths(paths: str | Path | Iterable[str | Path], *, without: Iterable[Path] = ()) -> list[Path]:
-    """The files that ``paths`` (files, folders, glob patterns) name, each once, sorted within a folder or pattern.
-
-    Of folders and patterns, hidden files in folders are left out, and the files and folders ``without``: results made
-    within the corpus. Raises FileNotFoundError for a path or pattern that matches nothing else.
-    """
-    files: dict[Path, None] = {}
-    without = {left_out.resolve() for left_out in without}
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        path = Path(path)
-        if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.is_file())
-            found = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        elif path.is_file():
-            found = [path]
-        else:
-            found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
-        if without:
-            found = [p for p in found if p == path or not _within(p.resolve(), without)]
-        if not found:
-            raise FileNotFoundError(f"no corpus file at {str(path)!r}: give a file, a folder with files or a pattern")
-        files.update(dict.fromkeys(found))
-    return list(files)
-
-
-def _within(path: Path, those: set[Path]) -> bool:
-    return path in those or not those.isdisjoint(path.parents)
 
 
 def stream_documents(

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from bert_fast.data.corpus import expand_paths, stream_documents
+from bert_fast.data.corpus import stream_documents
 from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.files import sole_writer, write_atomically
+from bert_fast.data.paths import expand_paths
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.shards import finish, map_tensors, prepared_files, shard_made, shard_path, write_shard
 from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_files
