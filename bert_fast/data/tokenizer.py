@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from bert_fast.data.files import write_atomically
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LONGEST_WORD = 100  # characters of a normalized word; a longer one is [UNK]
 # What a PreTrainedTokenizerFast of transformers must be told to serve a BERT.
 SPECIAL_NAMES = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
 MODEL_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
@@ -48,7 +49,7 @@ def berts_tokenizer(
 
     ``strip_accents`` None means as ``lowercase``. ValueError where ``vocabulary`` lacks a special token.
     """
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=chinese_characters_apart,
