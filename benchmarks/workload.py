@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig
 
 from bert_fast.data import (
+    Corpus,
     PretrainingDataset,
     Sample,
     capacities,
@@ -98,11 +99,12 @@ class Workload:
         return self._batch(self._samples([seq, wikipedia_quantiles(2, seq)[0]], seed=0), seq, device)
 
     def _samples(self, lengths: list[int], seed: int) -> list[Sample]:
-        """Samples of exactly ``lengths`` tokens: of each length the first ones cut to it, epoch after epoch."""
-        found = {}
+        """Samples of exactly ``lengths`` tokens, epoch after epoch: of text whose every token may end a sample."""
+        found, ends = {}, self.corpus.sentence_ends
+        text = Corpus(self.corpus.tokens, np.arange(self.tokens + 1), ends[self.corpus.documents])
         for length in set(lengths):
             dataset = PretrainingDataset(
-                self.corpus, self.tokenizer, max_length=max(length, 8), seed=seed, nsp=self.nsp, short_seq_prob=0.0
+                text, self.tokenizer, max_length=max(length, 8), seed=seed, nsp=self.nsp, short_seq_prob=0.0
             )
             samples: list[Sample] = []
             while (missing := lengths.count(length) - len(samples)) > 0:

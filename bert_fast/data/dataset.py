@@ -9,10 +9,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from bert_fast.data.batches import Sample, pack_samples, pad_samples
 from bert_fast.data.encoding import SentenceEncoder
+from bert_fast.data.masking import masked_count
 from bert_fast.data.packing import Capacities, plan_batches
 from bert_fast.data.pairs import NO_LABEL, Corpus, permutation, plan_epoch
 from bert_fast.data.samples import SampleMaker
 from bert_fast.data.tokenizer import bare_tokenizer, continuation_table, special_ids, token_ids, vocabulary_rows
+
+DRAWN = 4096  # samples that are made at a time to count their masks
 
 
 def encode_documents(documents: Iterable[Sequence[str]], tokenizer: Tokenizer) -> Corpus:
@@ -41,7 +44,8 @@ class PretrainingDataset(Dataset):
     """The samples of an epoch, map-style; ``dataset[i]`` is a :class:`Sample`, a function of (seed, epoch, i).
 
     Arguments: a ``corpus``, its ``tokenizer``, ``max_length`` in tokens; ``nsp=False`` gives runs of sentences of
-    one document; ``whole_word`` masks whole words. :meth:`set_epoch` draws new pairs and new masks.
+    one document; ``whole_word`` masks whole words. :meth:`set_epoch` draws new pairs and new masks; which tokens are in
+    which sample is said in ``bert_fast/data/pairs.py``, and ``plan.held`` is how many of the corpus an epoch holds.
     """
 
     def __init__(
@@ -90,20 +94,34 @@ class PretrainingDataset(Dataset):
         indices = np.asarray(indices, dtype=np.int64)
         for index in indices[(indices < 0) | (indices >= len(self))]:
             raise IndexError(f"sample {index} of {len(self)}")
-        return self.make(self.epoch, indices, self.plan.rows(indices), self.max_length)
+        return self.make(self.epoch, indices, self.plan.rows(indices))
 
-    def make(self, epoch: int, indices: np.ndarray, rows: np.ndarray, max_length: int) -> list[Sample]:
+    def predicted(self, indices: np.ndarray) -> np.ndarray:
+        """int64 (n,): how many tokens of samples ``indices`` (n,) are predicted; of whole words they are drawn."""
+        if self.continues is None:
+            return masked_count(self.plan.length[indices] - (3 if self.nsp else 2))
+        blocks = (self.__getitems__(indices[begin : begin + DRAWN]) for begin in range(0, len(indices), DRAWN))
+        return np.array([len(sample.masked_labels) for block in blocks for sample in block], dtype=np.int64)
+
+    def make(self, epoch: int, indices: np.ndarray, rows: np.ndarray) -> list[Sample]:
         """Samples from ``rows`` (n, 5) of a plan (``Plan.rows``) that need not be here."""
         make = SampleMaker(self.corpus, self.seed, self.nsp, self.special, self.vocabulary, self.continues)
-        return make(epoch, indices, rows, max_length)
+        return make(epoch, indices, rows)
 
 
 class PackedBatches(Dataset):
-    """The packed batches of a dataset's current epoch; ``batches[i]`` is :func:`pack_samples` of its i-th bin."""
+    """The packed batches of a dataset's current epoch; ``batches[i]`` is :func:`pack_samples` of its i-th bin.
 
-    def __init__(self, dataset: PretrainingDataset, size: Capacities):
+    ``limit`` takes the first samples of the epoch's order alone. Of whole words it is drawn beforehand how many tokens
+    each sample predicts, which takes as long as making the samples: ``capacities(..., whole_word=True)`` has room.
+    """
+
+    def __init__(self, dataset: PretrainingDataset, size: Capacities, *, limit: int | None = None):
         self.dataset, self.size = dataset, size
-        self.bins = plan_batches(dataset.plan.length, dataset.order(), size, nsp=dataset.nsp)
+        order = dataset.order()[:limit]
+        masked = np.zeros(len(dataset), dtype=np.int64)
+        masked[order] = dataset.predicted(order)
+        self.bins = plan_batches(dataset.plan.length, order, size, masked=masked)
 
     def __len__(self) -> int:
         return len(self.bins)

@@ -31,27 +31,24 @@ def choose_tokens(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return chosen[inside]
 
 
-def choose_words(keys: np.ndarray, counts: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """As :func:`choose_tokens`, but whole words: those that begin where ``begins`` (tokens,) bool is true.
+def choose_words(keys: np.ndarray, turns: np.ndarray, counts: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """bool (tokens,): the tokens of the words to predict, those that begin where ``begins`` (tokens,) bool is true.
 
-    Words are taken in random order (the key of their first piece) while they fit in ``masked_count``, so it may be a
-    little less, and none where every word is longer than the count.
+    A sample's words stand around a circle in random order (the keys of their first pieces); those are chosen that begin
+    within its first ``masked_count`` tokens from a random one on (``turns`` (samples,), uniform below ``counts``). So
+    every word, short, long or longer than that count, is chosen with probability ``masked_count`` / tokens exactly, and
+    these are how many tokens are expected. How many there are differs from it by less than the longest word has pieces,
+    so they may be none. Source: systematic sampling in random order, Madow, "On the Theory of Systematic Sampling, II",
+    1949; `create_pretraining_data.py` of google-research/bert passes over words that do not fit what is left.
     """
-    chosen = np.zeros(len(keys), dtype=bool)
-    end = 0
-    for count, wanted in zip(counts.tolist(), masked_count(counts).tolist(), strict=True):
-        begin, end = end, end + count
-        starts = begin + np.flatnonzero(begins[begin:end])
-        sizes = np.diff(starts, append=end).tolist()
-        order = np.argsort(keys[starts], kind="stable").tolist()
-        starts = starts.tolist()
-        for word in order:
-            if sizes[word] <= wanted:
-                chosen[starts[word] : starts[word] + sizes[word]] = True
-                wanted -= sizes[word]
-                if not wanted:
-                    break
-    return chosen
+    starts = np.flatnonzero(begins)
+    sizes = np.diff(starts, append=len(keys))
+    sample = np.repeat(np.arange(len(counts)), counts)[starts]
+    order = np.lexsort((keys[starts], sample))
+    ahead = np.cumsum(sizes[order]) - sizes[order] - (np.cumsum(counts) - counts)[sample]  # words stay in their sample
+    chosen = np.empty(len(starts), dtype=bool)
+    chosen[order] = (ahead + turns[sample]) % counts[sample] < masked_count(counts)[sample]
+    return np.repeat(chosen, sizes)
 
 
 def replace_tokens(tokens: np.ndarray, bits: np.ndarray, mask_id: int, vocabulary: np.ndarray) -> np.ndarray:

@@ -18,9 +18,10 @@ class Capacities(NamedTuple):
     masked: int
 
 
-def capacities(tokens: int, max_length: int, sequences: int | None = None) -> Capacities:
+def capacities(tokens: int, max_length: int, sequences: int | None = None, *, whole_word: bool = False) -> Capacities:
     """Capacities for batches of ``tokens`` tokens; sequences default to a mean length of a quarter ``max_length``.
 
+    With ``whole_word`` a sample may be one word and all of it predicted: there is room for that.
     Raises ValueError where one sample of ``max_length`` would not fit.
     """
     if tokens < max_length:
@@ -28,21 +29,24 @@ def capacities(tokens: int, max_length: int, sequences: int | None = None) -> Ca
     sequences = max(1, 4 * tokens // max_length) if sequences is None else sequences
     if sequences < 1:
         raise ValueError(f"a packed batch needs room for at least one sequence, got {sequences}")
-    return Capacities(tokens, sequences, max(1, int(np.ceil(0.15 * tokens + 0.5 * sequences))))
+    masked = int(np.ceil(0.15 * tokens + 0.5 * sequences))
+    return Capacities(tokens, sequences, max(1, masked, max_length if whole_word else 0))
 
 
 def plan_batches(
-    lengths: np.ndarray, order: Iterable[int], size: Capacities, *, nsp: bool = True, pool: int = 4096
-) -> list[np.ndarray]:
+    lengths: np.ndarray, order: Iterable[int], size: Capacities, *, nsp: bool = True,
+    masked: np.ndarray | None = None, pool: int = 4096,
+) -> list[np.ndarray]:  # fmt: skip
     """Deals samples into batches that fit ``size``; every sample of ``order`` is in exactly one.
 
     A batch takes samples in the order given (sample numbers, shuffled) until the longest might not fit any more;
     the rest of its budget goes to the longest that do fit among the next ``pool`` samples (at least four batches of
     sequences). So batches stay mixed,
     and hardly a token is wasted. A sequence is never cut or joined to another. Returns int64 arrays of sample
-    numbers. ``lengths`` (samples,) counts special tokens (3 with ``nsp``, else 2), which are not predicted.
+    numbers. ``lengths`` (samples,) counts special tokens (3 with ``nsp``, else 2), which are not predicted. ``masked``
+    (samples,) are how many tokens each sample predicts; None: as many as ``masked_count`` says, not whole words.
 
-    Raises ValueError for a sample that is longer than the budget.
+    Raises ValueError for a sample that is longer than the budget, or predicts more than ``size`` holds.
     """
     lengths = np.asarray(lengths)
     order = np.asarray(order)
@@ -52,7 +56,7 @@ def plan_batches(
     if longest > size.tokens:
         worst = order[lengths[order].argmax()]
         raise ValueError(f"sample {worst} has {longest} tokens, more than the budget of {size.tokens}")
-    masked = masked_count(lengths - (3 if nsp else 2))
+    masked = masked_count(lengths - (3 if nsp else 2)) if masked is None else masked
     pool = max(pool, 4 * size.sequences)
     waiting: OrderedDict[int, None] = OrderedDict()  # the next samples, in order
     by_length: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(longest + 1)]

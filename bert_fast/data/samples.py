@@ -6,10 +6,11 @@ import numpy as np
 
 from bert_fast.data.batches import Sample
 from bert_fast.data.masking import choose_tokens, choose_words, masked_count, replace_tokens
-from bert_fast.data.pairs import NO_LABEL, Corpus, truncated_lengths
+from bert_fast.data.pairs import NO_LABEL, Corpus
 from bert_fast.data.tokenizer import SpecialIds
 
-COIN, KEY, BITS = range(3)  # what a sample's random words are for, in this order
+RULE = 2  # of which sample is which, in plans and here; a run cannot go on by another
+KEY, BITS, TURN = range(3)  # what a sample's random words are for, in this order
 
 
 @dataclass
@@ -27,29 +28,21 @@ class SampleMaker:
     vocabulary: np.ndarray
     continues: np.ndarray | None
 
-    def __call__(self, epoch: int, indices: np.ndarray, rows: np.ndarray, max_length: int) -> list[Sample]:
+    def __call__(self, epoch: int, indices: np.ndarray, rows: np.ndarray) -> list[Sample]:
         """Samples ``indices`` (n,) of ``epoch``, from ``rows`` (n, 5) of its plan (see ``Plan.rows``)."""
         texts = 2 if self.nsp else 1  # A and B, or one run
-        bounds = np.asarray(self.corpus.sentence_ends[rows[:, :4]])
-        begin, full = bounds[:, 0::2], bounds[:, 1::2] - bounds[:, 0::2]
-        kept = np.stack(truncated_lengths(*full.T, max_length - texts - 1), axis=1)
-        cut, real = full - kept, kept.sum(axis=1)
-        needs = np.stack([(cut.sum(axis=1) + 63) // 64, real, masked_count(real)], axis=1)
+        begin, sizes = rows[:, 0 : 2 * texts : 2], np.diff(rows[:, :4])[:, 0 : 2 * texts : 2]
+        real = sizes.sum(axis=1)
+        needs = [real, masked_count(real), 0 * real] if self.continues is None else [real, real, real**0]
+        needs = np.stack(needs, axis=1)
         words = random_words(self.seed, epoch, indices, needs.sum(axis=1))
         use = np.repeat(np.tile(np.arange(3, dtype=np.int8), len(needs)), needs.ravel())
-
-        # a coin for each token that is cut: 1 cuts in front, 0 at the end
-        heads = _before(np.unpackbits(words[use == COIN].astype("<u8").view(np.uint8)))
-        first = 64 * _before(needs[:, COIN])[:-1]
-        between = first + cut[:, 0]
-        front = np.stack([heads[between] - heads[first], heads[between + cut[:, 1]] - heads[between]], axis=1)
-        starts = (begin + front)[:, :texts].ravel()
-        spans = zip(starts.tolist(), (starts + kept[:, :texts].ravel()).tolist(), strict=True)
+        spans = zip(begin.ravel().tolist(), (begin + sizes).ravel().tolist(), strict=True)
 
         # [CLS] A [SEP] B [SEP] of all samples, one after another
         lengths = real + texts + 1
         offsets = _before(lengths)
-        cls, after_a, last = offsets[:-1], offsets[:-1] + kept[:, 0] + 1, offsets[1:] - 1
+        cls, after_a, last = offsets[:-1], offsets[:-1] + sizes[:, 0] + 1, offsets[1:] - 1
         ids = np.empty(offsets[-1], dtype=np.int64)
         is_real = np.ones(len(ids), dtype=bool)
         for place, token in ((cls, self.special.cls), (after_a, self.special.sep), (last, self.special.sep)):
@@ -58,18 +51,19 @@ class SampleMaker:
         ids[places] = np.concatenate([self.corpus.tokens[start:end] for start, end in spans])
         segments = (np.arange(len(ids)) > np.repeat(after_a, lengths)).astype(np.int64)
 
+        bits = words[use == BITS]
         if self.continues is None:
             chosen = choose_tokens(words[use == KEY], real)
         else:  # a piece cut off from its word starts one
             begins = ~self.continues[ids[places]] | (np.diff(places, prepend=-1) != 1)
-            chosen = choose_words(words[use == KEY], real, begins)
+            turns = (words[use == TURN] >> np.uint64(32)).astype(np.int64) * real >> 32
+            chosen = choose_words(words[use == KEY], turns, real, begins)
+            bits = bits[chosen]
         masked = places[chosen]
         labels = ids[masked]
         ends = _before(chosen)[_before(real)]
-        predicted = np.diff(ends)
-        number = np.arange(len(masked)) + np.repeat(_before(needs[:, BITS])[:-1] - ends[:-1], predicted)
-        ids[masked] = replace_tokens(labels, words[use == BITS][number], self.special.mask, self.vocabulary)
-        masked -= np.repeat(cls, predicted)
+        ids[masked] = replace_tokens(labels, bits, self.special.mask, self.vocabulary)
+        masked -= np.repeat(cls, np.diff(ends))
 
         nsp_labels = rows[:, 4].tolist() if self.nsp else [NO_LABEL] * len(rows)
         offsets, ends = offsets.tolist(), ends.tolist()

@@ -30,7 +30,6 @@ class Order(NamedTuple):
     those of Update, of these sequences.
     """
 
-    seq: int
     slots: np.ndarray
     epochs: np.ndarray
     indices: np.ndarray
@@ -104,8 +103,11 @@ class BatchMaker(Dataset):
         samples = []
         for epoch in np.unique(order.epochs).tolist():
             here = turns[order.epochs[turns] == epoch]
-            samples += dataset.make(epoch, order.indices[here], order.rows[here], order.seq)
-        batch = pack_samples(samples, order.size, pad_id=dataset.special.pad)
+            samples += dataset.make(epoch, order.indices[here], order.rows[here])
+        size, masked = order.size, sum(len(sample.masked_labels) for sample in samples)
+        if masked > size.masked:  # whole words: how many there are is known here alone
+            size = size._replace(masked=rounded(masked, ROUND_MASKED))
+        batch = pack_samples(samples, size, pad_id=dataset.special.pad)
         batch["sample_ids"][: len(samples)] = torch.from_numpy(order.slots[turns])
         if not dataset.nsp:
             del batch["next_sentence_label"]
@@ -154,7 +156,7 @@ def load_updates(
             ordered.append((update, parts))
             for slots in parts:
                 yield Order(
-                    update.seq, slots, update.epochs[slots], update.indices[slots], update.rows[slots],
+                    slots, update.epochs[slots], update.indices[slots], update.rows[slots],
                     size or _own_size(update, slots), longest,
                 )  # fmt: skip
 

@@ -33,7 +33,7 @@ class Update:
     """The sequences of one update; arrays are (sequences,), int64. A sequence's number in them is its slot.
 
     epochs, indices   which samples: number ``indices`` of ``epochs``
-    lengths, masked   their tokens, and how many of these are predicted (at most so many with whole-word masking)
+    lengths, masked   their tokens, and how many of these are predicted (of whole words: how many are expected)
     rows              (sequences, 5): a_start, a_end, b_start, b_end, label, what a sample is made from
     after             the place of the next update
     """

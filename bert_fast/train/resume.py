@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from bert_fast.data.samples import RULE
 from bert_fast.output import Output
 from bert_fast.train import checkpoint, modelling
 from bert_fast.train.config import ConfigError, PretrainConfig, effective, flag
@@ -30,6 +31,7 @@ def identity(config: PretrainConfig, tokenizer: Tokenizer, made) -> dict:
         "tokenizer": hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest(),
         "model": modelling.comparable(made),
         "samples": {name: getattr(config, name) for name in SAMPLES},
+        "rule": RULE,
         "optimizer": config.optimizer,
     }
 
@@ -73,6 +75,11 @@ def _same_options_if_begun(config: PretrainConfig) -> None:
 def _same_run(config: PretrainConfig, found: checkpoint.Checkpoint, own: dict, total: int, output: Output) -> None:
     folder = Path(config.out)
     before, now = found.state["identity"], json.loads(json.dumps(own))
+    if before.get("rule") != now["rule"]:
+        raise NotTheSameRun(
+            f"{folder} was begun by another version of bert_fast, which draws other samples from the same data: finish "
+            f"it with that version, or begin a new run with its weights: --init-from {found.folder} and another --out"
+        )
     differing = []
     if before["data"] != now["data"]:
         differing.append(f"the data (the manifest of {config.data} is not the one it was trained on)")

@@ -13,6 +13,7 @@ import numpy as np
 
 from bert_fast.data import Capacities, Corpus, Sample, masked_count, pack_samples
 from bert_fast.data.dataset import PretrainingDataset
+from bert_fast.data.pairs import document_tokens, fewest_tokens
 from bert_fast.train.plan import Update, deal, micro_batches
 from bert_fast.train.schedule import Phase
 
@@ -27,31 +28,41 @@ def sizes_of_phases(
 ) -> dict[tuple[int, int], list[Capacities]]:
     """By (longest sequence, batch size) of a phase, the capacities of its micro-batches of about ``tokens`` tokens."""
     lengths = {seq: sample_lengths(dataset, seq) for seq in {phase.seq for phase in phases}}
-    special = 3 if dataset.nsp else 2
+    special, whole_word = 3 if dataset.nsp else 2, dataset.continues is not None
     return {
         (phase.seq, phase.batch_size): phase_sizes(
-            lengths[phase.seq], phase.batch_size, max(tokens, phase.seq), seq=phase.seq, special=special
+            lengths[phase.seq],
+            phase.batch_size,
+            max(tokens, phase.seq),
+            seq=phase.seq,
+            special=special,
+            whole_word=whole_word,
         )
         for phase in phases
     }
 
 
 def sample_lengths(dataset: PretrainingDataset, seq: int) -> np.ndarray:
-    """Lengths (samples,) of sequences of at most ``seq`` tokens made from evenly spaced documents, at most 2048."""
+    """Lengths (samples,) of sequences of at most ``seq`` tokens made from evenly spaced documents, some 2048."""
     sample, corpus = copy.copy(dataset), dataset.corpus
     documents = np.asarray(corpus.documents)
-    chosen = np.unique(np.linspace(0, len(documents) - 1, min(len(documents), DOCUMENTS)).astype(np.int64))
+    spaced = np.linspace(0, len(documents) - 1, min(len(documents), DOCUMENTS)).astype(np.int64)
+    one = np.argmax(document_tokens(corpus) >= fewest_tokens(dataset.nsp))  # that gives a sample
+    chosen = np.unique(np.append(spaced, one))
     sample.corpus = Corpus(corpus.tokens, corpus.sentence_ends, documents[chosen])
     sample.max_length = seq
     sample.set_epoch(0)
     return np.asarray(sample.plan.length)
 
 
-def phase_sizes(lengths: np.ndarray, batch_size: int, tokens: int, *, seq: int, special: int) -> list[Capacities]:
+def phase_sizes(
+    lengths: np.ndarray, batch_size: int, tokens: int, *, seq: int, special: int, whole_word: bool = False
+) -> list[Capacities]:
     """Capacities, ascending, for updates of ``batch_size`` sequences of ``lengths``, drawn independently.
 
     ``tokens`` is the budget of a micro-batch, ``special`` how many tokens of a sequence are never predicted. The last
-    holds any sequence of ``seq`` tokens. An update's micro-batches all have the same capacities.
+    holds any sequence of ``seq`` tokens. An update's micro-batches all have the same capacities. With ``whole_word``
+    the predicted tokens vary; the few batches that have more than there is room for get shapes of their own.
     """
     masked = masked_count(lengths - special)
     trials = max(4, min(TRIALS, TRIED_SEQUENCES // batch_size))
@@ -67,6 +78,8 @@ def phase_sizes(lengths: np.ndarray, batch_size: int, tokens: int, *, seq: int, 
     for level in range(1, LEVELS + 1):
         most = needs[: -(-level * trials // LEVELS)].max(axis=0)
         sequences, predicted = most[1] + most[1] // 16 + 4, most[2] + most[2] // 64  # cheap, and hardly varying
+        if whole_word:  # four standard deviations, of two tokens a sequence
+            predicted += int(np.ceil(8 * np.sqrt(most[1])))
         if level == LEVELS:
             most[0], predicted = max(most[0], seq), max(predicted, int(masked_count(np.array([seq - special]))[0]))
         size = Capacities(rounded(most[0], TOKENS), rounded(sequences, SEQUENCES), rounded(predicted, MASKED))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from chi_squared import assert_fits
 from torch.utils.data import DataLoader
 
 from bert_fast.data import PretrainingCollator, PretrainingDataset
@@ -13,21 +14,11 @@ from bert_fast.data.samples import random_words
 
 def by_the_book(dataset, index):
     """(input_ids, token_type_ids, masked_positions, masked_labels) in plain Python."""
-    plan, ends, tokens = dataset.plan, dataset.corpus.sentence_ends, dataset.corpus.tokens.tolist()
+    plan, tokens = dataset.plan, dataset.corpus.tokens.tolist()
     source = np.random.Philox(key=np.array([dataset.seed % 2**64, dataset.epoch << 32 | index], dtype=np.uint64))
-    texts = [tokens[ends[plan.a_start[index]] : ends[plan.a_end[index]]]]
-    if dataset.nsp:
-        texts.append(tokens[ends[plan.b_start[index]] : ends[plan.b_end[index]]])
-    kept = [len(text) for text in texts]
-    while sum(kept) > dataset.max_length - len(texts) - 1:
-        kept[kept.index(max(kept)) if kept[0] != kept[-1] else -1] -= 1
-    cuts = [len(text) - left for text, left in zip(texts, kept, strict=True)]
-    words = source.random_raw((sum(cuts) + 63) // 64).astype("<u8")
-    coins = np.unpackbits(words.view(np.uint8)).tolist()
+    texts = [tokens[plan.a_start[index] : plan.a_end[index]], tokens[plan.b_start[index] : plan.b_end[index]]]
     ids, segments, begins = [dataset.special.cls], [0], [False]
-    for number, (text, cut) in enumerate(zip(texts, cuts, strict=True)):
-        front, coins = sum(coins[:cut]), coins[cut:]
-        text = text[front : len(text) - (cut - front)]
+    for number, text in enumerate(texts if dataset.nsp else texts[:1]):
         goes_on = [False if dataset.continues is None else bool(dataset.continues[token]) for token in text]
         ids += [*text, dataset.special.sep]
         segments += [number] * (len(text) + 1)
@@ -39,16 +30,21 @@ def by_the_book(dataset, index):
         if begins[place] or dataset.continues is None:
             units.append([])
         units[-1].append(place)
-    chosen, wanted = [], int(masked_count(len(real)))
-    bits = source.random_raw(wanted).tolist()
-    for unit in sorted(units, key=lambda unit: keys[unit[0]]):
-        if len(chosen) + len(unit) <= wanted:
-            chosen += unit
-    chosen.sort()
+    units.sort(key=lambda unit: keys[unit[0]])
+    wanted = int(masked_count(len(real)))
+    if dataset.continues is None:
+        chosen = sorted(place for (place,) in units[:wanted])
+        bits = dict(zip(chosen, source.random_raw(wanted).tolist(), strict=True))
+    else:  # the words that begin within so many tokens from a random one on, around a circle
+        bits = dict(zip(real, source.random_raw(len(real)).tolist(), strict=True))
+        turn = (source.random_raw() >> 32) * len(real) >> 32
+        ahead = np.cumsum([0, *(len(unit) for unit in units)]).tolist()
+        taken = [unit for unit, before in zip(units, ahead, strict=False) if (before + turn) % len(real) < wanted]
+        chosen = sorted(place for unit in taken for place in unit)
     labels = [ids[place] for place in chosen]
-    for place, word in zip(chosen, bits, strict=False):
-        case, drawn = (word & 0xFFFFFFFF) / 2**32, (word >> 32) * dataset.vocab_size >> 32
-        ids[place] = dataset.special.mask if case < 0.8 else drawn if case < 0.9 else ids[place]
+    for place in chosen:
+        case, drawn = (bits[place] & 0xFFFFFFFF) / 2**32, (bits[place] >> 32) * len(dataset.vocabulary) >> 32
+        ids[place] = dataset.special.mask if case < 0.8 else dataset.vocabulary[drawn] if case < 0.9 else ids[place]
     return ids, segments, chosen, labels
 
 
@@ -111,11 +107,26 @@ def test_of_equal_keys_the_first_win():
     assert np.flatnonzero(chosen).tolist() == [0, 1, 2, 20, 21, 31]
 
 
-def test_words_that_do_not_fit_are_passed_over():
-    begins = np.array([1, 0, 0, 1] + [1] * 6 + [1] + [0] * 9, dtype=bool)
-    keys = np.arange(20, dtype=np.uint64)
-    chosen = choose_words(keys, np.array([10, 10]), begins)  # 2 of each sample's 10
-    assert np.flatnonzero(chosen).tolist() == [3, 4]
+@pytest.mark.parametrize("tokens", [29, 61, 125, 509])
+def test_words_of_every_length_have_the_same_chance(tokens):
+    """Chi-squared over the lengths 1 to 14, at 29 tokens three times what is predicted of them."""
+    generator = np.random.default_rng(tokens)
+    samples = 400_000 // tokens
+    counts, begins, sizes = np.full(samples, tokens), np.zeros((samples, tokens), dtype=bool), []
+    for row in begins:
+        ends = np.cumsum(generator.integers(1, 15, tokens))
+        row[[0, *ends[ends < tokens]]] = True
+        sizes.append(np.diff(np.flatnonzero(row), append=tokens))
+    sizes = np.concatenate(sizes)
+    keys = generator.integers(0, 2**64, samples * tokens, dtype=np.uint64)
+    chosen = choose_words(keys, generator.integers(0, tokens, samples), counts, begins.ravel())
+    first = np.flatnonzero(begins.ravel())
+    np.testing.assert_array_equal(np.repeat(chosen[first], sizes), chosen)  # whole words
+    taken, all_of_them = (np.bincount(of, minlength=15)[1:] for of in (sizes[chosen[first]], sizes))
+    assert_fits(taken, all_of_them)
+    share, wanted = chosen.mean(), masked_count(tokens) / tokens
+    assert abs(share - wanted) < 5 * 4 / tokens / samples**0.5  # four tokens a sample are a standard deviation
+    assert chosen.reshape(samples, tokens).sum(axis=1).max() < masked_count(tokens) + 14
 
 
 def test_shards_are_read_where_samples_are_made(corpus, tokenizer):

@@ -14,7 +14,9 @@ SAMPLES = 800  # of each epoch
 
 @pytest.fixture(scope="module")
 def drawn(corpus, tokenizer):
-    """(dataset, plans, samples of full length) of several epochs."""
+    """(dataset, plans, samples of full length) of several epochs; every token is a sentence, so most are full."""
+    ends = np.asarray(corpus.sentence_ends)
+    corpus = Corpus(corpus.tokens, np.arange(ends[-1] + 1), ends[corpus.documents])
     dataset = PretrainingDataset(corpus, tokenizer, max_length=128, seed=11)
     plans, samples = [], []
     for epoch in range(EPOCHS):
