@@ -15,6 +15,7 @@ Nothing is ever unpickled. A folder without a checksums.json that fits is no che
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -156,13 +157,18 @@ def prune(run: Path, keep: int) -> None:
         except (OSError, ValueError, KeyError, TypeError):  # damaged, or not validated at that step
             continue
     newest_seq = next(reversed(validated.values()), (None,))[0]
-    losses = {folder: loss for folder, (seq, loss) in validated.items() if seq == newest_seq}
+    losses = {folder: loss for folder, (seq, loss) in validated.items() if seq == newest_seq and _finite(loss)}
     best = min(losses, key=losses.get, default=None)
     for folder in found[:-keep]:
         if folder != best:
             _remove(folder)
     for leftover in (run / "checkpoints").glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _finite(loss: float | None) -> bool:
+    """A validation without a mask has no loss, and a loss that is NaN is no best one."""
+    return loss is not None and math.isfinite(loss)
 
 
 def _remove(folder: Path) -> None:

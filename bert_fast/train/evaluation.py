@@ -31,12 +31,13 @@ def evaluate(
     batches (items of ``bert_fast.data.PackedBatches``), moved to ``device`` (None: the model's). ``precision`` is
     "fp32" (the weights' own dtype) or "bf16" (autocast). Returns
 
-    mlm_loss, mlm_accuracy   over the masked tokens; perplexity is exp(mlm_loss)
+    mlm_loss, mlm_accuracy   over the masked tokens; perplexity is exp(mlm_loss); None where no token is masked, as may
+                             be in few sequences with whole words
     nsp_loss, nsp_accuracy   over the labelled pairs; None without next-sentence labels or without that head
     masked, sequences        how many masked tokens and how many sequences there were
 
     Each term is computed in float32, sums are kept in float64, so the result does not depend on how samples were
-    dealt into batches, to rounding. Raises ValueError where no token is masked.
+    dealt into batches, to rounding. Raises ValueError where there is no sequence.
     """
     return summarize(sums(model, batches, device, precision))
 
@@ -94,13 +95,13 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 def summarize(total: Tensor) -> dict:
     """Means from the sums (7,) of one or more processes; see :func:`evaluate`."""
     mlm_loss, mlm_right, masked, nsp_loss, nsp_right, labelled, sequences = total.tolist()
-    if not masked:
-        raise ValueError("nothing to evaluate: no token of the batches is masked")
-    mean = mlm_loss / masked
+    if not sequences:
+        raise ValueError("nothing to evaluate: the batches hold no sequence")
+    mean = mlm_loss / masked if masked else None
     return {
         "mlm_loss": mean,
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,  # NaN compares false: infinite, like the loss
-        "mlm_accuracy": mlm_right / masked,
+        "perplexity": None if mean is None else math.exp(mean) if mean < 700 else math.inf,  # NaN compares false
+        "mlm_accuracy": mlm_right / masked if masked else None,
         "nsp_loss": nsp_loss / labelled if labelled else None,
         "nsp_accuracy": nsp_right / labelled if labelled else None,
         "masked": int(masked),
@@ -118,12 +119,14 @@ def token_counts(corpus: Corpus, vocab_size: int) -> np.ndarray:
     return counts
 
 
-def unigram_loss(train_counts: np.ndarray, batches: Iterable[dict], vocabulary: np.ndarray | None = None) -> float:
+def unigram_loss(
+    train_counts: np.ndarray, batches: Iterable[dict], vocabulary: np.ndarray | None = None
+) -> float | None:
     """Mean cross-entropy of predicting every masked token by how frequent it is: what a model must beat.
 
     ``train_counts`` (rows,) are the tokens' counts in the training text. Each of ``vocabulary``, the ids that have a
     token (None: all rows), gets one added, so that a token never seen costs much, not infinitely much (Laplace
-    smoothing).
+    smoothing). None where no token is masked.
     """
     smoothed = np.asarray(train_counts, dtype=np.float64) + 1
     costs = np.log(smoothed[slice(None) if vocabulary is None else vocabulary].sum()) - np.log(smoothed)
@@ -132,6 +135,4 @@ def unigram_loss(train_counts: np.ndarray, batches: Iterable[dict], vocabulary: 
         masked = batch["masked_labels"]
         values, numbers = np.unique(masked[masked != -100].numpy(), return_counts=True)
         labels.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
-    if not labels:
-        raise ValueError("nothing to evaluate: no token of the batches is masked")
-    return sum(costs[token] * number for token, number in labels.items()) / sum(labels.values())
+    return sum(costs[token] * number for token, number in labels.items()) / labels.total() if labels else None

@@ -13,7 +13,7 @@ import torch
 from bert_fast.data import load_tokenizer, open_corpus, read_manifest
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.files import write_atomically
-from bert_fast.data.tokenizer import differences
+from bert_fast.data.pairs import document_tokens, fewest_tokens
 from bert_fast.flops import step_flops
 from bert_fast.output import Output
 from bert_fast.train import captured, checkpoint, modelling
@@ -178,7 +178,7 @@ class _Run:
             self._prepare(phase)
         lr = learning_rate(step, phase, schedule=config.schedule, power=config.power)
         predicted: int | torch.Tensor = int(work.update.masked.sum())
-        if config.whole_word:  # words that do not fit leave a few tokens less: only the batches know
+        if config.whole_word:  # how many tokens the words have that are drawn, only the batches know
             predicted = sum(int((batch["masked_labels"] >= 0).sum()) for batch in work.batches)
             if self.ranks.world > 1:
                 predicted = self.ranks.sum(torch.full((), predicted, device=self.ranks.device))
@@ -242,8 +242,12 @@ class _Run:
             found = self.validation(self.model, self.phases[self.phase].seq)
         if self.metrics:
             self.metrics.write("validation", self.step, **found)
-        text = f"update {self.step}: held-out MLM loss {found['mlm_loss']:.4f}, perplexity {found['perplexity']:.1f}, "
-        text += f"accuracy {found['mlm_accuracy']:.1%}"
+        text = f"update {self.step}: held-out "
+        if found["masked"]:
+            text += f"MLM loss {found['mlm_loss']:.4f}, perplexity {found['perplexity']:.1f}, "
+            text += f"accuracy {found['mlm_accuracy']:.1%}"
+        else:
+            text += f"none of the {found['sequences']:,} sequences has a masked token, so there is no MLM loss"
         if found["nsp_loss"] is not None:
             text += f"; NSP loss {found['nsp_loss']:.4f}, accuracy {found['nsp_accuracy']:.1%}"
         self.output.note(text)
@@ -296,14 +300,13 @@ class _Run:
         self.output.note(
             f"{self.model.num_parameters():,} parameters ({made.num_hidden_layers} layers, hidden size "
             f"{made.hidden_size}, vocabulary {made.vocab_size}), {config.optimizer}, {self.precision} on "
-            f"{self.ranks.world} x {self.ranks.device.type}; {len(self.dataset):,} samples an epoch at "
-            f"{self.phases[0].seq} tokens; MFU against {self.peak / 1e12:.3g} TFLOP/s a process "
+            f"{self.ranks.world} x {self.ranks.device.type}; MFU against {self.peak / 1e12:.3g} TFLOP/s a process "
             + ("(--peak-tflops)" if config.peak_tflops else "(a matrix product, measured)")
         )
+        self.output.note(_epoch(self.dataset))
         if self.validation is None:
-            self.output.note(
-                "no validation: " + ("--validation is 0" if not config.validation else "too few documents")
-            )
+            too_few = "too few documents, or none of those held out gives a sample"
+            self.output.note("no validation: " + ("--validation is 0" if not config.validation else too_few))
 
     def _end(self, stop: str | None, asked_to_stop: Stop) -> int:
         reason = {None: "done", "not finite": "not finite", "signal": "stopped by a signal"}[stop]
@@ -348,12 +351,22 @@ class _Run:
         )  # fmt: skip
 
     def _other_corpus(self, folder: str):
-        if differing := differences(self.tokenizer, load_tokenizer(Path(folder) / "tokenizer")):
-            raise ConfigError(
-                f"--validation-data {folder} was prepared with another tokenizer than {self.config.data} "
-                f"({'; '.join(differing)})"
-            )
+        if load_tokenizer(Path(folder) / "tokenizer").to_str() != self.tokenizer.to_str():
+            raise ConfigError(f"--validation-data {folder} was prepared with another tokenizer than {self.config.data}")
         return open_corpus(folder)
+
+
+def _epoch(dataset: PretrainingDataset) -> str:
+    """What the samples of an epoch hold of the corpus."""
+    tokens, plan = document_tokens(dataset.corpus), dataset.plan
+    text = (
+        f"{len(plan):,} samples an epoch at {dataset.max_length} tokens, {plan.length.sum():,} tokens; they hold "
+        f"{plan.held / tokens.sum():.2%} of the {tokens.sum():,} in {len(tokens):,} documents"
+    )
+    left_out = tokens < fewest_tokens(dataset.nsp)
+    if left_out.any():
+        text += f"; {left_out.sum():,} documents of one token, which no pair can hold, are left out"
+    return text
 
 
 def _is_finite(value: float) -> bool:

@@ -1,14 +1,13 @@
 """Held-out documents, and the model's losses on them."""
 
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 from torch import nn
 
-from bert_fast.data import Corpus, capacities, pack_samples, plan_batches
+from bert_fast.data import Corpus, PackedBatches, capacities
 from bert_fast.data.dataset import PretrainingDataset
-from bert_fast.data.pairs import permutation
+from bert_fast.data.pairs import document_tokens, fewest_tokens, permutation
 from bert_fast.train.distributed import Ranks
 from bert_fast.train.evaluation import summarize, sums
 
@@ -19,7 +18,7 @@ def hold_out(corpus: Corpus, share: float, *, seed: int, nsp: bool) -> tuple[Cor
     """(training, validation) corpus: ``share`` of the documents, chosen by a hash of (seed, document), is held out.
 
     At least one document (two with ``nsp``, whose pairs need another document) where there are at least 10; None
-    where there are fewer or ``share`` is 0.
+    where there are fewer, ``share`` is 0, or one of the two corpora would give no sample.
     """
     documents = len(corpus.documents)
     if not share or documents < FEWEST_DOCUMENTS:
@@ -27,6 +26,9 @@ def hold_out(corpus: Corpus, share: float, *, seed: int, nsp: bool) -> tuple[Cor
     count = min(max(round(share * documents), 2 if nsp else 1), documents - 2)
     held = np.zeros(documents, dtype=bool)
     held[permutation(documents, seed=seed, epoch=2**32 - 1)[:count]] = True
+    gives = document_tokens(corpus) >= fewest_tokens(nsp)
+    if not (gives[held].any() and gives[~held].any()):
+        return corpus, None
     parts = (Corpus(corpus.tokens, corpus.sentence_ends, np.asarray(corpus.documents)[part]) for part in (~held, held))
     return tuple(parts)
 
@@ -40,18 +42,14 @@ class Validation:
     def __init__(self, dataset: PretrainingDataset, *, limit: int, tokens: int, ranks: Ranks, precision: str):
         self.dataset, self.limit, self.tokens = copy.copy(dataset), limit, tokens
         self.ranks, self.precision = ranks, precision
-        self.seq = None
+        self.seq = self.batches = None
 
     def __call__(self, model: nn.Module, seq: int) -> dict:
         """What ``bert_fast.train.evaluation.evaluate`` gives, on sequences of at most ``seq`` tokens."""
         if seq != self.seq:
             self.seq = self.dataset.max_length = seq
             self.dataset.set_epoch(0)
-        return summarize(self.ranks.sum(sums(model, self._batches(), self.ranks.device, self.precision)))
-
-    def _batches(self) -> Iterator[dict]:
-        size = capacities(max(self.tokens, self.seq), self.seq)
-        order = self.dataset.order()[: self.limit]
-        bins = plan_batches(self.dataset.plan.length, order, size, nsp=self.dataset.nsp)
-        for members in bins[self.ranks.rank :: self.ranks.world]:
-            yield pack_samples([self.dataset[i] for i in members], size, pad_id=self.dataset.special.pad)
+            size = capacities(max(self.tokens, seq), seq, whole_word=self.dataset.continues is not None)
+            self.batches = PackedBatches(self.dataset, size, limit=self.limit)
+        own = (self.batches[number] for number in range(self.ranks.rank, len(self.batches), self.ranks.world))
+        return summarize(self.ranks.sum(sums(model, own, self.ranks.device, self.precision)))

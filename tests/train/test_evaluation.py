@@ -88,10 +88,19 @@ def test_bf16_is_near_and_bad_input_is_refused(samples):
     assert evaluate(model, [_first(samples)], precision="bf16")["mlm_loss"] == pytest.approx(
         exact["mlm_loss"], rel=0.02
     )
-    with pytest.raises(ValueError, match="no token of the batches is masked"):
+    with pytest.raises(ValueError, match="the batches hold no sequence"):
         evaluate(model, [])
     with pytest.raises(ValueError, match="fp16"):
         evaluate(model, [], precision="fp16")
+
+
+def test_batches_without_a_mask_have_no_mlm_loss(samples):
+    batch = dict(_first(samples))
+    batch["masked_labels"] = torch.full_like(batch["masked_labels"], -100)
+    found = evaluate(build(bert_fast.BertForPreTraining, samples), [batch])
+    assert (found["mlm_loss"], found["perplexity"], found["mlm_accuracy"], found["masked"]) == (None, None, None, 0)
+    assert found["nsp_loss"] == evaluate(build(bert_fast.BertForPreTraining, samples), [_first(samples)])["nsp_loss"]
+    assert unigram_loss(np.ones(samples.vocab_size), [batch]) is None
 
 
 def test_a_loss_that_is_not_finite_is_told(samples):

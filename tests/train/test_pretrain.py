@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +16,7 @@ import transformers
 from training_runs import losses, train, weights
 
 import bert_fast
-from bert_fast.data import PretrainingDataset, load_tokenizer, open_corpus, pad_samples
+from bert_fast.data import PretrainingDataset, load_tokenizer, open_corpus, pad_samples, prepare, read_manifest
 from bert_fast.data.files import FolderInUse
 from bert_fast.output import Output
 from bert_fast.train import checkpoint, metrics, modelling, pretrain
@@ -22,6 +24,7 @@ from bert_fast.train.checkpoint import CheckpointError
 from bert_fast.train.config import ConfigError, resolve
 from bert_fast.train.resume import NotTheSameRun
 from bert_fast.train.step import Step
+from bert_fast.train.validation import hold_out
 
 
 class Killed(BaseException):
@@ -366,9 +369,98 @@ def test_a_checkpoint_that_would_leave_the_encoder_random_is_refused(configure, 
         train(configure(model=str(tmp_path / "roberta" / "config.json")))
 
 
-def test_the_samples_told_are_those_of_the_first_phase(configure, capsys):
-    assert pretrain.pretrain(configure(phases="16:1,32:1", seq=64)) == 0
-    assert "samples an epoch at 16 tokens" in capsys.readouterr().err
+def test_a_run_whose_samples_were_drawn_by_another_rule_is_refused(configure, tmp_path):
+    """A checkpoint of a version before rules had numbers; its weights begin another run."""
+    config = configure(steps=4)
+    train(config)
+    folder = checkpoint.folder_of(Path(config.out), 4)
+    state = json.loads((folder / "state.json").read_text())
+    assert state["identity"].pop("rule")
+    state_json, sums = json.dumps(state).encode(), json.loads((folder / "checksums.json").read_text())
+    (folder / "state.json").write_bytes(state_json)
+    digest = hashlib.blake2b(state_json, digest_size=16).hexdigest()
+    sums["state.json"] = {"bytes": len(state_json), "blake2b": digest}
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(NotTheSameRun, match=f"draws other samples .* --init-from {folder} and another --out"):
+        train(dataclasses.replace(config, steps=8))
+    assert checkpoint.newest(Path(config.out))[0].step == 4
+    assert train(configure(out=str(tmp_path / "onward"), init_from=str(folder), steps=2)) == 0
+
+
+def test_what_an_epoch_holds_is_told_of_the_first_phase(configure, prepared, capsys):
+    assert pretrain.pretrain(configure(phases="16:1,32:1", seq=64, validation=0.0)) == 0
+    told = capsys.readouterr().err
+    tokens = read_manifest(prepared / "data")["tokens"]
+    assert "samples an epoch at 16 tokens" in told
+    assert f"they hold 100.00% of the {tokens:,} in 24 documents" in told
+    assert "left out" not in told
+
+
+def documents_of(folder: Path, documents: list[str], tokenizer) -> str:
+    """Prepared data of ``documents`` of a sentence or more."""
+    (folder / "corpus.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    prepare(folder / "corpus.txt", tokenizer, folder / "corpus", workers=1)
+    return str(folder / "corpus")
+
+
+@pytest.fixture
+def words(prepared) -> list[str]:
+    """Words that are a token of the vocabulary each."""
+    return [w for w in load_tokenizer(prepared / "tokenizer").get_vocab() if w.isalpha() and len(w) > 1]
+
+
+def test_documents_of_one_sentence_give_pairs_whichever_are_held_out(configure, prepared, words, tmp_path):
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    documents = [" ".join(words[i : i + 9]) + "." for i in range(30)]
+    documents[::2] = [f"{text} {text.upper()}" for text in documents[::2]]
+    folder = documents_of(tmp_path, documents, tokenizer)
+    for seed in range(3):
+        config = configure(data=folder, out=str(tmp_path / f"run-{seed}"), seed=seed, steps=2, validation=0.01)
+        assert train(config) == 0
+        (line,) = losses(config, "validation")
+        assert line["sequences"] > 0
+
+
+def test_held_out_documents_that_give_no_pair_leave_the_run_without_validation(
+    configure, prepared, words, tmp_path, capsys
+):
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    folder = documents_of(tmp_path, [*words[:40], *(" ".join(words[i : i + 9]) + "." for i in range(10))], tokenizer)
+    corpus, validated = open_corpus(folder), []
+    for seed in range(12):
+        learned, held_out = hold_out(corpus, 0.05, seed=seed, nsp=True)
+        validated.append(held_out is not None)
+        for part in (learned, held_out) if held_out else (learned,):
+            assert len(PretrainingDataset(part, tokenizer, max_length=32))
+    assert 0 < sum(validated) < 12
+    config = configure(data=folder, steps=2, validation=0.05, seed=validated.index(False))
+    assert pretrain.pretrain(config) == 0
+    told = capsys.readouterr().err
+    assert "no validation: too few documents, or none of those held out gives a sample" in told
+    assert "; 40 documents of one token, which no pair can hold, are left out" in told
+
+
+def test_updates_and_validations_without_a_masked_token(configure, prepared, tmp_path, capsys):
+    """Documents of one word of many pieces: of whole words an update of one sequence often predicts none."""
+    generator = random.Random(0)
+    spelled = ["".join(generator.choice("abcdefgh") for _ in range(70)) for _ in range(60)]
+    folder = documents_of(tmp_path, spelled, load_tokenizer(prepared / "tokenizer"))
+    config = configure(
+        data=folder, whole_word=True, batch_size=1, validation_sequences=1, validate_every=1, checkpoint_every=1, keep=1
+    )
+    assert pretrain.pretrain(config, Output()) == 0
+    updates, validations = losses(config, "train"), losses(config, "validation")
+    assert [line["step"] for line in updates] == list(range(1, 13))
+    assert losses(config, "skipped") == []
+    without = [line for line in updates if line["mlm_loss"] == 0]
+    assert 0 < len(without) < 12
+    assert all(line["nsp_loss"] > 0 and line["grad_norm"] > 0 for line in without)
+    model = bert_fast.BertForPreTraining.from_pretrained(Path(config.out) / "model")
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    told = capsys.readouterr().err
+    if validations[0]["masked"] == 0:
+        assert "held-out none of the 1 sequences has a masked token" in told
+    assert [line["mlm_loss"] is None for line in validations] == [line["masked"] == 0 for line in validations]
 
 
 def test_new_weights_have_the_spread_that_was_asked_for(configure, prepared):
