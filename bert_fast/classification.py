@@ -10,14 +10,15 @@ from typing import NamedTuple
 import torch
 from transformers import (
     BertConfig,
-    BertTokenizerFast,
     DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
 
+from bert_fast.data.tokenizer import MODEL_INPUTS, SPECIAL_NAMES, save_tokenizer
 from bert_fast.examples import Example, doubtful_labels, label_names, label_value, read_examples, well_formed_examples
 from bert_fast.inference import load_model, model_folder
 from bert_fast.model import BertForSequenceClassification
@@ -128,7 +129,7 @@ def finetune(
     if out is not None:
         with silent_transformers():
             network.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+            save_tokenizer(tokenizer, out, max_length=positions)
     classes = [row["labels"] for row in parts["train"].rows]
     most = max(range(len(labels)), key=classes.count)
     texts = {(example.text, example.pair) for example in train}
@@ -180,10 +181,13 @@ def _require_no_header(train: list[Example], validation: list[Example], labels: 
 
 
 def _network(model: str | Path, labels: list[str], dropout: float | None, from_scratch: bool):
-    """(the classifier, the tokenizer as ``transformers`` has it, where the head comes from in words)."""
+    """(the classifier, the tokenizer that it learned with, where the head comes from in words)."""
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     folder = model_folder(model)
-    network, _, drawn = load_model(BertForSequenceClassification, folder, num_labels=len(labels), **LOADING, **rates)
+    network, learned, drawn = load_model(
+        BertForSequenceClassification, folder, num_labels=len(labels), **LOADING, **rates
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learned, model_input_names=MODEL_INPUTS, **SPECIAL_NAMES)
     config = network.config
     config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     config.problem_type = "single_label_classification"
@@ -191,7 +195,7 @@ def _network(model: str | Path, labels: list[str], dropout: float | None, from_s
         network, head = BertForSequenceClassification(config), "all weights are drawn at random"
     else:
         head = _set_head(network, folder, labels, drawn)
-    return network, BertTokenizerFast.from_pretrained(folder), head
+    return network, tokenizer, head
 
 
 def _set_head(network: BertForSequenceClassification, folder: Path, labels: list[str], drawn: list[str]) -> str:
@@ -241,7 +245,9 @@ class _Encoded(NamedTuple):
     cut: int
 
 
-def _encoded(examples: list[Example], tokenizer: BertTokenizerFast, labels: list[str], max_length: int) -> _Encoded:
+def _encoded(
+    examples: list[Example], tokenizer: PreTrainedTokenizerFast, labels: list[str], max_length: int
+) -> _Encoded:
     numbers = {label_value(name): i for i, name in enumerate(labels)}
     pairs = None if examples[0].pair is None else [example.pair for example in examples]
     encoded = tokenizer([example.text for example in examples], pairs, truncation=True, max_length=max_length)

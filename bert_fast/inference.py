@@ -73,7 +73,7 @@ def load_model(
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind != "bert":
         raise ValueError(f"{folder} holds a model of type {kind!r}; this engine runs BERT")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, tell=(output or Output()).warn)
     model, missing, _ = read_weights(cls, folder, **arguments)
     rows = vocabulary_rows(tokenizer)
     if rows > model.config.vocab_size:

@@ -8,6 +8,8 @@ the edge, where a caller asks for dense outputs; positions that were not attende
 import dataclasses
 
 import torch
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import random
 
@@ -21,11 +23,13 @@ class Layout:
     ``batch`` x ``length`` is the shape of the dense batch that came in ((1, T) for packed input).
     ``cu_seqlens`` (B+1,) int32 and ``max_seqlen`` bound the sequences, ``row_key`` (T,) int64 is each row's
     ``sample << 32 | position in the sample`` (bert_fast/random.py). ``indices`` (T,) int64 are the rows' places
-    in the flattened dense batch, None where every place is a row. ``bias`` is what attention adds to its scores
-    (B or 1, heads or 1, S or 1, S) where it cannot be said by ``cu_seqlens``: such batches, and those whose
-    attention weights are asked for (``explicit``), compute attention densely. ``first`` (B,) int64 are the
-    rows that the pooler reads, None for the first of each ``length`` rows. ``rng_key`` (1,) int64 is the key of
-    this forward pass's dropout masks, None where nothing is dropped.
+    in the flattened dense batch, None where every place is a row. ``mask`` (B, S) bool says which places are attended,
+    None where all are. ``bias`` is what attention adds to its scores (B or 1, heads or 1, S or 1, S) where it cannot be
+    said by ``cu_seqlens``: such batches, and those whose attention weights are asked for (``explicit``), compute
+    attention densely. ``blanks``: rows of places that are not attended come out as 0. ``first`` (B,) int64 are the
+    rows that the pooler reads, None for the first of each ``length`` rows. ``packed``: several sequences came in as
+    one, end to end; ``several`` () bool says so where that is not known.
+    ``rng_key`` (1,) int64 is the key of this forward pass's dropout masks, None where nothing is dropped.
     """
 
     batch: int
@@ -34,10 +38,28 @@ class Layout:
     max_seqlen: int
     row_key: Tensor
     indices: Tensor | None = None
+    mask: Tensor | None = None
     bias: Tensor | None = None
     explicit: bool = False
+    blanks: bool = False
     first: Tensor | None = None
+    packed: bool = False
+    several: Tensor | None = None
     rng_key: Tensor | None = None
+
+
+def unreadable(x: Tensor) -> bool:
+    """Whether no value of ``x`` may be read: a program is being recorded, which is for any input of these shapes; under
+    torch.func.vmap ``x`` is one of several at once; or there are no values, on the meta device and in fake tensors."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling():  # breaks the graph where a value is read
+        return False
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def full_layout(batch: int, length: int, device: torch.device, samples: Tensor | None = None) -> Layout:
@@ -59,9 +81,10 @@ def masked_layout(
     attended = mask != 0
     batch, length = mask.shape
     lengths = attended.sum(dim=1)
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        # A recorded program is for any mask of this shape, so no number may be read from this one.
-        return _unpacked_layout(attended, samples)
+    if unreadable(mask):
+        layout = _unpacked_layout(attended, samples)
+        layout.blanks = read is None
+        return layout
     outside = torch.zeros((), dtype=torch.bool, device=mask.device)
     if read is not None:
         outside = outside | (read & ~attended).any()
@@ -77,7 +100,7 @@ def masked_layout(
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     indices = torch.nonzero_static(attended.flatten(), size=total)[:, 0]
-    layout = Layout(batch, length, cu_seqlens, longest, random.row_keys(cu_seqlens, total, samples), indices)
+    layout = Layout(batch, length, cu_seqlens, longest, random.row_keys(cu_seqlens, total, samples), indices, attended)
     layout.first = cu_seqlens[:-1].long() if pools else None
     return layout
 
@@ -86,7 +109,7 @@ def _unpacked_layout(attended: Tensor, samples: Tensor | None) -> Layout:
     """Every place is a row, and a bias in attention leaves out the keys that are not ``attended`` (B, S)."""
     layout = full_layout(*attended.shape, attended.device, samples)
     layout.bias = attention_bias(attended[:, None, None, :], torch.float32)
-    layout.explicit = True
+    layout.mask, layout.explicit = attended, True
     return layout
 
 
@@ -97,7 +120,33 @@ def packed_layout(
     row_key = random.row_keys(cu_seqlens, tokens, samples)
     if first is None:  # a sequence without tokens starts where the next one does, the last of them past the end
         first = cu_seqlens[:-1].long().clamp(max=max(tokens - 1, 0))
-    return Layout(1, tokens, cu_seqlens, max_seqlen, row_key, first=first)
+    return Layout(1, tokens, cu_seqlens, max_seqlen, row_key, first=first, packed=True)
+
+
+def flattened_layout(positions: Tensor, samples: Tensor | None = None) -> Layout | None:
+    """The layout of sequences that nothing but ``positions`` (T,) parts: each begins at the same position and goes up
+    by one. None where the positions do not say that there are several, or go up nowhere.
+
+    Source: transformers' DataCollatorWithFlattening, and what its flash attention makes of such positions.
+    """
+    tokens = positions.shape[0]
+    positions = positions - positions[:1]
+    begins, longest = positions == 0, positions.amax() + 1
+    several = (begins[1:] | (positions.diff() == 1)).all() & begins[1:].any() & (longest > 1)
+    if unreadable(positions):
+        layout = full_layout(1, tokens, positions.device, samples)
+        sequence = begins.cumsum(0)
+        together = (sequence[:, None] == sequence) | ~several
+        layout.bias = attention_bias(together[None, None], torch.float32)
+        layout.several, layout.explicit = several, True
+        return layout
+    # The one synchronisation that they cost, as a mask does.
+    count, longest, several = torch.stack([begins.sum(), longest, several]).tolist()
+    if not several:
+        return None
+    starts = torch.nonzero_static(begins, size=count)[:, 0]
+    cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=tokens).int()
+    return packed_layout(cu_seqlens, longest, tokens, samples=samples)
 
 
 def attention_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,6 +162,21 @@ def same_sequence(layout: Layout) -> Tensor:
     return (sequence[:, None] == sequence[None, :])[None, None]
 
 
+def attended(layout: Layout) -> Tensor | None:
+    """Bool (B, S): the places of real tokens; None where all are."""
+    if layout.packed:
+        return (torch.arange(layout.length, device=layout.cu_seqlens.device) < layout.cu_seqlens[-1])[None]
+    return layout.mask
+
+
+def by_sequence(layout: Layout, rows: Tensor, value: float) -> Tensor:
+    """The rows (T,) of packed input as (B, max_seqlen), a line for each sequence, filled up with ``value``."""
+    starts, lengths = layout.cu_seqlens[:-1, None].long(), layout.cu_seqlens.diff()[:, None]
+    column = torch.arange(layout.max_seqlen, device=rows.device)
+    places = (starts + column).clamp(max=max(layout.length - 1, 0))
+    return rows[places].masked_fill(column >= lengths, value)
+
+
 def pack(layout: Layout, dense: Tensor) -> Tensor:
     """The rows (T, ...) of ``dense`` (B, S, ...)."""
     rows = dense.flatten(0, 1)
@@ -120,7 +184,14 @@ def pack(layout: Layout, dense: Tensor) -> Tensor:
 
 
 def unpack(layout: Layout, rows: Tensor) -> Tensor:
-    """Rows (T, ...) back in a dense (B, S, ...), 0 where nothing was attended."""
+    """Rows (T, ...) back in a dense (B, S, ...) that a caller sees, 0 where nothing was attended."""
+    if layout.blanks:
+        rows = rows.where(layout.mask.view(-1, *(1,) * (rows.dim() - 1)), 0)
+    return spread(layout, rows)
+
+
+def spread(layout: Layout, rows: Tensor) -> Tensor:
+    """Rows (T, ...) back in a dense (B, S, ...), 0 at places that are no rows."""
     if layout.indices is not None:
         dense = rows.new_zeros(layout.batch * layout.length, *rows.shape[1:])
         rows = dense.index_copy(0, layout.indices, rows)

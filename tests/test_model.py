@@ -163,6 +163,40 @@ def test_outputs_and_gradients_are_those_of_transformers(name, kind):
         assert_same_gradients(ours, reference)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*MASKS, "packed"])
+def test_no_place_of_padding_is_the_best_answer(kind, dtype):
+    """As SQuAD's post-processing looks for it: the highest scores of all places, also where those are negative."""
+    reference, ours = pair("BertForQuestionAnswering", num_labels=2)
+    with torch.no_grad():
+        for model in (reference, ours):
+            model.qa_outputs.bias.sub_(20.0)
+    ours.to(dtype)
+    lengths, mask = MASKS["right"], None if kind == "packed" else mask_of(kind)
+    batch = inputs_of("BertForQuestionAnswering", mask)
+    attended = torch.ones(B, S, device=DEVICE) if mask is None else mask
+    expected = reference(**batch)
+    if kind == "packed":
+        batch = capacity_batch(inputs_of("BertForPreTraining"), lengths, tokens=30, sequences=6, masked=30)
+        batch = {k: v for k, v in batch.items() if "mask" not in k and "next" not in k}
+        attended = torch.arange(30, device=DEVICE)[None] < sum(lengths)
+    answers = [ours.eval()(**{k: v for k, v in batch.items() if "positions" not in k})]
+    if kind != "packed":
+        answers += [ours(**batch), ours.train()(**batch)]
+        tolerance = TOLERANCE if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+        assert all(torch.allclose(a.loss.float(), expected.loss, **tolerance) for a in answers[1:])
+    for answer in answers:
+        for scores in (answer.start_logits, answer.end_logits):
+            assert scores.dtype == dtype
+            assert scores.isfinite().all()
+            assert (scores[attended == 0] == torch.finfo(dtype).min).all()
+            assert (scores[attended == 1] < 0).all()
+            assert (scores[attended == 1] > -100).all()
+            for row, real in zip(scores, attended, strict=True):
+                best = row.topk(int(real.sum())).indices
+                assert (real[best] == 1).all()
+
+
 @pytest.mark.parametrize("name", ["BertModel", "BertForPreTraining"])
 def test_unattended_positions_are_zero(name):
     ours = getattr(bert_fast, name)(config()).to(DEVICE).eval()
@@ -300,6 +334,24 @@ def test_embeddings_positions_states_and_attentions(kind):
     assert_same_gradients(ours, reference)
 
 
+def test_what_stands_at_padding_does_not_leak():
+    """Embeddings that are NaN where the mask says so, packed or not; with them all of transformers' are NaN."""
+    for name in HEADS:
+        if name == "BertForMultipleChoice":
+            continue
+        reference, ours = pair(name, **qa(name))
+        batch = inputs_of(name, mask_of("right"))
+        del batch["input_ids"]
+        embeds = torch.randn(B, S, 24, device=DEVICE).masked_fill(batch["attention_mask"][..., None] == 0, 0.0)
+        broken = embeds.masked_fill(batch["attention_mask"][..., None] == 0, torch.nan).requires_grad_()
+        expected, got = reference(**batch, inputs_embeds=embeds), ours.eval()(**batch, inputs_embeds=broken)
+        assert_same_outputs(got, expected, batch["attention_mask"])
+        got = ours.train()(**batch, inputs_embeds=broken)
+        loss_of(expected).backward(), loss_of(got).backward()
+        assert_same_gradients(ours, reference)
+        assert broken.grad.isfinite().all()
+
+
 def packed_of(batch: dict, lengths: list[int]) -> dict:
     """The first ``lengths[i]`` tokens of each row, end to end, with the arguments of transformers' collator."""
     keep = torch.arange(S, device=DEVICE)[None] < torch.tensor(lengths, device=DEVICE)[:, None]
@@ -329,6 +381,122 @@ def test_packed_input_is_each_sequence_alone():
         start += length
     got.loss.backward(), expected.loss.backward()
     assert_same_gradients(ours, reference)
+
+
+def flattened_of(name: str, lengths: list[int]) -> tuple[dict, list[dict]]:
+    """Sequences as one row that position ids alone part, and each by itself, with what there is to predict."""
+    classes = 3 if name == "BertForSequenceClassification" else 2
+    per_token = {
+        "input_ids": torch.randint(0, V, (1, sum(lengths)), device=DEVICE),
+        "token_type_ids": torch.randint(0, 2, (1, sum(lengths)), device=DEVICE),
+    }
+    per_sequence = {}
+    if name in ("BertForPreTraining", "BertForMaskedLM", "BertForTokenClassification"):
+        per_token["labels"] = torch.randint(0, 3, (1, sum(lengths)), device=DEVICE)
+    if name in ("BertForNextSentencePrediction", "BertForSequenceClassification"):
+        per_sequence["labels"] = torch.randint(0, classes, (len(lengths),), device=DEVICE)
+    if name == "BertForPreTraining":
+        per_sequence["next_sentence_label"] = torch.randint(0, 2, (len(lengths),), device=DEVICE)
+    if name == "BertForQuestionAnswering":
+        ends = torch.tensor(lengths, device=DEVICE)
+        past = torch.arange(len(lengths), device=DEVICE) == 0
+        per_sequence |= {"start_positions": ends // 2, "end_positions": torch.where(past, ends, ends - 1)}
+    parts = zip(*(t.split(lengths, dim=1) for t in per_token.values()), strict=True)
+    alone = [dict(zip(per_token, part, strict=True)) for part in parts]
+    for row, sequence in enumerate(alone):
+        sequence.update({key: t[row : row + 1] for key, t in per_sequence.items()})
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(DEVICE)
+    return {**per_token, **per_sequence, "position_ids": positions}, alone
+
+
+@pytest.mark.parametrize("lengths", [[4, 5], [1, 9, 2, 1, 3], [2, 1]], ids=str)
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "BertForMultipleChoice"])
+def test_positions_alone_part_sequences(name, lengths):
+    reference, ours = pair(name, **qa(name))
+    batch, alone = flattened_of(name, lengths)
+    expected = [reference(**sequence) for sequence in alone]
+    got = ours.eval()(**batch)
+    for key in got:
+        if key == "loss":
+            continue
+        per_token = got[key].shape[:2] == batch["input_ids"].shape
+        parts = torch.cat([e[key] for e in expected], dim=1 if per_token else 0)
+        torch.testing.assert_close(got[key], parts, **TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    told = ours(**batch, cu_seq_lens_q=cu, max_length_q=max(lengths))
+    assert all(torch.equal(got[key], told[key]) for key in got)
+    shown = ours(**batch, output_attentions=True, output_hidden_states=True)
+    torch.testing.assert_close(shown[0], got[0], **TOLERANCE)
+    apart = batch["position_ids"].new_tensor([i for i, n in enumerate(lengths) for _ in range(n)])
+    assert not shown.attentions[0][..., apart[:, None] != apart].any()
+    if name == "BertModel":
+        return
+    losses = [e.loss for e in expected]
+    if "labels" in alone[0] and alone[0]["labels"].dim() == 2:  # the mean is over tokens
+        tokens = [n / sum(lengths) for n in lengths]
+        if name == "BertForPreTraining":
+            order = [torch.nn.functional.cross_entropy(e.seq_relationship_logits, a["next_sentence_label"])
+                     for e, a in zip(expected, alone, strict=True)]  # fmt: skip
+            loss = sum((e - n) * t for e, n, t in zip(losses, order, tokens, strict=True)) + sum(order) / len(order)
+        else:
+            loss = sum(e * t for e, t in zip(losses, tokens, strict=True))
+    elif name == "BertForQuestionAnswering":  # the first end lies past its sequence and is ignored
+        cost = torch.nn.functional.cross_entropy
+        starts = [cost(e.start_logits, a["start_positions"]) for e, a in zip(expected, alone, strict=True)]
+        ends = [cost(e.end_logits, a["end_positions"]) for e, a in zip(expected[1:], alone[1:], strict=True)]
+        loss = (sum(starts) / len(starts) + sum(ends) / len(ends)) / 2
+    else:
+        loss = sum(losses) / len(losses)
+    got = ours.train()(**batch)
+    torch.testing.assert_close(got.loss, loss, **TOLERANCE)
+    loss.backward(), got.loss.backward()
+    assert_same_gradients(ours, reference)
+
+
+POSITIONS = {
+    "as ever": list(range(S)),
+    "offset": list(range(5, 5 + S)),
+    "backwards": list(range(S))[::-1],
+    "any": [3, 1, 4, 1, 5, 9, 2, 6, 5],
+    "with a gap": [0, 1, 2, 3, 7, 8, 9, 10, 11],
+    "one for all": [0] * S,
+    "from the middle": [5, 6, 7, 0, 1, 2, 3, 4, 5],
+}
+
+
+@pytest.mark.parametrize("kind", [*POSITIONS, "masked", "two rows"])
+def test_other_positions_are_those_of_one_sequence(kind):
+    reference, ours = pair("BertModel")
+    again = [0, 1, 2, 0, 1, 2, 3, 0, 1]
+    batch = {"input_ids": torch.randint(0, V, (2 if kind == "two rows" else 1, S), device=DEVICE)}
+    batch["position_ids"] = torch.tensor([POSITIONS.get(kind, again)], device=DEVICE)
+    if kind == "masked":
+        batch["attention_mask"] = _long(1, S) + 1
+    assert_same_outputs(ours(**batch), reference(**batch))
+
+
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}], ids=str)
+def test_batches_of_the_flattening_collator(options, start):
+    reference, ours = pair("BertForTokenClassification")
+    rows = [{k: torch.randint(0, 3, (n,)).tolist() for k in ("input_ids", "labels")} for n in (4, 7, 2)]
+    collator = transformers.DataCollatorWithFlattening(position_ids_start=start, **options)
+    batch = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in collator(rows).items()}
+    expected = [
+        reference(torch.tensor([row["input_ids"]], device=DEVICE),
+                  position_ids=torch.arange(start, start + len(row["input_ids"]), device=DEVICE)[None]).logits
+        for row in rows
+    ]  # fmt: skip
+    got = ours(**batch)
+    torch.testing.assert_close(got.logits, torch.cat(expected, dim=1), **TOLERANCE)
+    scores, labels = torch.cat(expected, dim=1)[0], batch["labels"][0]
+    assert (labels == -100).sum() == 3
+    torch.testing.assert_close(got.loss, torch.nn.functional.cross_entropy(scores, labels), **TOLERANCE)
+    collator.return_position_ids = False
+    batch = collator(rows)
+    if options.get("return_seq_idx"):
+        with pytest.raises(ValueError, match="seq_idx alone does not part sequences: pass position_ids"):
+            ours(**batch)
 
 
 def capacity_batch(batch: dict, lengths: list[int], tokens: int, sequences: int, masked: int) -> dict:

@@ -82,7 +82,9 @@ def gradients(model) -> dict[str, torch.Tensor]:
 # --- Trainer -----------------------------------------------------------------------------------------------------
 
 
-def train(model, rows, tmp_path, steps: int = 1, accumulation: int = 1, **arguments) -> dict[str, torch.Tensor]:
+def train(
+    model, rows, tmp_path, steps: int = 1, accumulation: int = 1, collator=None, **arguments
+) -> dict[str, torch.Tensor]:
     """The change of every parameter by the stock Trainer: SGD, `rows` in `accumulation` micro-batches a step."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     options = {"max_grad_norm": 0.0, "report_to": [], "save_strategy": "no", "logging_strategy": "no", **arguments}
@@ -97,6 +99,7 @@ def train(model, rows, tmp_path, steps: int = 1, accumulation: int = 1, **argume
             **options,
         ),
         train_dataset=rows,
+        data_collator=collator,
         optimizers=(torch.optim.SGD(model.parameters(), lr=1.0), None),
     )
     trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
@@ -128,6 +131,19 @@ def test_trainer_accumulation_is_exact_for_pretraining_with_even_masks(accumulat
     rows = pretraining_rows(*EVEN)
     expected = sgd_update(full_batch_gradients(theirs, batch_of(rows)), theirs)
     assert_same_tensors(train(ours, rows, tmp_path, accumulation=accumulation), expected)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_trainer_with_the_flattening_collator(accumulation, tmp_path):
+    """Nothing but positions tells where a sequence ends; the update is that of the padded batch."""
+    theirs, ours = pair("BertForMaskedLM")
+    rows = [{k: row[k] for k in ("input_ids", "attention_mask", "labels")} for row in pretraining_rows(*UNEVEN)]
+    for row in rows:  # the collator writes its separator over the first label of each
+        row["labels"][0] = IGNORED
+    expected = sgd_update(full_batch_gradients(theirs, batch_of(rows)), theirs)
+    short = [{k: row[k][row["attention_mask"] == 1].tolist() for k in ("input_ids", "labels")} for row in rows]
+    collator = transformers.DataCollatorWithFlattening()
+    assert_same_tensors(train(ours, short, tmp_path, accumulation=accumulation, collator=collator), expected)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -378,6 +394,56 @@ def _recorded(model, arguments, how):
     return torch.jit.trace(model, arguments, strict=False)
 
 
+@pytest.mark.slow
+def test_compiled_step_on_sequences_that_positions_part():
+    _, ours = pair("BertForMaskedLM")
+    compiled = torch.compile(ours.train(), backend="aot_eager")
+    for lengths in ([3, 5, 4], [12], [1, 9, 2]):
+        ids, labels = torch.randint(5, 83, (2, 1, 12))
+        batch = {
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        }
+        results = []
+        for model in (ours, compiled):
+            ours.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            results.append((loss.detach(), gradients(ours)))
+        assert_close(results[1][0], results[0][0], f"lengths {lengths}")
+        assert_same_tensors(results[1][1], results[0][1])
+
+
+@pytest.mark.parametrize("how", ["export", "trace"])
+@pytest.mark.parametrize("example", [[4, 5], [9]], ids=str)
+def test_exported_program_reads_the_positions_it_is_given(how, example):
+    """Recorded with one or with several sequences in a row; pooled outputs are those of one, or NaN."""
+
+    class Called(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = bert_fast.BertModel(tiny_config()).eval()
+
+        def forward(self, ids, positions):
+            return self.model(ids, position_ids=positions)[:2]
+
+    def positions(lengths):
+        return torch.cat([torch.arange(n) for n in lengths])[None]
+
+    called, ids = Called(), torch.randint(5, 83, (1, 9))
+    with torch.no_grad():
+        program = _recorded(called, (ids, positions(example)), how)
+        for lengths in ([9], [4, 5], [1, 6, 2]):
+            found, pooled = program(ids, positions(lengths))
+            expected = called(ids, positions(lengths))
+            assert_close(found, expected[0], f"lengths {lengths}")
+            if len(lengths) == 1:
+                assert_close(pooled, expected[1])
+            else:
+                assert pooled.isnan().all()
+
+
 @pytest.mark.parametrize("how", ["export", "trace"])
 def test_exported_program_reads_the_mask_it_is_given(how):
     """Recorded with one mask and run with others: nothing of the first may be in the program."""
@@ -390,4 +456,4 @@ def test_exported_program_reads_the_mask_it_is_given(how):
             found = program(ids.flip(1), mask)
             found = found["last_hidden_state"] if isinstance(found, dict) else found[0]
             expected = model(ids.flip(1), mask).last_hidden_state
-            assert_close(found[mask.bool()], expected[mask.bool()], f"lengths {lengths}")
+            assert_close(found, expected, f"lengths {lengths}")

@@ -100,10 +100,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _require_same_tokenizer(tokenizer, folder: str) -> None:
     from bert_fast.data import load_tokenizer
+    from bert_fast.data.tokenizer import differences
 
-    if load_tokenizer(Path(folder) / "tokenizer").get_vocab() != tokenizer.get_vocab():
+    if differing := differences(load_tokenizer(Path(folder) / "tokenizer"), tokenizer):
         raise ValueError(
-            f"{folder} was prepared with another vocabulary than the model's: prepare it with --tokenizer MODEL"
+            f"{folder} was prepared with another tokenizer than the model's ({'; '.join(differing)}): prepare it with "
+            "--tokenizer MODEL"
         )
 
 

@@ -79,7 +79,7 @@ def _prepare(options: argparse.Namespace) -> None:
     made_here = [*data.prepared_files(options.out), *data.tokenizer_files(options.tokenizer)]
     files = corpus_files(options.corpus, without=made_here)
     lowercase = False if options.cased else True if options.uncased else None
-    tokenizer = data.load_tokenizer(options.tokenizer, lowercase=lowercase)
+    tokenizer = data.load_tokenizer(options.tokenizer, lowercase=lowercase, tell=out.warn)
     folder = writable_folder(options.out)
     size, (index, of) = corpus_bytes(files), options.shard or (0, 1)
     done: dict = {}

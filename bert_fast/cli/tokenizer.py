@@ -17,7 +17,7 @@ def add_parser(subparsers) -> None:
         "tokenizer",
         run,
         "train a WordPiece tokenizer on a corpus",
-        details="The folder loads as transformers.BertTokenizerFast and in every command here. The corpus is streamed "
+        details="The folder loads with transformers.AutoTokenizer and in every command here. The corpus is streamed "
         "twice (characters, then words), never held in memory; the same corpus gives the same vocabulary.",
         examples="""
 bert-fast tokenizer corpus/ --vocab-size 30522 --out tok

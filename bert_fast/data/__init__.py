@@ -10,7 +10,8 @@ from bert_fast.data.paths import expand_paths
 from bert_fast.data.prepare import prepare
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.shards import open_corpus, prepared_files, read_manifest
-from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_files, train_tokenizer
+from bert_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_files
+from bert_fast.data.vocabulary import train_tokenizer
 
 # Imported when first asked for: torch takes seconds to import, and the processes of ``prepare`` need none of it.
 _WITH_TORCH = {

@@ -14,6 +14,8 @@ from sys import getsizeof
 import numpy as np
 from tokenizers import Tokenizer
 
+from bert_fast.data.tokenizer import SPECIAL_TOKENS
+
 # str.split takes these control characters for white space; BERT's clean_text removes them, joining what is around.
 REMOVED = dict.fromkeys([0x0B, 0x0C, 0x1C, 0x1D, 0x1E, 0x1F, 0x85])
 BATCH_CHARACTERS = 1 << 18  # sentences of about so many characters are cut into words at a time
@@ -24,19 +26,24 @@ ENTRY_BYTES = 120  # of a dictionary's tables, an entry, just after they have gr
 class SentenceEncoder:
     """``encoder(sentences)`` gives the ids of every sentence encoded alone, without special tokens around it.
 
-    Text that looks like a special token ("[SEP]") is text, and the tokenizer's own truncation and padding are off.
+    Text that looks like one of BERT's special tokens ("[SEP]") is text; other added tokens ("[URL]") have their ids
+    there. The tokenizer's own truncation and padding are off.
     ``dtype`` of the ids is uint16, or uint32 where the vocabulary has larger ids. Memory beside input and result is
     bounded by about 64 MiB for the stretches that are known and 64 MiB for a batch.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        described = json.loads(tokenizer.to_str())
+        for token in described["added_tokens"]:
+            token["special"] = token["content"] in SPECIAL_TOKENS  # what is special is text here
+        self.tokenizer = Tokenizer.from_str(json.dumps(described))
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         self.dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
         self.by_word = encodes_words_apart(self.tokenizer)
+        self.added = any(not token["special"] for token in described["added_tokens"])
         self.known: dict[str, bytes] = {}  # a stretch without white space -> its ids as bytes of ``dtype``
         self.known_bytes = 0
 
@@ -59,6 +66,8 @@ class SentenceEncoder:
             self.known_bytes = 0
         text = "\n".join(sentences)
         if any(chr(mark) in text for mark in REMOVED):
+            if self.added:  # they are looked for before anything is removed
+                return self._whole(sentences)
             sentences = [sentence.translate(REMOVED) for sentence in sentences]
         words = [sentence.split() for sentence in sentences]
         unseen = list(set(chain.from_iterable(words)).difference(self.known))
@@ -80,7 +89,7 @@ def _batches(sentences: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def encodes_words_apart(tokenizer: Tokenizer) -> bool:
-    """Whether ``tokenizer`` is BERT's: cleaned text, split at white space, WordPiece, added tokens all special ones.
+    """Whether ``tokenizer`` is BERT's: cleaned text, split at white space, WordPiece, added tokens between white space.
 
     Then white space always ends a word, and nothing on one side of it changes the ids on the other.
     """
@@ -91,5 +100,13 @@ def encodes_words_apart(tokenizer: Tokenizer) -> bool:
         and normalizer["clean_text"]
         and (made_of["pre_tokenizer"] or {}).get("type") == "BertPreTokenizer"
         and made_of["model"]["type"] == "WordPiece"
-        and all(token["special"] for token in made_of["added_tokens"])
+        and all(_within_a_stretch(token, tokenizer) for token in made_of["added_tokens"])
     )
+
+
+def _within_a_stretch(token: dict, tokenizer: Tokenizer) -> bool:
+    """Whether an added token is text, or found between white space alone, with nothing of it."""
+    if token["content"] in SPECIAL_TOKENS:
+        return True
+    forms = token["content"] + (tokenizer.normalizer.normalize_str(token["content"]) if token["normalized"] else "")
+    return forms.split() == [forms] and not token["lstrip"] and not token["rstrip"]

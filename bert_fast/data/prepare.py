@@ -24,7 +24,14 @@ from bert_fast.data.files import sole_writer, write_atomically
 from bert_fast.data.paths import expand_paths
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.shards import finish, map_tensors, prepared_files, shard_made, shard_path, write_shard
-from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_files
+from bert_fast.data.tokenizer import (
+    bare_tokenizer,
+    load_tokenizer,
+    require_berts_frame,
+    save_tokenizer,
+    special_ids,
+    tokenizer_files,
+)
 from bert_fast.data.workers import in_processes
 
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # of the environment: whether `tokenizers` uses threads
@@ -87,7 +94,7 @@ def prepare(
         no_text += tokenizer_files(tokenizer)
     files = expand_paths(paths, without=no_text)
     tokenizer = load_tokenizer(tokenizer) if at_path else bare_tokenizer(tokenizer)
-    special_ids(tokenizer)
+    require_berts_frame(tokenizer)
     versions = {path: _version(path) for path in files}
     made_by = {
         "files": [[path.name, size] for path, (size, _) in versions.items()],

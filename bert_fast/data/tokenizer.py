@@ -1,17 +1,21 @@
-"""BERT's WordPiece tokenizer: trained with `tokenizers`, saved as `transformers` loads it, loaded from any form."""
+"""Tokenizers: loaded from any form, compared, and saved so that `transformers` gives the same ids."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from bert_fast.data.files import write_atomically
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LONGEST_WORD = 100  # characters of a normalized word; a longer one is [UNK]
+# What a PreTrainedTokenizerFast of transformers must be told to serve a BERT.
+SPECIAL_NAMES = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
+MODEL_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
 
 
 class SpecialIds(NamedTuple):
@@ -35,94 +39,70 @@ def bare_tokenizer(tokenizer) -> Tokenizer:
     return bare
 
 
-def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int = 30522,
-    *,
-    lowercase: bool = True,
-    min_frequency: int = 2,
-    limit_alphabet: int = 1000,
+def berts_tokenizer(
+    vocabulary: dict[str, int],
+    lowercase: bool,
     strip_accents: bool | None = None,
+    chinese_characters_apart: bool = True,
 ) -> Tokenizer:
-    """A WordPiece tokenizer of at most ``vocab_size`` pieces, five special tokens first, trained on ``texts``.
+    """BERT's own tokenizer, as ``transformers.BertTokenizerFast`` makes it of these settings.
 
-    Text is treated as BERT does: control characters removed, CJK characters apart, with ``lowercase`` also
-    lower-cased and stripped of accents (``strip_accents`` True or False says otherwise); split at white space and
-    punctuation. The most frequent ``limit_alphabet`` characters (at most a quarter of the vocabulary) are kept:
-    raise it to about 8000 for Chinese. The same texts give the same vocabulary. ``texts`` are gone through twice: a
-    one-pass iterator is read into memory first.
-    Raises ValueError where the vocabulary cannot hold the special tokens or the texts hold no word.
+    ``strip_accents`` None means as ``lowercase``. ValueError where ``vocabulary`` lacks a special token.
     """
-    if vocab_size <= len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size {vocab_size} leaves no room beside the {len(SPECIAL_TOKENS)} special tokens")
-    if iter(texts) is texts:
-        texts = list(texts)
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
-    _as_bert(tokenizer, lowercase, strip_accents)
-    # The trainer numbers "##x" in the order of a randomly seeded hash table and breaks ties by these numbers. Naming
-    # them beforehand fixes both; they must not stay special tokens, so the vocabulary goes into a new tokenizer.
-    alphabet = _alphabet(texts, tokenizer, min(limit_alphabet, max(1, vocab_size // 4)))
-    continuing = [f"##{character}" for character in alphabet if _continues_word(character, tokenizer)]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=[*SPECIAL_TOKENS, *continuing],
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    _as_bert(tokenizer, lowercase, strip_accents)
-    _add_template(tokenizer)
-    return tokenizer
-
-
-def _alphabet(texts: Iterable[str], tokenizer: Tokenizer, limit: int) -> list[str]:
-    """The ``limit`` most frequent characters of the normalized texts, white space left out, sorted."""
-    counts: Counter = Counter()
-    for text in texts:
-        counts.update(tokenizer.normalizer.normalize_str(text))
-    characters = sorted((-number, character) for character, number in counts.items() if not character.isspace())
-    if not characters:
-        raise ValueError("the texts hold no word to train a tokenizer on")
-    return sorted(character for _, character in characters[:limit])
-
-
-def _continues_word(character: str, tokenizer: Tokenizer) -> bool:
-    """Whether ``character`` can stand inside a word: punctuation and CJK characters are always words by themselves."""
-    return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(f"a{character}"))) == 1
-
-
-def _as_bert(
-    tokenizer: Tokenizer, lowercase: bool, strip_accents: bool | None = None, chinese_characters_apart: bool = True
-) -> None:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=chinese_characters_apart,
-        strip_accents=strip_accents,  # None: as lowercase
+        strip_accents=strip_accents,
         lowercase=lowercase,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return _completed(tokenizer)
 
 
-def _add_template(tokenizer: Tokenizer) -> None:
+def _completed(tokenizer: Tokenizer) -> Tokenizer:
+    """``tokenizer`` itself, changed to encode whole texts, with its special tokens and [CLS] and [SEP] around them.
+
+    A post-processor that puts other tokens there stays as it is.
+    """
     ids = special_ids(tokenizer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", ids.cls), ("[SEP]", ids.sep)],
-    )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    if tokenizer.num_special_tokens_to_add(is_pair=False) == 0:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS]:0 $A:0 [SEP]:0",
+            pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", ids.cls), ("[SEP]", ids.sep)],
+        )
+    return tokenizer
+
+
+def require_berts_frame(tokenizer: Tokenizer) -> None:
+    """ValueError where ``tokenizer`` puts other tokens around texts than pre-training does."""
+    if not _frames_as_bert(_completed(Tokenizer.from_str(tokenizer.to_str()))):
+        raise ValueError(
+            "the tokenizer's post-processor does not make [CLS] A [SEP] of a text and [CLS] A [SEP] B [SEP], types 0 "
+            "and 1, of a pair, as pre-training does: set it so, or to none"
+        )
+
+
+def _frames_as_bert(tokenizer: Tokenizer) -> bool:
+    _, unk, cls, sep, _ = special_ids(tokenizer)
+    single, pair = tokenizer.encode("[UNK]"), tokenizer.encode("[UNK]", "[UNK]")
+    return (single.ids, single.type_ids, pair.ids, pair.type_ids) == (
+        [cls, unk, sep], [0, 0, 0], [cls, unk, sep, unk, sep], [0, 0, 0, 1, 1],
+    )  # fmt: skip
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """The ids of the special tokens; raises ValueError naming those the vocabulary lacks."""
+    """The ids of the special tokens; raises ValueError naming those the vocabulary lacks or names otherwise."""
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     if missing := [token for token, number in ids.items() if number is None]:
         raise ValueError(f"the vocabulary lacks {', '.join(missing)}, which pre-training needs: use a BERT vocabulary")
+    if (unknown := getattr(tokenizer.model, "unk_token", None)) not in (None, "[UNK]"):
+        raise ValueError(f"the tokenizer makes {unknown} of what it does not know, not BERT's [UNK]: rename it there")
     return SpecialIds(*ids.values())
 
 
@@ -162,46 +142,130 @@ def tokenizer_files(path: str | Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int = 512) -> Path:
-    """Writes ``tokenizer.json``, ``vocab.txt`` (if ids have no gap) and ``tokenizer_config.json``; returns the folder.
+def differences(tokenizer: Tokenizer, other: Tokenizer) -> list[str]:
+    """What may give text other ids in ``other`` ("that one") than in ``tokenizer`` ("this one"); empty where nothing.
 
-    ``transformers.BertTokenizerFast.from_pretrained(folder)`` gives the ids that ``tokenizer`` gives.
+    Vocabulary, added tokens, normalizer, pre-tokenizer and model are compared, post-processor and decoder are not.
+    """
+    ours, theirs = (one.get_vocab(with_added_tokens=True) for one in (tokenizer, other))
+    moved = sorted(token for token in ours.keys() | theirs.keys() if token and ours.get(token) != theirs.get(token))
+    found = [f"{len(moved)} tokens have other ids there, {moved[0]!r} for one"] if moved else []
+    return found + _other_rules(tokenizer, other, ("normalizer", "pre-tokenizer", "model", "added tokens"))
+
+
+# Of BERT's normalizer: what False and True mean.
+MEANINGS = {
+    "lowercase": ("is cased", "is uncased"),
+    "strip_accents": ("keeps accents", "strips accents"),
+    "handle_chinese_chars": ("keeps Chinese characters together", "sets Chinese characters apart"),
+    "clean_text": ("keeps control characters", "removes control characters"),
+}
+
+
+def _other_rules(tokenizer: Tokenizer, other: Tokenizer, parts: Sequence[str]) -> list[str]:
+    """:func:`differences` beside the vocabulary, in ``parts`` of :func:`_rules`."""
+    ours, theirs = _rules(tokenizer), _rules(other)
+    found = []
+    for part in parts:
+        here, there = ours[part], theirs[part]
+        if here.get("type") != there.get("type"):
+            found.append(f"the {part} of that one is {there.get('type')}, of this one {here.get('type')}")
+            continue
+        for name in sorted(here.keys() | there.keys()):
+            a, b = here.get(name), there.get(name)
+            if a == b:
+                continue
+            if name in MEANINGS and isinstance(a, bool):
+                found.append(f"that one {MEANINGS[name][b]}, this one {MEANINGS[name][a]}")
+            elif isinstance(a, (list, dict)) or isinstance(b, (list, dict)):
+                found.append(f"{name} of the {part} differs")
+            else:
+                found.append(f"{name} of the {part} is {b!r} in that one, {a!r} in this one")
+    return found
+
+
+def _rules(tokenizer: Tokenizer) -> dict[str, dict]:
+    """What makes ids of text, without the vocabulary, by part."""
+    described = json.loads(tokenizer.to_str())
+    normalizer = dict(described["normalizer"] or {})
+    if normalizer.get("type") == "BertNormalizer" and normalizer["strip_accents"] is None:
+        normalizer["strip_accents"] = normalizer["lowercase"]
+    added = {token.pop("content"): token for token in described["added_tokens"]}
+    for token in added.values():
+        del token["id"], token["special"]
+    return {
+        "normalizer": normalizer,
+        "pre-tokenizer": described["pre_tokenizer"] or {},
+        "model": {key: value for key, value in described["model"].items() if key != "vocab"},
+        "added tokens": {token: about for token, about in added.items() if token not in SPECIAL_TOKENS},
+    }
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int = 512) -> Path:
+    """Writes ``tokenizer.json``, ``tokenizer_config.json`` and, of BERT's own tokenizer, ``vocab.txt``.
+
+    ``transformers.AutoTokenizer.from_pretrained(folder)`` gives the ids that ``tokenizer`` gives to whole texts; its
+    truncation and padding are left out. ``[CLS]`` and ``[SEP]`` are put around texts where it has no rule of its own. A
+    ``vocab.txt`` that would give other ids is removed. Returns the folder.
     """
     folder = Path(folder)
     contents = tokenizer_contents(tokenizer, max_length=max_length)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         write_atomically(folder / name, content)
+    if "vocab.txt" not in contents:
+        (folder / "vocab.txt").unlink(missing_ok=True)
     return folder
 
 
 def tokenizer_contents(tokenizer: Tokenizer, *, max_length: int = 512) -> dict[str, bytes]:
     """What :func:`save_tokenizer` writes, by the names of the files."""
-    special_ids(tokenizer)
+    tokenizer = _completed(Tokenizer.from_str(bare_tokenizer(tokenizer).to_str()))
     contents = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
-    vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-    if [number for _, number in vocabulary] == list(range(len(vocabulary))):
-        contents["vocab.txt"] = "".join(f"{token}\n" for token, _ in vocabulary).encode()
-    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
-    config = {
-        "tokenizer_class": "BertTokenizerFast",
-        "do_lower_case": bool(normalizer.get("lowercase", False)),
-        "strip_accents": normalizer.get("strip_accents"),
-        "tokenize_chinese_chars": bool(normalizer.get("handle_chinese_chars", True)),
-        "model_max_length": max_length,
-        **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},
-    }
+    if berts := _berts_settings(tokenizer):
+        about = {"tokenizer_class": "BertTokenizerFast", **berts}
+        vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+        lines = "".join(f"{token}\n" for token, _ in vocabulary)
+        if {piece: number for number, piece in enumerate(_lines(lines))} == dict(vocabulary):
+            contents["vocab.txt"] = lines.encode()
+    else:  # of BERT's classes, transformers reads the vocabulary in tokenizer.json alone
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": MODEL_INPUTS}
+    config = about | {"model_max_length": max_length, **SPECIAL_NAMES}
     return contents | {"tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
-def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> Tokenizer:
+def _berts_settings(tokenizer: Tokenizer) -> dict | None:
+    """The arguments of ``BertTokenizerFast`` that make it of its vocabulary; None where it is another tokenizer."""
+    described = json.loads(tokenizer.to_str())
+    normalizer = described["normalizer"] or {}
+    if normalizer.get("type") != "BertNormalizer" or described["model"]["type"] != "WordPiece":
+        return None
+    settings = [normalizer[name] for name in ("lowercase", "strip_accents", "handle_chinese_chars")]
+    if any(token not in described["model"]["vocab"] for token in SPECIAL_TOKENS):
+        return None
+    berts = json.loads(berts_tokenizer(described["model"]["vocab"], *settings).to_str())
+    if any(described[part] != berts[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")):
+        return None
+    return dict(zip(SETTINGS, settings, strict=True)) if _frames_as_bert(tokenizer) else None
+
+
+# Of a tokenizer_config.json, with what ``transformers`` takes where it does not say.
+SETTINGS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+
+
+def load_tokenizer(
+    path: str | Path, *, lowercase: bool | None = None, tell: Callable[[str], object] = warnings.warn
+) -> Tokenizer:
     """A tokenizer from ``tokenizer.json``, ``vocab.txt`` or a folder that holds one of them.
 
     A ``vocab.txt`` does not say whether it is cased: ``lowercase`` tells; None takes ``do_lower_case`` of a
     ``tokenizer_config.json`` beside it, else upper-case letters in the vocabulary mean cased. ``strip_accents`` and
-    ``tokenize_chinese_chars`` of that file hold in any case. A ``tokenizer.json`` says it itself. Raises
-    FileNotFoundError where there is none, ValueError where the file is damaged, special tokens are missing, or
-    ``lowercase`` contradicts a ``tokenizer.json``.
+    ``tokenize_chinese_chars`` of that file hold in any case. A ``tokenizer.json`` says it itself; its truncation and
+    padding are left out, and ``[CLS]`` and ``[SEP]`` put around texts where it has no rule of its own. ``tell`` is
+    called with what is odd: lines of a ``vocab.txt`` that are blank or come again (line numbers are ids, as in
+    ``transformers``, and the last one of a piece is its id), a ``tokenizer_config.json`` by which ``transformers``
+    gives other ids. Raises FileNotFoundError where there is none, ValueError where the file is damaged, special tokens
+    are missing, or ``lowercase`` contradicts a ``tokenizer.json``.
     """
     path = Path(path)
     if path.is_dir():
@@ -211,36 +275,65 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> Tokeni
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer at {path}")
-    if path.suffix == ".json":
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{path} is not a tokenizer of the `tokenizers` library: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        special_ids(tokenizer)
-        does = bool((json.loads(tokenizer.to_str())["normalizer"] or {}).get("lowercase", False))
-        if lowercase is not None and does != lowercase:
-            asked, is_now = ("uncased", "cased") if lowercase else ("cased", "uncased")
-            raise ValueError(f"{path} says itself that it is {is_now}, but {asked} was asked for: take its vocab.txt")
-        return tokenizer
-    try:
-        pieces = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a vocabulary: not UTF-8 at byte {error.start}") from error
-    pieces = [piece.removesuffix("\r") for piece in (pieces[:-1] if pieces[-1] == "" else pieces)]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    if len(vocabulary) != len(pieces):
-        raise ValueError(f"{path} is not a vocabulary: {len(pieces) - len(vocabulary)} lines repeat another")
     config_file = path.with_name("tokenizer_config.json")
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    if path.suffix == ".json":
+        tokenizer = _from_json(path, lowercase)
+        _tell_other_reading(path, tokenizer, config, tell)
+        return tokenizer
+    vocabulary = _read_vocabulary(path, tell)
     if lowercase is None:
         lowercase = config.get("do_lower_case")
     if lowercase is None:
-        lowercase = not any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    special_ids(tokenizer)
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    _as_bert(tokenizer, lowercase, config.get("strip_accents"), config.get("tokenize_chinese_chars", True))
-    _add_template(tokenizer)
+        lowercase = not any(piece != piece.lower() for piece in vocabulary if not piece.startswith("["))
+    return berts_tokenizer(
+        vocabulary, lowercase, config.get("strip_accents"), config.get("tokenize_chinese_chars", True)
+    )
+
+
+def _from_json(path: Path, lowercase: bool | None) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{path} is not a tokenizer of the `tokenizers` library: {error}") from error
+    tokenizer = _completed(tokenizer)
+    does = bool((json.loads(tokenizer.to_str())["normalizer"] or {}).get("lowercase", False))
+    if lowercase is not None and does != lowercase:
+        asked, is_now = ("uncased", "cased") if lowercase else ("cased", "uncased")
+        raise ValueError(f"{path} says itself that it is {is_now}, but {asked} was asked for: take its vocab.txt")
     return tokenizer
+
+
+def _tell_other_reading(path: Path, tokenizer: Tokenizer, config: dict, tell: Callable[[str], object]) -> None:
+    """Tells where the class that ``tokenizer_config.json`` names makes another tokenizer of the vocabulary."""
+    if str(config.get("tokenizer_class")).removesuffix("Fast") != "BertTokenizer":
+        return
+    settings = (config.get(name, default) for name, default in SETTINGS.items())
+    theirs = berts_tokenizer({token: number for number, token in enumerate(SPECIAL_TOKENS)}, *settings)
+    if other := _other_rules(tokenizer, theirs, ("normalizer", "pre-tokenizer", "model")):
+        tell(
+            f"{path} holds here; transformers goes by {config['tokenizer_class']} of the tokenizer_config.json beside "
+            f"it, and gives other ids: {'; '.join(other)}"
+        )
+
+
+def _lines(text: str) -> list[str]:
+    """The pieces of a ``vocab.txt``, without white space after them, as `tokenizers` reads them."""
+    lines = text.split("\n")
+    return [line.rstrip() for line in (lines if lines[-1] else lines[:-1])]
+
+
+def _read_vocabulary(path: Path, tell: Callable[[str], object]) -> dict[str, int]:
+    """The ids of a ``vocab.txt`` by their pieces: the numbers of the lines from 0, of a piece's last line."""
+    try:
+        pieces = _lines(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a vocabulary: not UTF-8 at byte {error.start}") from error
+    vocabulary = {piece: number for number, piece in enumerate(pieces) if piece}
+    again = [f"{n} ({p!r})" for n, p in enumerate(pieces, 1) if p and vocabulary[p] != n - 1]
+    blank = [str(n) for n, piece in enumerate(pieces, 1) if not piece]
+    for lines, what in ((again, "have a piece that comes again, and takes its later id"), (blank, "are blank")):
+        if lines:
+            more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+            tell(f"{path}: lines {', '.join(lines[:5])}{more} {what}: no token has the ids of these lines")
+    return vocabulary

@@ -124,7 +124,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         mask attends are 0 in the outputs. Packed input: (1, T) with ``cu_seq_lens_q`` (B+1,) int32 and
         ``max_length_q``; every sequence is then computed alone, and pooled outputs are (B, H), of the first token
         of each or of ``cls_positions`` (B,). ``sample_ids`` (B,) name the samples of the batch for the dropout
-        masks. ``hidden_dtype`` is the dtype of the hidden states; by default the parameters', under autocast too, as
+        masks. Position ids alone, of a batch of 1 without a mask, tell such sequences too, where they go up by one and
+        begin again (transformers' DataCollatorWithFlattening); with a mask of ones they are positions of one sequence.
+        ``hidden_dtype`` is the dtype of the hidden states; by default the parameters', under autocast too, as
         transformers has it, where bfloat16 halves what layers pass on and keep. Raises ValueError, TypeError or
         IndexError for input that does not fit.
         """
@@ -145,14 +147,16 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             key: kwargs[key] if kwargs.get(key) is not None else getattr(self.config, key, False)
             for key in ("output_hidden_states", "output_attentions")
         }
-        layout = self._layout(source, attention_mask, bool(wants["output_attentions"]), kwargs)
+        layout = self._layout(source, attention_mask, position_ids, bool(wants["output_attentions"]), kwargs)
 
-        packed_input = kwargs.get("cu_seq_lens_q") is not None
-        positions = self._positions(position_ids, layout, batch, length, packed_input)
+        positions = self._positions(position_ids, layout, batch, length)
         segments = self._segments(token_type_ids, layout, batch, length, positions)
         if self._drops():
             layout.rng_key = ops.draw_dropout_key(layout.row_key)
         ids = None if input_ids is None else packing.pack(layout, input_ids).long()
+        if inputs_embeds is not None and layout.mask is not None and layout.indices is None:
+            # keys that nobody attends have weights of 0, which NaN and infinity would outlive
+            inputs_embeds = inputs_embeds.where(layout.mask[..., None], inputs_embeds.nan_to_num(0.0, 0.0, 0.0))
         embeds = None if inputs_embeds is None else packing.pack(layout, inputs_embeds)
 
         hidden_states = [] if wants["output_hidden_states"] is not False else None
@@ -175,6 +179,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         pooled = None
         if self.pooler is not None:
             pooled = self.pooler((self._first(x, layout) if first is None else first)[:, None])
+            if layout.several is not None:  # one output, where each sequence would have its own
+                pooled = pooled.masked_fill(layout.several, torch.nan)
         if rows is not None:
             rows.layout, rows.hidden = layout, hidden
         dense = hidden_states[-1] if hidden_states else (packing.unpack(layout, x) if rows is None else None)
@@ -214,16 +220,25 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             raise ValueError("the batch has sequences of length 0: the pooler reads the first token of each")
         return source
 
-    def _layout(self, source: Tensor, mask: Tensor | None, explicit: bool, kwargs: dict) -> Layout:
+    def _layout(
+        self, source: Tensor, mask: Tensor | None, position_ids: Tensor | None, explicit: bool, kwargs: dict
+    ) -> Layout:
         batch, length = source.shape[:2]
         samples, cu_seqlens = kwargs.get("sample_ids"), kwargs.get("cu_seq_lens_q")
         rows = kwargs.get("rows")
+        self._check_positions(position_ids, batch, length)
         if mask is not None and mask.device != source.device:
             mask = mask.to(source.device)  # as transformers does
+        alone = [name for name in ("cu_seq_lens_k", "seq_idx") if kwargs.get(name) is not None]
         if cu_seqlens is not None:
             layout = self._packed(source, mask, cu_seqlens, samples, kwargs)
+        elif alone and position_ids is None:
+            raise ValueError(f"{alone[0]} alone does not part sequences: pass position_ids, or cu_seq_lens_q")
         elif mask is None:
-            layout = packing.full_layout(batch, length, source.device, samples)
+            layout = None
+            if position_ids is not None and batch == 1 and length > 1:
+                layout = packing.flattened_layout(position_ids.reshape(-1), samples)
+            layout = layout or packing.full_layout(batch, length, source.device, samples)
         elif mask.dim() == 2:
             if tuple(mask.shape) != (batch, length):
                 raise ValueError(
@@ -238,11 +253,10 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             raise ValueError(f"attention_mask has {mask.dim()} dimensions, expected 2 (padding) or 4 (any)")
         if explicit and not layout.explicit:
             layout.explicit = True
-            if cu_seqlens is not None:
+            if layout.packed:
                 layout.bias = packing.attention_bias(packing.same_sequence(layout), torch.float32)
-            elif layout.indices is not None:
-                allowed = packing.unpack(layout, torch.ones_like(layout.row_key)) != 0
-                layout.bias = packing.attention_bias(allowed[:, None, None, :], torch.float32)
+            elif layout.mask is not None:
+                layout.bias = packing.attention_bias(layout.mask[:, None, None, :], torch.float32)
         return layout
 
     def _packed(self, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor, samples, kwargs: dict) -> Layout:
@@ -260,18 +274,23 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             first=kwargs.get("cls_positions"),
         )
 
-    def _positions(self, position_ids, layout: Layout, batch: int, length: int, packed_input: bool) -> Tensor:
+    @staticmethod
+    def _check_positions(position_ids: Tensor | None, batch: int, length: int) -> None:
+        if position_ids is None:
+            return
+        if position_ids.shape[-1] != length or position_ids.numel() not in (length, batch * length):
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)}, expected {(batch, length)} or {(1, length)}"
+            )
+        if position_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"position_ids has dtype {position_ids.dtype}, expected int64 or int32")
+
+    def _positions(self, position_ids, layout: Layout, batch: int, length: int) -> Tensor:
         if position_ids is not None:
-            if position_ids.shape[-1] != length or position_ids.numel() not in (length, batch * length):
-                raise ValueError(
-                    f"position_ids has shape {tuple(position_ids.shape)}, expected {(batch, length)} or {(1, length)}"
-                )
             return packing.pack(layout, position_ids.reshape(-1, length).expand(batch, length)).long()
         table = self.embeddings.position_embeddings.num_embeddings
-        if packed_input:
-            positions = layout.row_key & random.MASK32
-            used = torch.arange(length, device=positions.device) < layout.cu_seqlens[-1]
-            return positions.where(used, 0)
+        if layout.packed:
+            return (layout.row_key & random.MASK32).where(packing.attended(layout)[0], 0)
         if length > table:
             raise ValueError(
                 f"the input has {length} positions, the model's table {table} (config.max_position_embeddings): "

@@ -334,6 +334,18 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
         )
 
 
+def _place_loss(scores: Tensor, positions: Tensor, layout: packing.Layout) -> Tensor:
+    """Cross-entropy of one of the ``scores`` (B, S) of each sequence against its ``positions`` (B,) or (B, 1); those
+    past its end are ignored."""
+    positions = positions.squeeze(-1) if positions.dim() > 1 else positions
+    length = scores.shape[1]
+    if layout.packed:
+        scores, length = packing.by_sequence(layout, scores[0], torch.finfo(scores.dtype).min), layout.cu_seqlens.diff()
+    outside = scores.shape[1]
+    positions = positions.clamp(min=0).where(positions < length, outside)
+    return cross_entropy(scores, positions, None, outside)
+
+
 class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering):
     """BERT that scores each token as the start and the end of the answer."""
 
@@ -349,7 +361,11 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         end_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | QuestionAnsweringModelOutput:
-        """As transformers'. Its loss reads the scores of every position, padding too: such batches are not packed."""
+        """As transformers', but that the scores of padding are the lowest number, so that none of a token is below.
+
+        The loss reads what padding scores before, as transformers' does: such batches are not packed. Of packed input
+        it is that of each sequence alone, with start_positions and end_positions (B,) in their sequences.
+        """
         source = input_ids if input_ids is not None else inputs_embeds
         has_loss = start_positions is not None and end_positions is not None
         read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if has_loss else None
@@ -362,11 +378,11 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         start, end = (scores.squeeze(-1).contiguous() for scores in logits.split(1, dim=-1))
         loss = None
         if has_loss:
-            outside = start.shape[1]  # positions past the end are ignored
-            starts, ends = (
-                (t.squeeze(-1) if t.dim() > 1 else t).clamp(0, outside) for t in (start_positions, end_positions)
-            )
-            loss = (cross_entropy(start, starts, None, outside) + cross_entropy(end, ends, None, outside)) / 2
+            loss = _place_loss(start, start_positions, rows.layout) + _place_loss(end, end_positions, rows.layout)
+            loss = loss / 2
+        real = packing.attended(rows.layout)
+        if real is not None:
+            start, end = (t.masked_fill(~real, torch.finfo(t.dtype).min) for t in (start, end))
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start,

@@ -215,7 +215,7 @@ def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, wher
     qkv (T, 3, A, D). Same numbers and dropout masks as ``ops.attention`` where both apply; takes any bias.
     """
     _, _, heads, size = qkv.shape
-    dense = packing.unpack(layout, qkv)  # (B, S, 3, A, D)
+    dense = packing.spread(layout, qkv)  # (B, S, 3, A, D)
     total = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     # transformers' weights are float32 under autocast where softmax is (CUDA) or where a float32 mask was added
     autocast = torch.is_autocast_enabled(qkv.device.type)
@@ -228,15 +228,15 @@ def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, wher
         else:  # 0, and not NaN, for a query that sees no key (a bias of -inf), as transformers' sdpa has it
             weights = torch._safe_softmax(scores + layout.bias.to(total), dim=-1)
         if p:
-            row_key = packing.unpack(layout, layout.row_key)  # (B, S)
+            row_key = packing.spread(layout, layout.row_key)  # (B, S)
             keep = random.attention_keep_mask(layout.rng_key, row_key.flatten(), heads, layout.length, p, where)
             keep = keep.view(heads, layout.batch, layout.length, layout.length).transpose(0, 1)
             # a key's number is its position in the sample, which holes and packing part from its column
             column = (row_key & random.MASK32).clamp(max=layout.length - 1)[:, None, None, :]
             keep = keep.gather(3, column.expand_as(keep))
             weights = torch.where(keep, weights * random.dropout_scale(p), 0.0)
-        if layout.indices is not None:  # queries that are not attended are no rows; their weights are 0
-            weights = weights * (packing.unpack(layout, torch.ones_like(layout.row_key)) != 0)[:, None, :, None]
+        if layout.indices is not None or layout.blanks:  # queries that are not attended are no rows, or not to be seen
+            weights = weights * layout.mask[:, None, :, None]
         weights = weights.to(shown)
         out = (weights.to(total) @ v).transpose(1, 2).reshape(layout.batch, layout.length, heads * size)
     return packing.pack(layout, out.to(qkv.dtype)), weights

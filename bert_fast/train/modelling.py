@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from transformers import BertConfig, PreTrainedConfig
+from transformers.utils import cached_file
 
 from bert_fast.data import load_tokenizer, special_ids
-from bert_fast.data.tokenizer import vocabulary_rows
+from bert_fast.data.tokenizer import differences, vocabulary_rows
 from bert_fast.model import BertForPreTraining
 from bert_fast.train.config import SIZES, ConfigError, PretrainConfig
 from bert_fast.weights import UnfitWeights, read_weights
@@ -131,16 +132,16 @@ def new_model(config: PretrainConfig, made: BertConfig, seed: int) -> tuple[Bert
 
 
 def check_vocabulary(source: str, tokenizer: Tokenizer) -> None:
-    """ConfigError where the checkpoint folder ``source`` brings a tokenizer that gives words other ids."""
-    folder = Path(source)
-    if not folder.is_dir() or not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+    """ConfigError where ``source``, a folder or a name on the Hub, brings a tokenizer that gives text other ids."""
+    optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    files = ("tokenizer_config.json", "vocab.txt", "tokenizer.json")  # the first tells the case of the second
+    _, vocabulary, described = (cached_file(source, name, **optional) for name in files)
+    if (path := described or vocabulary) is None:
         return
-    theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
-    differing = [token for token, number in ours.items() if theirs.get(token) != number]
-    if differing:
+    if differing := differences(tokenizer, load_tokenizer(path)):
         raise ConfigError(
-            f"the data were prepared with another tokenizer than that of {source} ({len(differing)} tokens have other "
-            f"ids there, {differing[0]!r} for one): prepare them with --tokenizer {source}"
+            f"the data were prepared with another tokenizer than that of {source} ({'; '.join(differing)}): prepare "
+            f"them with --tokenizer {Path(path).parent}"
         )
 
 

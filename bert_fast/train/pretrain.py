@@ -14,6 +14,7 @@ from bert_fast.data import load_tokenizer, open_corpus, read_manifest
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.files import write_atomically
 from bert_fast.data.pairs import document_tokens, fewest_tokens
+from bert_fast.data.tokenizer import differences
 from bert_fast.flops import step_flops
 from bert_fast.output import Output
 from bert_fast.train import captured, checkpoint, modelling
@@ -351,8 +352,11 @@ class _Run:
         )  # fmt: skip
 
     def _other_corpus(self, folder: str):
-        if load_tokenizer(Path(folder) / "tokenizer").to_str() != self.tokenizer.to_str():
-            raise ConfigError(f"--validation-data {folder} was prepared with another tokenizer than {self.config.data}")
+        if differing := differences(self.tokenizer, load_tokenizer(Path(folder) / "tokenizer")):
+            raise ConfigError(
+                f"--validation-data {folder} was prepared with another tokenizer than {self.config.data} "
+                f"({'; '.join(differing)})"
+            )
         return open_corpus(folder)
 
 

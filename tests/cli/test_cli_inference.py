@@ -195,7 +195,7 @@ def test_models_that_cannot_serve_are_refused(run, folder, run_folder, tmp_path)
     (run_folder / "model" / "tokenizer.json").unlink()
     (run_folder / "model" / "vocab.txt").unlink()
     for argv, message in (
-        (("evaluate", folder / "model", "--data", tmp_path / "other"), "another vocabulary"),
+        (("evaluate", folder / "model", "--data", tmp_path / "other"), "another tokenizer"),
         (("evaluate", folder / "model", "--data", tmp_path / "nothing"), "manifest.json"),
         (("evaluate", folder / "model", "--data", folder / "data", "--seq", 65), "64 positions"),
         (("fill-mask", tmp_path / "encoder", "a [MASK]"), "cls.predictions"),

@@ -1,14 +1,21 @@
 """Every command with tokenizers that are not plain BERT's: their ids, their gaps, and models with more rows."""
 
 import json
+import shutil
+from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 
 import bert_fast
-from bert_fast import data
+from bert_fast import classification, data
+from bert_fast.classification import Example
 from bert_fast.cli import main
+from bert_fast.data.encoding import SentenceEncoder
+from bert_fast.data.tokenizer import berts_tokenizer
+from tests.data.kinds_of_tokenizers import KINDS, TEXTS, training_ids
 
 
 def small_model(folder, tokenizer, rows: int):
@@ -96,3 +103,98 @@ def test_whole_words_by_the_prefix_that_the_tokenizer_has(run, folder, gapped, t
     none = Tokenizer.from_str(json.dumps(described))
     with pytest.raises(ValueError, match="whole-word masking needs"):
         data.PretrainingDataset(corpora[1], none, whole_word=True)
+
+
+@pytest.mark.parametrize("kind", ["NFKC, lower case", "byte-level BPE", "added tokens"])
+def test_every_folder_that_is_written_gives_the_ids_of_training(run, folder, tmp_path, kind):
+    tokenizer = KINDS[kind]([s for document in data.read_documents(folder / "corpus.jsonl") for s in document] + TEXTS)
+    tokenizer.save(str(tmp_path / "mine.json"))
+    (tmp_path / "examples.tsv").write_text("one\ta\ntwo\tb\n" * 4)
+    size = json.loads((folder / "model" / "config.json").read_text())
+    (tmp_path / "size.json").write_text(json.dumps({**size, "dtype": "float32"}))
+    out = tmp_path / "run"
+    for argv in (
+        ("prepare", folder / "corpus.jsonl", "--tokenizer", tmp_path / "mine.json", "--out", tmp_path / "data",
+         "--workers", 1),
+        ("pretrain", "--data", tmp_path / "data", "--out", out, "--model", tmp_path / "size.json", "--seq", 32,
+         "--steps", 2, "--batch-size", 2, "--checkpoint-every", 1, "--workers", 0, "--peak-tflops", 1, "--device",
+         "cpu"),
+        ("evaluate", out, "--data", tmp_path / "data", "--max-sequences", 2),
+        ("pretrain", "--data", tmp_path / "data", "--out", tmp_path / "on", "--init-from", out / "model", "--seq", 32,
+         "--steps", 1, "--batch-size", 2, "--workers", 0, "--peak-tflops", 1, "--device", "cpu"),
+        ("finetune", out, "--train", tmp_path / "examples.tsv", "--validation", tmp_path / "examples.tsv", "--out",
+         tmp_path / "classifier", "--epochs", 1),
+    ):  # fmt: skip
+        done = run(*argv, "--quiet")
+        assert (done.code, done.err) == (0, ""), argv
+    encoder = SentenceEncoder(tokenizer)
+    written = [
+        tmp_path / "data" / "tokenizer",
+        out / "model",
+        *(out / "checkpoints").iterdir(),
+        tmp_path / "classifier",
+    ]
+    assert len(written) == 5
+    for made in written:
+        theirs = transformers.AutoTokenizer.from_pretrained(made)
+        for pair in [("",), *((text,) for text in TEXTS), *pairwise(TEXTS)]:
+            found = theirs(*pair)
+            assert (found["input_ids"], found["token_type_ids"]) == training_ids(encoder, tokenizer, *pair), (
+                made,
+                pair,
+            )
+
+
+def test_finetune_encodes_as_pre_training_did(folder, tmp_path, monkeypatch):
+    tokenizer = KINDS["NFKC, lower case"]([s for d in data.read_documents(folder / "corpus.jsonl") for s in d] + TEXTS)
+    rows = max(tokenizer.get_vocab().values()) + 1
+    model, seen = small_model(tmp_path / "model", tokenizer, rows), []
+    original = classification._encoded
+    monkeypatch.setattr(classification, "_encoded", lambda *given: seen.extend(original(*given)) or original(*given))
+    examples = [Example(a[:40], b[:40], str(number % 2)) for number, (a, b) in enumerate(pairwise(TEXTS))]
+    classification.finetune(model, examples, examples, epochs=1, max_length=64)
+    for example, found in zip(examples * 2, seen, strict=True):
+        expected = training_ids(SentenceEncoder(tokenizer), tokenizer, example.text, example.pair)
+        assert (found["input_ids"], found["token_type_ids"]) == expected
+
+
+@pytest.fixture
+def cased(folder, tmp_path):
+    """(a model with a cased tokenizer, data prepared from the same vocab.txt without case)."""
+    save = data.save_tokenizer(berts_tokenizer(data.load_tokenizer(folder / "tok").get_vocab(), lowercase=False),
+                               tmp_path / "cased")  # fmt: skip
+    model = small_model(tmp_path / "model", data.load_tokenizer(save), 600)
+    argv = ["prepare", folder / "corpus.jsonl", "--tokenizer", save / "vocab.txt", "--uncased", "--out",
+            tmp_path / "uncased", "--workers", 1, "--quiet"]  # fmt: skip
+    assert main([str(argument) for argument in argv]) == 0
+    return model, tmp_path / "uncased"
+
+
+def test_the_same_vocabulary_in_another_case_is_refused(run, folder, cased, tmp_path, monkeypatch):
+    model, uncased = cased
+    settings = ("--out", tmp_path / "run", "--seq", 32, "--steps", 1, "--workers", 0, "--device", "cpu")
+    hub = tmp_path / "hub"
+    snapshot = hub / "models--some--bert" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(model, snapshot)
+    (hub / "models--some--bert" / "refs").mkdir()
+    (hub / "models--some--bert" / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(uncased, tmp_path / "other")
+    data.save_tokenizer(data.load_tokenizer(model), tmp_path / "other" / "tokenizer")
+    for argv in (
+        ("evaluate", model, "--data", uncased),
+        ("evaluate", folder / "model", "--data", folder / "data", "--baseline", tmp_path / "other"),
+        ("pretrain", "--data", uncased, "--init-from", model, *settings),
+        ("pretrain", "--data", uncased, "--init-from", "some/bert", *settings),
+        ("pretrain", "--data", uncased, "--validation-data", tmp_path / "other", "--model", "tiny", *settings),
+    ):
+        done = run(*argv, "--quiet")
+        assert done.code != 0, argv
+        assert "another tokenizer" in done.err
+        ours, theirs = ("cased", "uncased") if "--baseline" in argv else ("uncased", "cased")
+        assert f"that one is {theirs}, this one is {ours}" in done.err
+        assert "--tokenizer" in done.err or "--validation-data" in argv
+    data.save_tokenizer(data.load_tokenizer(folder / "tok"), snapshot)
+    good = ("pretrain", "--data", uncased, "--init-from", "some/bert", "--peak-tflops", 1, "--batch-size", 2)
+    assert run(*good, *settings, "--quiet").code == 0

@@ -5,9 +5,11 @@ import sys
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from bert_fast.data import encoding, load_tokenizer, save_tokenizer
 from bert_fast.data.encoding import SentenceEncoder
+from bert_fast.data.tokenizer import SPECIAL_TOKENS
 
 
 def assert_same_ids(tokenizer, sentences):
@@ -52,6 +54,40 @@ def test_other_tokenizers_encode_whole_sentences(tokenizer):
     other = Tokenizer.from_str(tokenizer.to_str())
     other.add_tokens([AddedToken("of the", normalized=True)])
     assert not assert_same_ids(other, ["one of the many", ""]).by_word
+
+
+@pytest.mark.parametrize(
+    ("added", "by_word"),
+    [
+        ([AddedToken("[URL]", normalized=False), AddedToken("@user", normalized=True)], True),
+        ([AddedToken("[URL]", special=True), AddedToken("URL", single_word=True)], True),
+        ([AddedToken("[URL]", lstrip=True)], False),
+        ([AddedToken("[URL] @USER")], False),
+        ([AddedToken("\u65b0\u8bcd")], False),  # its normal form has white space
+        ([AddedToken("x\x1fURL", normalized=True)], False),
+    ],
+)
+def test_added_tokens_have_their_ids_where_text_holds_them(tokenizer, documents, added, by_word):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    special = [token for token in added if token.special]
+    other.add_special_tokens(special)
+    other.add_tokens([token for token in added if not token.special])
+    ends = ["", " ", "x", ".", "\u00a0", "\u4eca", "\u0301", "\x0b", "-"]
+    texts = [f"see{a}{token.content}{b} {token.content}" for token in added for a in ends for b in ends]
+    texts += ["[url] @USER URL [ URL ] [U\x0bRL] \u65b0 \u8bcd [URL]  @USER", *documents[3]]
+    encoder = SentenceEncoder(other)
+    assert encoder.by_word is by_word
+    theirs = PreTrainedTokenizerFast(tokenizer_object=other)
+    for _ in range(2):
+        for text in texts:
+            expected = theirs(text, add_special_tokens=False)["input_ids"]
+            assert encoder([text])[0].tolist() == expected, text
+    ids = [other.token_to_id(token.content) for token in added]
+    assert np.isin(ids, encoder(texts)[0]).all()
+    marked = [f"{text} [SEP] a[MASK]" for text in texts]
+    assert not np.isin(
+        [other.token_to_id(name) for name in SPECIAL_TOKENS if name != "[UNK]"], encoder(marked)[0]
+    ).any()
 
 
 def test_padding_truncation_and_large_ids(tokenizer):
