@@ -209,7 +209,7 @@ def _set_head(network: BertForSequenceClassification, folder: Path, labels: list
         own, missing, _ = read_weights(BertForSequenceClassification, folder, **LOADING)
         rows = {} if "classifier.weight" in missing else rows
     if not rows and "classifier.weight" in drawn:
-        return f"{folder} has no head for these labels: drawn at random are {', '.join(drawn)}"
+        return f"the model has no head for these labels: drawn at random are {', '.join(drawn)}"
     head = torch.nn.Linear(network.config.hidden_size, len(labels))
     network._init_weights(head)
     with torch.no_grad():
@@ -218,9 +218,9 @@ def _set_head(network: BertForSequenceClassification, folder: Path, labels: list
     network.classifier = head
     new = [name for place, name in enumerate(labels) if place not in rows]
     if not rows:
-        return f"the head of {folder} is for {', '.join(names.values())}: a new one is drawn for {', '.join(labels)}"
+        return f"the model's head is for {', '.join(names.values())}: a new one is drawn for {', '.join(labels)}"
     left_out = [name for row, name in names.items() if row not in rows.values()]
-    return f"the head of {folder} is kept, each row for the label that it names" + "".join(
+    return "the model's head is kept, each row for the label that it names" + "".join(
         f"; {what}: {', '.join(some)}" for what, some in (("drawn at random", new), ("left out", left_out)) if some
     )
 

@@ -1,18 +1,22 @@
 """After pre-training: loading a run or a Hugging Face folder, filling masks, vectors of sentences."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
+from bert_fast.data.text import well_formed
 from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, special_ids, token_ids, vocabulary_rows
 from bert_fast.output import Output
+from bert_fast.pooling import Recipe, pooled, recipe_of, transformer_folder
 from bert_fast.train import checkpoint
 from bert_fast.weights import read_weights
 
@@ -23,13 +27,15 @@ WINDOW = 8192
 def model_folder(path: str | Path, output: Output | None = None) -> Path:
     """The Hugging Face folder of ``path``: itself (a checkpoint of a run is one), or the ``model`` of a run.
 
+    Of a sentence-transformers folder it is that of its transformer.
+
     Of a run that has not ended it is the newest checkpoint that is whole, which ``output`` (None: an Output()) is
     told, as of newer ones that are damaged. FileNotFoundError where there is no model, CheckpointError where all
     checkpoints are damaged.
     """
     path, output = Path(path), output or Output()
-    for folder in (path / "model", path):
-        if _is_model(folder):
+    for folder in (path / "model", path, transformer_folder(path)):
+        if folder is not None and _is_model(folder):
             return folder
     if not (path / "checkpoints").is_dir() and not (path / "metrics.jsonl").is_file():
         raise FileNotFoundError(
@@ -96,13 +102,14 @@ def fill_mask(model, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[li
     """The ``top_k`` most probable tokens for each [MASK] of ``text``, best first, from a BertForMaskedLM.
 
     Rows of the model that have no token (a padded vocabulary, gaps in its ids) are no candidates. Raises ValueError
-    where the text has no [MASK] or more tokens than the model has positions.
+    where the text has no [MASK], or more tokens than the model has positions, or where the scores are not finite. Lone
+    surrogates become U+FFFD.
     """
-    tokenizer = bare_tokenizer(tokenizer)
+    tokenizer, text = bare_tokenizer(tokenizer), well_formed(text)[0]
     ids = tokenizer.encode(text).ids
     places = [place for place, number in enumerate(ids) if number == special_ids(tokenizer).mask]
     if not places:
-        raise ValueError(f"no [MASK] in {text!r}")
+        raise ValueError(f"no [MASK] in {text if len(text) <= 200 else f'{text[:200]}...'!r}")
     if len(ids) > model.config.max_position_embeddings:
         raise ValueError(f"the text has {len(ids)} tokens, the model {model.config.max_position_embeddings} positions")
     device = next(model.parameters()).device
@@ -110,10 +117,26 @@ def fill_mask(model, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[li
         scores = model(input_ids=torch.tensor([ids], device=device)).logits[0, places]
     candidates = torch.from_numpy(token_ids(tokenizer)).to(device)
     best, found = scores.float().softmax(dim=-1)[:, candidates].topk(min(top_k, len(candidates)))
+    if not best.isfinite().all():
+        raise ValueError(f"the model's scores are not finite: it overflows in {model.dtype} on this text")
     return [
         [Candidate(tokenizer.id_to_token(i), i, p) for p, i in zip(row.tolist(), numbers.tolist(), strict=True)]
         for row, numbers in zip(best, candidates[found], strict=True)
     ]
+
+
+def sentence_recipe(model, **given) -> Recipe:
+    """How :func:`encode_sentences` makes vectors by ``model``, a BertModel.
+
+    It is what the sentence-transformers folder says that ``model`` was loaded from, else the mean over all tokens, cut
+    to the model's positions; ``given`` (see :meth:`bert_fast.pooling.Recipe.changed`) goes before that where not None.
+    """
+    positions = model.config.max_position_embeddings
+    own = (recipe_of(model.name_or_path) if model.name_or_path else None) or Recipe()
+    recipe = replace(own, max_length=min(own.max_length or positions, positions)).changed(**given)
+    if not 3 <= recipe.max_length <= positions:
+        raise ValueError(f"max_length must be between 3 and the model's {positions} positions, got {recipe.max_length}")
+    return recipe
 
 
 def encode_sentences(
@@ -121,31 +144,35 @@ def encode_sentences(
     tokenizer: Tokenizer,
     sentences: Iterable[str],
     *,
-    pooling: str = "mean",
-    normalize: bool = False,
+    pooling: str | None = None,
+    normalize: bool | None = None,
     max_length: int | None = None,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
     tokens: int = 8192,
+    counts: Counter | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields float32 (n, hidden) arrays, one row a sentence, in the order of ``sentences``.
 
-    ``model`` is a BertModel in evaluation mode. ``pooling`` is "mean", over all tokens of the sentence with [CLS]
-    and [SEP], or "cls", the last hidden state at [CLS]; ``normalize`` scales rows to length 1. Sentences are cut to
-    ``max_length`` tokens (None: the model's positions). Within windows of 8192 they are sorted by length and packed,
-    about ``tokens`` of them a batch, without padding; memory does not grow with their number.
+    ``model`` is a BertModel in evaluation mode. None stands for what :func:`sentence_recipe` says: ``pooling`` is
+    "mean", over all tokens of the sentence with [CLS] and [SEP], "cls", the last hidden state at [CLS], or another of
+    :data:`bert_fast.pooling.POOLINGS`; ``normalize`` scales rows to length 1; sentences are cut to ``max_length``
+    tokens; ``prompt``, or that of the model's with ``prompt_name``, goes before each. Within windows of 8192 they are
+    sorted by length and packed, about ``tokens`` of them a batch, without padding; memory does not grow with their
+    number. ``counts`` gets "cut", "empty" and "surrogates", which became U+FFFD. Raises ValueError for a vector that
+    is not finite.
     """
-    if pooling not in ("mean", "cls"):
-        raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
-    positions = model.config.max_position_embeddings
-    length = positions if max_length is None else max_length
-    if not 3 <= length <= positions:
-        raise ValueError(f"max_length must be between 3 and the model's {positions} positions, got {length}")
-    tokenizer = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
-    tokenizer.enable_truncation(length)
-    tokenizer.no_padding()
-    sentences = iter(sentences)
+    recipe = sentence_recipe(
+        model, pooling=pooling, normalize=normalize, max_length=max_length, prompt=prompt, prompt_name=prompt_name
+    )
+    counts = Counter() if counts is None else counts
+    tokenizer, in_front = _cutting(tokenizer, recipe)
+    sentences, done = iter(sentences), 0
     while window := list(islice(sentences, WINDOW)):
-        encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(window)]
-        vectors = np.empty((len(encoded), model.config.hidden_size), dtype=np.float32)
+        encodings = tokenizer.encode_batch_fast(_texts(window, recipe.prompt, counts))
+        counts["cut"] += sum(bool(encoding.overflowing) for encoding in encodings)
+        encoded = [encoding.ids for encoding in encodings]
+        vectors = np.empty((len(encoded), len(recipe.pooling) * model.config.hidden_size), dtype=np.float32)
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         while order:
             count, size = 0, 0
@@ -153,12 +180,46 @@ def encode_sentences(
                 size += len(encoded[order[count]])
                 count += 1
             batch, order = order[:count], order[count:]
-            vectors[batch] = _pooled(model, [encoded[i] for i in batch], pooling, normalize).cpu().numpy()
+            vectors[batch] = _vectors(model, [encoded[i] for i in batch], recipe, in_front).cpu().numpy()
+        if not (finite := np.isfinite(vectors).all(axis=1)).all():
+            number = done + int(finite.argmin()) + 1
+            raise ValueError(
+                f"the vector of sentence {number} is not finite: by {model.dtype} the model overflows there"
+            )
+        done += len(window)
         yield vectors
 
 
-def _pooled(model, ids: list[list[int]], pooling: str, normalize: bool) -> Tensor:
-    """float32 (n, hidden): the vectors of ``ids``, packed into one row."""
+def _texts(window: list[str], prompt: str, counts: Counter) -> list[str]:
+    """What is encoded of ``window``; counts the empty ones and lone surrogates."""
+    texts = []
+    for sentence in window:
+        text, replaced = well_formed(sentence)
+        counts["surrogates"] += replaced
+        counts["empty"] += not text.strip()
+        texts.append(prompt + text)
+    return texts
+
+
+def _cutting(tokenizer: Tokenizer, recipe: Recipe) -> tuple[Tokenizer, int]:
+    """(a tokenizer that lower-cases and cuts as ``recipe`` says, how many tokens in front of each are not pooled)."""
+    tokenizer = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if recipe.lowercase:
+        own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    in_front = 0
+    if recipe.prompt and not recipe.include_prompt:
+        in_front = len(tokenizer.encode(recipe.prompt).ids) - 1  # [CLS] and the prompt, without its [SEP]
+        if in_front + 1 >= recipe.max_length:
+            raise ValueError(f"the prompt has {in_front} tokens, all are cut to {recipe.max_length}: no other is left")
+    tokenizer.enable_truncation(recipe.max_length)
+    return tokenizer, in_front
+
+
+def _vectors(model, ids: list[list[int]], recipe: Recipe, skip: int) -> Tensor:
+    """float32 (n, width): the vectors of ``ids``, packed into one row."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(sequence) for sequence in ids], device=device)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -168,8 +229,5 @@ def _pooled(model, ids: list[list[int]], pooling: str, normalize: bool) -> Tenso
             cu_seq_lens_q=ends.int(),
             max_length_q=max(map(len, ids)),
         ).last_hidden_state[0]
-    if pooling == "mean":
-        vectors = torch.segment_reduce(hidden.float(), "mean", lengths=lengths, axis=0)
-    else:
-        vectors = hidden.index_select(0, ends[:-1]).float()
-    return torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors
+    vectors = pooled(hidden, ends, recipe.pooling, skip)
+    return torch.nn.functional.normalize(vectors, dim=1) if recipe.normalize else vectors

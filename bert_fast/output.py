@@ -57,8 +57,9 @@ class Output:
 
     normal   results on stdout, progress (rich) and notes on stderr
     quiet    results on stdout; on stderr warnings alone
-    json     JSON lines on stdout: {"kind": "progress" | "note" | "warning" | "result" or what the result names, ...};
-             with quiet, results and warnings alone. Numbers that JSON cannot say (NaN, infinity) are null.
+    json     JSON lines on stdout: {"kind": "progress" | "note" | "warning" | "error" | "result" or what the result
+             names, ...}; with quiet, results, errors and warnings alone. Numbers that JSON cannot say (NaN,
+             infinity) are null.
 
     A process that must not speak (a rank other than the first) uses ``Output(silent=True)``.
     """
@@ -89,6 +90,15 @@ class Output:
             self.json_line({"kind": "note", "text": text})
         else:
             self._aside(lambda: print(text, file=sys.stderr, flush=True))
+
+    def error(self, facts: dict, text: str) -> None:
+        """One of many results that failed, while the command goes on to the others."""
+        if self.silent:
+            return
+        if self.json:
+            self.json_line({"kind": "error"} | facts)
+        else:
+            self._aside(lambda: print(f"bert-fast {self.command}: error: {text}", file=sys.stderr, flush=True))
 
     def warn(self, text: str) -> None:
         """What a user must know although the command goes on."""

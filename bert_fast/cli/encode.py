@@ -3,15 +3,20 @@
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING
 
 from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.lines import decoded, numbered_lines
 from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
-from bert_fast.output import Output, add_command, writable_folder
+from bert_fast.output import Output, Progress, add_command, writable_folder
+
+if TYPE_CHECKING:
+    from bert_fast.pooling import Recipe
 
 
 def add_parser(subparsers) -> None:
@@ -21,13 +26,16 @@ def add_parser(subparsers) -> None:
         "encode",
         run,
         "turn sentences into vectors",
-        details="One sentence a line, from FILE or stdin; vectors come in the same order. They are the mean over the "
-        "last hidden states of all tokens, or that of [CLS]. Any number of sentences in bounded memory, packed by "
-        "length, without padding.",
+        details="One sentence a line, from FILE or stdin; vectors come in the same order. A folder of "
+        "sentence-transformers says how they are made (pooling, scaling, length, prompts), and SentenceTransformer "
+        "makes the same; of any other model they are the mean over the last hidden states of all tokens. Flags go "
+        "before both. Any number of sentences in bounded memory, packed by length, without padding. [SEP] and other "
+        "special tokens in a sentence are such tokens, as in transformers.",
         examples="""
 bert-fast encode run sentences.txt --out vectors.npy
 cut -f1 reviews.tsv | bert-fast encode run --out vectors.npy --quiet
-echo "A sentence." | bert-fast encode path/to/all-MiniLM-L6-v2 --normalize""",
+echo "A sentence." | bert-fast encode path/to/all-MiniLM-L6-v2
+bert-fast encode path/to/e5-base-v2 questions.txt --out questions.npy --prompt "query: \"""",
     )
     add_model_argument(parser)
     parser.add_argument("file", metavar="FILE", nargs="?", help="sentences, one a line (default: stdin)")
@@ -37,11 +45,21 @@ echo "A sentence." | bert-fast encode path/to/all-MiniLM-L6-v2 --normalize""",
         help='float32 (sentences, hidden), written whole or not at all (default: a line {"kind": "vector", "index", '
         '"vector"} each on stdout)',
     )
-    parser.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="what becomes the vector")
-    parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
     parser.add_argument(
-        "--seq", metavar="N", type=int, help="cut sentences to N tokens (default: the model's positions)"
+        "--pooling",
+        choices=("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"),
+        help="what of the tokens' last hidden states becomes the vector (default: the model's, else mean)",
     )
+    parser.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="scale vectors to length 1 (default: the model's, else not)",
+    )
+    parser.add_argument(
+        "--seq", metavar="N", type=int, help="cut sentences to N tokens (default: the model's, else its positions)"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="goes before each sentence (default: the model's, if any)")
+    parser.add_argument("--prompt-name", metavar="NAME", help="that of the model's prompts, such as query")
     parser.add_argument("--batch-tokens", metavar="N", type=positive, default=8192, help="tokens of a packed batch")
     add_device_argument(parser)
 
@@ -49,7 +67,8 @@ echo "A sentence." | bert-fast encode path/to/all-MiniLM-L6-v2 --normalize""",
 def run(options: argparse.Namespace) -> None:
     """Encodes and writes."""
     from bert_fast import BertModel
-    from bert_fast.inference import load_model
+    from bert_fast.inference import encode_sentences, load_model, sentence_recipe
+    from bert_fast.pooling import recipe_of
 
     out = Output.of(options)
     if options.out is not None:
@@ -58,47 +77,61 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer, _ = load_model(
         BertModel, options.model, optional=("pooler.",), device=chosen_device(options), output=out
     )
+    given = {"pooling": options.pooling, "normalize": options.normalize, "max_length": options.seq,
+             "prompt": options.prompt, "prompt_name": options.prompt_name}  # fmt: skip
+    recipe = sentence_recipe(model, **given)
+    _tell(options, out, recipe_of(model.name_or_path), recipe)
+    facts = {"pooling": list(recipe.pooling), "normalize": recipe.normalize, "prompt": recipe.prompt}
+    facts |= {"seq": recipe.max_length, "hidden": len(recipe.pooling) * model.config.hidden_size}
+    counts = Counter()
     with open(options.file, "rb") if options.file else nullcontext(sys.stdin.buffer) as stream:
-        lines = _sentences(stream, options.file or "stdin")
-        count = _encode(options, out, model, tokenizer, lines)
+        lines = numbered_lines(stream, options.file or "stdin", out)
+        lines = (decoded(line, f"{options.file or 'stdin'}: line {number}") for number, line in lines)
+        with out.progress(None, "encoding", "sentences") as bar:
+            vectors = encode_sentences(model, tokenizer, lines, **given, tokens=options.batch_tokens, counts=counts)
+            count = _write(options, out, _counted(vectors, bar), facts["hidden"])
     if not count:
         raise ValueError("no sentences: the input is empty")
+    told = f"{counts['cut']:,} of {count:,} sentences were cut to {recipe.max_length} tokens"
+    told += f"; {counts['empty']:,} are empty" if counts["empty"] else ""
+    facts |= {"sentences": count, "cut": counts["cut"], "empty": counts["empty"]}
+    if options.out is None and not options.json:  # stdout holds vectors alone
+        (out.warn if counts["cut"] else out.note)(told)
+    else:
+        shown = f"{options.out}: {count:,} vectors of {facts['hidden']}; {told}"
+        out.result({"out": options.out} | facts, shown)
+
+
+def _tell(options: argparse.Namespace, out: Output, own: "Recipe | None", recipe: "Recipe") -> None:
+    """What a sentence-transformers model says of its vectors, and what goes before that."""
+    if own is None:
+        return
+    flags = ("pooling", "normalize", "seq", "prompt", "prompt_name")
+    given = [f"--{name.replace('_', '-')}" for name in flags if getattr(options, name) is not None]
+    out.note(f"{options.model} is a model of sentence-transformers: {own}")
+    if given:
+        out.note(f"{', '.join(given)} go{'es' if len(given) == 1 else ''} before that: {recipe}")
+    elif own.prompts and not own.prompt:
+        out.note(f"it has the prompts {', '.join(own.prompts)}, and none by default: --prompt-name takes one")
+
+
+def _counted(vectors: Iterable, bar: Progress) -> Iterator:
+    for some in vectors:
+        bar.advance(len(some))
+        yield some
+
+
+def _write(options: argparse.Namespace, out: Output, vectors: Iterable, width: int) -> int:
+    """Writes ``vectors`` to the file, or as JSON lines; how many there were."""
     if options.out is not None:
-        facts = {"out": options.out, "sentences": count, "hidden": model.config.hidden_size}
-        out.result(facts, f"{options.out}: {count:,} vectors of {model.config.hidden_size}")
-
-
-def _encode(options: argparse.Namespace, out: Output, model, tokenizer, lines: Iterable[str]) -> int:
-    """Writes the vectors of ``lines``; how many there were."""
-    from bert_fast.inference import encode_sentences
-
-    with out.progress(None, "encoding", "sentences") as bar:
-
-        def arrays():
-            for vectors in encode_sentences(
-                model, tokenizer, lines, pooling=options.pooling,
-                normalize=options.normalize, max_length=options.seq, tokens=options.batch_tokens,
-            ):  # fmt: skip
-                bar.advance(len(vectors))
-                yield vectors
-
-        if options.out is not None:
-            return write_npy(Path(options.out), arrays(), model.config.hidden_size)
-        count = 0
-        for vectors in arrays():
-            for vector in vectors.tolist():
-                numbers = [float(f"{x:.9g}") for x in vector]  # nine digits tell float32 numbers apart
-                out.json_line({"kind": "vector", "index": count, "vector": numbers})
-                count += 1
-        return count
-
-
-def _sentences(stream: BinaryIO, name: str) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
-        try:
-            yield line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: line {number} is not UTF-8 text") from error
+        return write_npy(Path(options.out), vectors, width)
+    count = 0
+    for some in vectors:
+        for vector in some.tolist():
+            numbers = [float(f"{x:.9g}") for x in vector]  # nine digits tell float32 numbers apart
+            out.json_line({"kind": "vector", "index": count, "vector": numbers})
+            count += 1
+    return count
 
 
 def write_npy(path: Path, arrays: Iterable, width: int) -> int:

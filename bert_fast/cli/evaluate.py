@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from bert_fast.cli.device import add_device_argument, chosen_device
@@ -83,6 +84,8 @@ def run(options: argparse.Namespace) -> None:
                 bar.advance()
 
         found = evaluate(model, counted(), precision=options.precision)
+    if not math.isfinite(found["mlm_loss"] + (found["nsp_loss"] or 0)):
+        raise ValueError(f"the loss is MLM {found['mlm_loss']}, NSP {found['nsp_loss']}: the model overflows")
     counts = token_counts(baseline, dataset.vocab_size)
     found["unigram_loss"] = unigram_loss(counts, data.packed_loader(batches, workers=0), dataset.vocabulary)
     lines = ["no token is masked, so there is no MLM loss: more sequences would have some"]

@@ -2,8 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 
+from bert_fast.cli import FAILED
 from bert_fast.cli.device import add_device_argument, chosen_device
+from bert_fast.cli.lines import decoded, numbered_lines
 from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command
@@ -16,7 +19,9 @@ def add_parser(subparsers) -> None:
         "fill-mask",
         run,
         "fill the [MASK]s of a text",
-        details="MODEL is a run of `bert-fast pretrain`, still going or not, or any Hugging Face folder with a BERT.",
+        details="MODEL is a run of `bert-fast pretrain`, still going or not, or any Hugging Face folder with a BERT. A "
+        "text that cannot be filled is told with its number and the others go on; the exit code is then 1. [SEP] and "
+        "other special tokens in a text are such tokens, as in transformers.",
         examples="""
 bert-fast fill-mask run "The animal didn't cross the street because the [MASK] was too tired."
 bert-fast fill-mask run --top-k 10 < texts.txt
@@ -28,23 +33,53 @@ bert-fast fill-mask path/to/bert-base-uncased "Paris is the [MASK] of France." -
     add_device_argument(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Prints the tokens."""
+def run(options: argparse.Namespace) -> int:
+    """Prints the tokens; a text that fails is told with its number, and the others are filled."""
     from bert_fast import BertForMaskedLM
-    from bert_fast.inference import fill_mask, load_model
+    from bert_fast.inference import load_model
 
     out = Output.of(options)
     model, tokenizer, _ = load_model(BertForMaskedLM, options.model, device=chosen_device(options), output=out)
-    texts = options.text or (line.rstrip("\n") for line in sys.stdin if line.strip())
-    text = None
-    for text in texts:
-        masks = fill_mask(model, tokenizer, text, options.top_k)
-        lines = [text]
-        for number, candidates in enumerate(masks, 1):
-            if len(masks) > 1:
-                lines.append(f"[MASK] {number}")
-            lines += [f"  {100 * c.probability:5.1f} %  {c.token}" for c in candidates]
-        out.result({"text": text, "masks": [[c._asdict() for c in candidates] for candidates in masks]},
-                   "\n".join(lines))  # fmt: skip
-    if text is None:
+    number, failed = 0, 0
+    for number, where, given in _texts(options, out):
+        try:
+            _fill(options, out, model, tokenizer, where, given)
+        except ValueError as error:
+            failed += 1
+            out.error({"number": number, "text": _shown(given), "error": str(error)}, f"{where}: {error}")
+    if not number:
         raise ValueError("no text: the input is empty")
+    return FAILED if failed else 0
+
+
+def _texts(options: argparse.Namespace, out: Output) -> Iterator[tuple[int, str, str | bytes]]:
+    """(number, what it is the number of, text) of the arguments, or of stdin's lines that are not blank."""
+    if options.text:
+        for number, text in enumerate(options.text, 1):
+            yield number, f"text {number}", text
+        return
+    for number, line in numbered_lines(sys.stdin.buffer, "stdin", out):
+        if line.strip():
+            yield number, f"line {number}", line
+
+
+def _fill(options: argparse.Namespace, out: Output, model, tokenizer, where: str, given: str | bytes) -> None:
+    from bert_fast.data.text import well_formed
+    from bert_fast.inference import fill_mask
+
+    text, replaced = well_formed(decoded(given, "it") if isinstance(given, bytes) else given)
+    masks = fill_mask(model, tokenizer, text, options.top_k)
+    if replaced:
+        out.warn(f"{where}: {replaced} bytes that are not UTF-8 became U+FFFD")
+    lines = [text]
+    for number, candidates in enumerate(masks, 1):
+        if len(masks) > 1:
+            lines.append(f"[MASK] {number}")
+        lines += [f"  {100 * c.probability:5.1f} %  {c.token}" for c in candidates]
+    out.result({"text": text, "masks": [[c._asdict() for c in candidates] for candidates in masks]}, "\n".join(lines))
+
+
+def _shown(given: str | bytes) -> str:
+    """``given`` as text that can be printed, whatever it is."""
+    raw = given if isinstance(given, bytes) else given.encode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "replace")

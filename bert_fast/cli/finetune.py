@@ -21,7 +21,9 @@ def add_parser(subparsers) -> None:
         "train a classifier of sentences or sentence pairs from a pre-trained model",
         details="Runs on transformers.Trainer; writes a Hugging Face folder and prints the accuracy on the validation "
         "examples. Files are .tsv, .csv or .jsonl. Columns are named (the first line is then a header), or numbered "
-        "from 0 (there is none), -1 being the last; by default the text is the first column, the label the last.",
+        "from 0 (there is none), -1 being the last; by default text is the first column and label the last. Labels "
+        "that are one value, as 1 and 1.0, are one class. A head that MODEL has keeps its rows for the labels that it "
+        "names. [SEP] and other special tokens in a text are such tokens, as in transformers.",
         examples="""
 bert-fast finetune run --train sst2/train.tsv --validation sst2/dev.tsv --out sentiment
 bert-fast finetune run --train mnli.csv --validation dev.csv --text premise --pair hypothesis --label gold --out nli

@@ -218,7 +218,10 @@ def test_from_scratch_takes_no_row(with_head, tmp_path):
 def test_a_model_without_a_head_says_what_is_drawn(run, folder, files):
     train, dev = files
     argv = ("finetune", folder / "model", "--train", train, "--validation", dev, "--epochs", 0.2)
-    assert "has no head for these labels: drawn at random are classifier.bias, classifier.weight" in run(*argv).err
+    assert (
+        "the model has no head for these labels: drawn at random are classifier.bias, classifier.weight"
+        in run(*argv).err
+    )
     assert "drawn at random are" in run(*argv, "--json", "--quiet").result["head"]
 
 

