@@ -89,6 +89,7 @@ class Step:
         self.model, self.optimizer, self.ranks, self.bf16 = model, optimizer, ranks, bf16
         self.recorder, self.tell = recorder, tell
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._with_masters = [p for p in self.parameters if p.dtype in (torch.bfloat16, torch.float16)]
         self.parallel: nn.Module = model
         if ranks.world > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -138,6 +139,7 @@ class Step:
             else:
                 run()
             parts.append(self._parts.clone())
+        self._versions = self._versions_now()
         return Outcome(torch.cat([self._totals, self._norm.double().reshape(1)]), torch.stack(parts))
 
     def prepare(self, examples: Sequence[dict]) -> None:
@@ -161,7 +163,7 @@ class Step:
                 for first in (True, False):
                     self.recorder.warm(lambda inputs=inputs, first=first: self._rehearse(inputs, first))
         self.optimizer.skipped.copy_(skipped)
-        self._address = self.parameters[0].data_ptr()
+        self._address, self._versions = self.parameters[0].data_ptr(), self._versions_now()
 
     @property
     def captured(self) -> int:
@@ -216,14 +218,19 @@ class Step:
         self._graphs: dict[tuple, Callable[[], None]] = {}  # by shapes, first, last
         self._gradients: dict[Tensor, Tensor] | None = None  # between two micro-batches
         self._trained: list[list[Tensor]] = []  # parameters with gradients, those that share memory together
-        self._address = None
+        self._address, self._versions = None, []
 
     def _stale(self) -> bool:
-        """Whether the model was moved or the optimiser's state loaded since: graphs read addresses."""
+        """Whether the model was moved or the optimiser's state loaded since, as graphs read addresses; or weights that
+        have float32 masters were written to, which the optimiser's Python takes over and a graph would overwrite."""
         return bool(self._inputs) and (
             self._address != self.parameters[0].data_ptr()
             or any(group["lr"] is not self._rate for group in self.optimizer.param_groups)
+            or self._versions != self._versions_now()
         )
+
+    def _versions_now(self) -> list[int]:
+        return [p._version for p in self._with_masters]
 
     def _rehearse(self, inputs: dict, first: bool) -> None:
         """Does everything that will be recorded, and changes nothing: the optimiser skips a norm of NaN.
