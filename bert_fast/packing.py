@@ -169,12 +169,18 @@ def attended(layout: Layout) -> Tensor | None:
     return layout.mask
 
 
-def by_sequence(layout: Layout, rows: Tensor, value: float) -> Tensor:
-    """The rows (T,) of packed input as (B, max_seqlen), a line for each sequence, filled up with ``value``."""
+def sequences(layout: Layout) -> tuple[Tensor, Tensor]:
+    """Packed input as a padded batch, a line for each sequence: the rows (B, max_seqlen) int64, and bool, which are
+    real."""
     starts, lengths = layout.cu_seqlens[:-1, None].long(), layout.cu_seqlens.diff()[:, None]
-    column = torch.arange(layout.max_seqlen, device=rows.device)
-    places = (starts + column).clamp(max=max(layout.length - 1, 0))
-    return rows[places].masked_fill(column >= lengths, value)
+    column = torch.arange(layout.max_seqlen, device=starts.device)
+    return (starts + column).clamp(max=max(layout.length - 1, 0)), column < lengths
+
+
+def by_sequence(layout: Layout, rows: Tensor, value: float = 0.0) -> Tensor:
+    """The rows (T, ...) of packed input as (B, max_seqlen, ...), filled up with ``value``."""
+    places, real = sequences(layout)
+    return rows[places].masked_fill(~real.view(*real.shape, *(1,) * (rows.dim() - 1)), value)
 
 
 def pack(layout: Layout, dense: Tensor) -> Tensor:

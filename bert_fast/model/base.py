@@ -1,6 +1,8 @@
 """BertPreTrainedModel and BertModel: what comes in becomes packed rows, what goes out is what transformers gives."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -26,14 +28,46 @@ class Rows:
     ``read`` (B, S) bool: positions whose outputs the head reads though no mask may attend them (labels).
     ``places`` (M,) int64: the only places in the flattened dense batch (rows, of packed input) whose outputs it reads;
     the last layer is then computed for them and the pooler's tokens alone. None: every output is read.
-    Filled by the forward: ``layout`` and ``hidden``, (M, H) for ``places``, else (T, H); the dense last_hidden_state
-    is then not made.
+    Filled by the forward: ``layout``, ``pooled`` (B, H), and ``hidden``, (M, H) for ``places``, else (T, H); the dense
+    last_hidden_state is then not made.
     """
 
     read: Tensor | None = None
     places: Tensor | None = None
     layout: Layout | None = None
     hidden: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def fill(self, layout: Layout, dense: Tensor, pooled: Tensor | None) -> None:
+        """The answer from outputs, dense (B, S, H) and pooled (B, H), in which each place of ``layout`` is a row."""
+        self.layout, self.pooled = dataclasses.replace(layout, indices=None, blanks=False), pooled
+        self.hidden = dense.flatten(0, 1) if self.places is None else dense.flatten(0, 1).index_select(0, self.places)
+
+    def dense(self) -> Tensor:
+        """``hidden`` of all places as (B, S, H)."""
+        return packing.unpack(self.layout, self.hidden)
+
+
+class _Unpacked:
+    """How many forwards of ``nothing_packed`` run. Not a context variable: torch.compile cannot trace those."""
+
+    forwards = 0
+
+
+@contextlib.contextmanager
+def nothing_packed() -> Iterator[None]:
+    """Around the call of an encoder that is not this engine's alone, whose padding may be read: a BertModel in there
+    computes padding as transformers does."""
+    _Unpacked.forwards += 1
+    try:
+        yield
+    finally:
+        _Unpacked.forwards -= 1
+
+
+# what this engine's forward takes and transformers' modules do not know
+_OURS = {"rows", "hidden_dtype", "sample_ids", "cls_positions", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+         "max_length_k"}  # fmt: skip
 
 
 class BertPreTrainedModel(hf.BertPreTrainedModel):
@@ -151,8 +185,17 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
         positions = self._positions(position_ids, layout, batch, length)
         segments = self._segments(token_type_ids, layout, batch, length, positions)
+        if not layers.all_ours(self.embeddings, self.encoder):
+            given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask,
+                     "token_type_ids": token_type_ids, "position_ids": position_ids}  # fmt: skip
+            if layout.packed:
+                given |= {"token_type_ids": segments[None], "position_ids": positions[None]}
+            return self._as_transformers(given, layout, {**kwargs, **wants})
         if self._drops():
             layout.rng_key = ops.draw_dropout_key(layout.row_key)
+        word = self.embeddings.word_embeddings
+        if input_ids is not None and not layers.plain_table(word):
+            inputs_embeds, input_ids = word(input_ids), None
         ids = None if input_ids is None else packing.pack(layout, input_ids).long()
         if inputs_embeds is not None and layout.mask is not None and layout.indices is None:
             # keys that nobody attends have weights of 0, which NaN and infinity would outlive
@@ -177,12 +220,14 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         else:
             hidden, first = x if asked is None else x.index_select(0, asked), None
         pooled = None
-        if self.pooler is not None:
+        if self._pools_first():
             pooled = self.pooler((self._first(x, layout) if first is None else first)[:, None])
-            if layout.several is not None:  # one output, where each sequence would have its own
-                pooled = pooled.masked_fill(layout.several, torch.nan)
+        elif self.pooler is not None:
+            pooled = self.pooler(packing.by_sequence(layout, x) if layout.packed else packing.unpack(layout, x))
+        if pooled is not None and layout.several is not None:  # one output, where each sequence would have its own
+            pooled = pooled.masked_fill(layout.several, torch.nan)
         if rows is not None:
-            rows.layout, rows.hidden = layout, hidden
+            rows.layout, rows.hidden, rows.pooled = layout, hidden, pooled
         dense = hidden_states[-1] if hidden_states else (packing.unpack(layout, x) if rows is None else None)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=dense,
@@ -191,6 +236,45 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             attentions=None if attentions is None else tuple(attentions),
             cross_attentions=None if attentions is None else (),  # as transformers has it
         )
+
+    def _as_transformers(self, given: dict, layout: Layout, kwargs: dict):
+        """The outputs of transformers' own forward, in which parts that do not take rows are called as they expect.
+        Packed input is a padded batch there, a sequence a row."""
+        logger.warning_once(
+            "bert_fast: a part of this BERT has a forward of its own, or all modules are hooked: its encoder runs as "
+            "transformers' does, without packing and fused operators"
+        )
+        weights, rows = bool(kwargs["output_attentions"]), kwargs.get("rows")
+        if layout.packed:
+            if weights:
+                raise ValueError("packed input has no output_attentions where a part of the model has its own forward")
+            places, real = packing.sequences(layout)
+            given = {key: None if value is None else value[0][places] for key, value in given.items()}
+            # a sequence without tokens attends its first place: attention to nothing at all may be NaN
+            given["attention_mask"] = real | (torch.arange(real.shape[1], device=real.device) == 0)
+        elif layout.bias is not None and (given["attention_mask"] is None or given["attention_mask"].dim() == 4):
+            given["attention_mask"] = layout.bias.to(self.dtype).clamp(min=torch.finfo(self.dtype).min)
+        theirs = {key: value for key, value in kwargs.items() if key not in _OURS}
+        with _attention_implementation(self.config, "eager" if weights else "sdpa"):
+            outputs = hf.BertModel.forward(self, **given, **theirs, return_dict=True)
+        if layout.packed:
+
+            def packed(padded: Tensor | None) -> Tensor | None:
+                if padded is None:
+                    return None
+                flat = padded.new_zeros(layout.length, padded.shape[-1])
+                return flat.index_copy(0, places[real], padded[real])[None]
+
+            outputs.last_hidden_state = packed(outputs.last_hidden_state)
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = tuple(map(packed, outputs.hidden_states))
+        if rows is not None:
+            rows.fill(layout, outputs.last_hidden_state, outputs.pooler_output)
+        return outputs
+
+    def _pools_first(self) -> bool:
+        """The pooler is transformers', which reads the first token of each sequence, and nobody looks on."""
+        return self.pooler is not None and layers.untouched(self.pooler, hf.BertPooler)
 
     def _checked_dtype(self, hidden_dtype: torch.dtype | None, source: Tensor) -> torch.dtype | None:
         kind = source.device.type
@@ -245,6 +329,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                     f"attention_mask has shape {tuple(mask.shape)}, expected {(batch, length)}, that of the input"
                 )
             read = None if rows is None else rows.read
+            if _Unpacked.forwards or (self.pooler is not None and not self._pools_first()):
+                read = torch.ones_like(mask, dtype=torch.bool)  # for somebody who may read whatever there is
             layout = packing.masked_layout(mask, samples=samples, read=read, pools=self.pooler is not None)
         elif mask.dim() == 4:
             layout = packing.full_layout(batch, length, source.device, samples)
@@ -288,7 +374,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _positions(self, position_ids, layout: Layout, batch: int, length: int) -> Tensor:
         if position_ids is not None:
             return packing.pack(layout, position_ids.reshape(-1, length).expand(batch, length)).long()
-        table = self.embeddings.position_embeddings.num_embeddings
+        table = getattr(self.embeddings, "position_embeddings", None)  # one's own embeddings may have none
+        table = getattr(table, "num_embeddings", self.config.max_position_embeddings)
         if layout.packed:
             return (layout.row_key & random.MASK32).where(packing.attended(layout)[0], 0)
         if length > table:
@@ -318,8 +405,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _rows_read(self, asked: Tensor, layout: Layout) -> Tensor | None:
         """The rows that a head and the pooler read, in this order; None where the last layer has to make all: it is
         hooked, so somebody may look at it, or nothing would be saved."""
-        encoder = self.encoder
-        if not (len(encoder.layer) and layers.plain(encoder, type(encoder)) and layers.unhooked(encoder.layer[-1])):
+        if self.pooler is not None and not self._pools_first():
+            return None
+        if not (len(self.encoder.layer) and layers.unhooked(self.encoder.layer[-1])):
             return None
         rows = layout.row_key.shape[0]
         if self.pooler is not None:
@@ -333,6 +421,17 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if layout.first is not None:
             return x.index_select(0, layout.first)
         return x.view(layout.batch, layout.length, x.shape[1])[:, 0]
+
+
+@contextlib.contextmanager
+def _attention_implementation(config, name: str) -> Iterator[None]:
+    """transformers' forward has to have an attention that is there; this engine accepts all names."""
+    before = config._attn_implementation_internal
+    config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
 
 
 def _bias_of(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:

@@ -20,8 +20,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .. import ops, packing
 from ..reference import divisor
-from .base import BertPreTrainedModel, Rows
-from .layers import plain
+from .base import BertModel, BertPreTrainedModel, Rows, nothing_packed
+from .layers import BertPredictionHeadTransform, plain, row_wise, untouched
 from .losses import as_tensor, cross_entropy, elementwise, with_zero_gradients
 
 Tensor = torch.Tensor
@@ -64,16 +64,67 @@ def _masked_positions(labels: Tensor | None, kwargs: dict) -> tuple[Tensor | Non
     return places, targets
 
 
+def _encode(model: nn.Module, rows: Rows, input_ids: Tensor | None, kwargs: dict, **inputs):
+    """The outputs of ``model.bert``, and ``rows`` filled. An encoder with code of one's own, be it a hook, is called as
+    transformers calls it, and nothing is packed."""
+    kwargs = {**kwargs, "return_dict": True}
+    if untouched(model.bert, BertModel):
+        return model.bert(input_ids, **inputs, rows=rows, **kwargs)
+    with nothing_packed():
+        outputs = model.bert(input_ids, **inputs, **kwargs)
+    states, mask = outputs[0], inputs["attention_mask"]
+    if kwargs.get("cu_seq_lens_q") is not None:
+        layout = packing.packed_layout(kwargs["cu_seq_lens_q"].int(), kwargs["max_length_q"], states.shape[1])
+    else:
+        layout = packing.full_layout(*states.shape[:2], states.device)
+        layout.mask = mask != 0 if mask is not None and mask.dim() == 2 else None
+    rows.fill(layout, states, outputs[1] if len(outputs) > 1 else None)
+    return outputs
+
+
+def _extras(outputs) -> dict:
+    """What an encoder's ``outputs`` hold for the model's; an encoder of one's own may return a tuple."""
+    return {name: getattr(outputs, name, None) for name in ("hidden_states", "attentions")}
+
+
+def _everywhere(source: Tensor | None) -> Tensor | None:
+    """Bool (B, S): what a head with code of one's own may read."""
+    return None if source is None else torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+
+
+def _by_tokens(rows: Rows, packed: bool, *modules: nn.Module) -> Tensor:
+    """The dense outputs of ``modules``, one after the other, which are run on rows where ``packed``."""
+    x = rows.hidden if packed else rows.dense()
+    for module in modules:
+        x = module(x)
+    return packing.unpack(rows.layout, x) if packed else x
+
+
+def _predicts_rows(cls: nn.Module, kind: type) -> bool:
+    """The MLM head of ``cls`` can be run on the rows that are wanted alone: nobody sees what it is given."""
+    if not (untouched(cls, kind) and untouched(cls.predictions, hf.BertLMPredictionHead)):
+        return False
+    transform = cls.predictions.transform
+    parts = (*transform.children(), cls.predictions.decoder)
+    return plain(transform, BertPredictionHeadTransform) and all(map(row_wise, parts))
+
+
 def _masked_language_modelling(
-    model: nn.Module, rows: Rows, places: Tensor | None, targets: Tensor | None, want_logits: bool, kwargs: dict
-) -> tuple[Tensor | None, Tensor | None]:
+    model: nn.Module, rows: Rows, places: Tensor | None, targets: Tensor | None, want_logits: bool, kwargs: dict,
+    logits: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(loss, dense logits) of the MLM head ``model.cls.predictions``, run on masked positions alone unless
-    ``want_logits``: then ``rows`` holds every output, and else those at ``places``."""
-    head, layout, hidden = model.cls.predictions, rows.layout, rows.hidden
+    ``want_logits``: then ``rows`` holds every output, and else those at ``places``. Where ``model.cls`` itself was
+    called, of its dense ``logits``."""
+    layout, hidden = rows.layout, rows.hidden
+    head = model.cls.predictions if logits is None else None
     count = kwargs.get("num_items_in_batch")
 
-    loss = logits = None
-    if want_logits:
+    loss = None
+    if logits is not None:
+        if places is not None:
+            loss = cross_entropy(logits.flatten(0, 1).index_select(0, places), targets, count)
+    elif want_logits:
         scores = head.decoder(head.transform(hidden))
         logits = packing.unpack(layout, scores)
         if places is not None:
@@ -135,15 +186,21 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
         read = _labelled(labels, source)
         places, targets = _masked_positions(labels, kwargs)
         has_labels = places is not None or next_sentence_label is not None
-        want_logits = _wants_logits(self, has_labels, return_logits, kwargs)
-        rows = Rows(read=read, places=None if want_logits else _nowhere(source) if places is None else places)
+        by_rows = _predicts_rows(self.cls, hf.BertPreTrainingHeads)
+        want_logits = not by_rows or _wants_logits(self, has_labels, return_logits, kwargs)
+        rows = Rows(
+            read=read if by_rows else _everywhere(source),
+            places=None if want_logits else _nowhere(source) if places is None else places,
+        )
         with _tied_table():
-            outputs = self.bert(
-                input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-                inputs_embeds=inputs_embeds, rows=rows, **{**kwargs, "return_dict": True},
+            outputs = _encode(
+                self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
+                position_ids=position_ids, inputs_embeds=inputs_embeds,
             )  # fmt: skip
-            loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs)
-        nsp_logits = self.cls.seq_relationship(outputs.pooler_output)
+            logits, nsp_logits = (None, None) if by_rows else self.cls(rows.dense(), rows.pooled)
+            loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs, logits)
+        if by_rows:
+            nsp_logits = self.cls.seq_relationship(rows.pooled)
         if next_sentence_label is not None:
             count = kwargs.get("num_sequences_in_batch")
             nsp = cross_entropy(nsp_logits.view(-1, 2), next_sentence_label.view(-1), count)
@@ -152,14 +209,15 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
                 nsp = (nsp * ((targets != -100).sum() / divisor(as_tensor(items, nsp)))).to(nsp.dtype)
             loss = nsp if loss is None else loss + nsp
         elif loss is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-            unused = [*self.cls.seq_relationship.parameters(), *self.bert.pooler.parameters()]
-            loss = with_zero_gradients(loss, unused)
+            unused = (getattr(self.cls, "seq_relationship", None), getattr(self.bert, "pooler", None))
+            loss = with_zero_gradients(
+                loss, [p for module in unused if module is not None for p in module.parameters()]
+            )
         output = hf.BertForPreTrainingOutput(
             loss=loss,
             prediction_logits=logits,
             seq_relationship_logits=nsp_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **_extras(outputs),
         )
         return output if _returns_dict(self, kwargs) else output.to_tuple()
 
@@ -181,20 +239,21 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | MaskedLMOutput:
         """As transformers'; masked_positions, masked_labels and num_items_in_batch as in BertForPreTraining."""
-        read = _labelled(labels, input_ids if input_ids is not None else inputs_embeds)
+        source = input_ids if input_ids is not None else inputs_embeds
+        read = _labelled(labels, source)
         places, targets = _masked_positions(labels, kwargs)
-        want_logits = _wants_logits(self, places is not None, return_logits, kwargs)
-        rows = Rows(read=read, places=None if want_logits else places)
+        by_rows = _predicts_rows(self.cls, hf.BertOnlyMLMHead)
+        want_logits = not by_rows or _wants_logits(self, places is not None, return_logits, kwargs)
+        rows = Rows(read=read if by_rows else _everywhere(source), places=None if want_logits else places)
         with _tied_table():
-            outputs = self.bert(
-                input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-                inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask, rows=rows, **{**kwargs, "return_dict": True},
+            outputs = _encode(
+                self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
+                position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
             )  # fmt: skip
-            loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs)
-        output = MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+            logits = None if by_rows else self.cls(rows.dense())
+            loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs, logits)
+        output = MaskedLMOutput(loss=loss, logits=logits, **_extras(outputs))
         return output if _returns_dict(self, kwargs) else output.to_tuple()
 
 
@@ -214,17 +273,16 @@ class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentenceP
     ) -> tuple[Tensor, ...] | NextSentencePredictorOutput:
         """As transformers'."""
         source = input_ids if input_ids is not None else inputs_embeds
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, rows=Rows(places=_nowhere(source)), **{**kwargs, "return_dict": True},
+        rows = Rows(places=_nowhere(source))
+        outputs = _encode(
+            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            position_ids=position_ids, inputs_embeds=inputs_embeds,
         )  # fmt: skip
-        logits = self.cls(outputs.pooler_output)
+        logits = self.cls(rows.pooled)
         loss = None
         if labels is not None:
             loss = cross_entropy(logits.view(-1, 2), labels.view(-1), kwargs.get("num_items_in_batch"))
-        return NextSentencePredictorOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return NextSentencePredictorOutput(loss=loss, logits=logits, **_extras(outputs))
 
 
 class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClassification):
@@ -243,15 +301,14 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
     ) -> tuple[Tensor, ...] | SequenceClassifierOutput:
         """As transformers'."""
         source = input_ids if input_ids is not None else inputs_embeds
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, rows=Rows(places=_nowhere(source)), **{**kwargs, "return_dict": True},
+        rows = Rows(places=_nowhere(source))
+        outputs = _encode(
+            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            position_ids=position_ids, inputs_embeds=inputs_embeds,
         )  # fmt: skip
-        logits = self.classifier(self.dropout(outputs.pooler_output))
+        logits = self.classifier(self.dropout(rows.pooled))
         loss = None if labels is None else self._loss(logits, labels, kwargs.get("num_items_in_batch"))
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return SequenceClassifierOutput(loss=loss, logits=logits, **_extras(outputs))
 
     def _loss(self, logits: Tensor, labels: Tensor, count) -> Tensor:
         if self.config.problem_type is None:  # transformers, too, keeps what the first labels tell
@@ -293,15 +350,14 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
             None if t is None else t.flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, rows=Rows(places=_nowhere(source)), **{**kwargs, "return_dict": True},
+        rows = Rows(places=_nowhere(source))
+        outputs = _encode(
+            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            position_ids=position_ids, inputs_embeds=inputs_embeds,
         )  # fmt: skip
-        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        logits = self.classifier(self.dropout(rows.pooled)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, **_extras(outputs))
 
 
 class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassification):
@@ -319,19 +375,20 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | TokenClassifierOutput:
         """As transformers'; the classifier runs on attended tokens alone."""
-        rows = Rows(read=_labelled(labels, input_ids if input_ids is not None else inputs_embeds))
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, rows=rows, **{**kwargs, "return_dict": True},
+        source = input_ids if input_ids is not None else inputs_embeds
+        read = _labelled(labels, source)
+        packed = untouched(self.dropout, nn.Dropout) and row_wise(self.classifier)
+        rows = Rows(read=read if packed else _everywhere(source))
+        outputs = _encode(
+            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            position_ids=position_ids, inputs_embeds=inputs_embeds,
         )  # fmt: skip
-        logits = packing.unpack(rows.layout, self.classifier(self.dropout(rows.hidden)))
+        logits = _by_tokens(rows, packed, self.dropout, self.classifier)
         loss = None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")
             loss = cross_entropy(logits.reshape(-1, self.num_labels), labels.reshape(-1), count)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return TokenClassifierOutput(loss=loss, logits=logits, **_extras(outputs))
 
 
 def _place_loss(scores: Tensor, positions: Tensor, layout: packing.Layout) -> Tensor:
@@ -368,13 +425,13 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         """
         source = input_ids if input_ids is not None else inputs_embeds
         has_loss = start_positions is not None and end_positions is not None
-        read = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if has_loss else None
-        rows = Rows(read=read)
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, rows=rows, **{**kwargs, "return_dict": True},
+        packed = row_wise(self.qa_outputs)
+        rows = Rows(read=_everywhere(source) if has_loss or not packed else None)
+        outputs = _encode(
+            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            position_ids=position_ids, inputs_embeds=inputs_embeds,
         )  # fmt: skip
-        logits = packing.unpack(rows.layout, self.qa_outputs(rows.hidden))
+        logits = _by_tokens(rows, packed, self.qa_outputs)
         start, end = (scores.squeeze(-1).contiguous() for scores in logits.split(1, dim=-1))
         loss = None
         if has_loss:
@@ -387,6 +444,5 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
             loss=loss,
             start_logits=start,
             end_logits=end,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **_extras(outputs),
         )

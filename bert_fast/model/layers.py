@@ -3,13 +3,17 @@
 They add no parameters and no constructor: an instance is transformers' own module whose class was exchanged
 (bert_fast/model/exchange.py). Activations are rows (T, H); ``layout`` (bert_fast/packing.py) says what a row is.
 An operator reads the parameters of several modules at once only while all of those are plain; a module with
-hooks, a parametrisation or another class (LoRA, quantisation, offloading) is called instead.
+hooks, a parametrisation or another class (LoRA, quantisation, offloading) is called instead. A part that is
+called without a layout, as transformers' modules call each other, is transformers' own, on a dense batch.
 """
 
 import contextlib
+import functools
+import inspect
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as hooked_globally
 from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
@@ -37,6 +41,29 @@ def _hooked_otherwise(module: nn.Module) -> bool:
 def plain(module: nn.Module, kind: type) -> bool:
     """``module`` is exactly ``kind``, and calling it does nothing but its forward."""
     return type(module) is kind and not _hooked(module)
+
+
+def untouched(module: nn.Module, kind: type) -> bool:
+    """``plain``, and no hook of all modules is registered either: nobody may look on at what is in ``module``."""
+    return plain(module, kind) and not hooked_globally()
+
+
+_ROW_WISE = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleDict, nn.ParameterDict}
+_ROW_WISE_IN = ("torch.nn.modules.activation", "transformers.activations", "peft.")
+
+
+def row_wise(module: nn.Module) -> bool:
+    """Each row that ``module`` gives depends on that row of its input alone, and nobody looks on: torch's own modules,
+    with an adapter by peft or without."""
+    return not hooked_globally() and all(
+        (type(m) in _ROW_WISE or type(m).__module__.startswith(_ROW_WISE_IN)) and not _hooked(m)
+        for m in module.modules()
+    )
+
+
+def runs(module: nn.Module | None, kind: type) -> bool:
+    """Calling ``module`` runs the forward of ``kind``, whatever hooks there are. A class of FSDP2's has it too."""
+    return getattr(type(module), "forward", None) is kind.forward and "forward" not in module.__dict__
 
 
 def requires_grad(module: nn.Module, given, output: Tensor) -> None:
@@ -139,9 +166,23 @@ def activate(dense: nn.Module, activation, x: Tensor) -> Tensor:
     return activation(dense(x))
 
 
+def packed(forward):
+    """The forward of a part on rows where its ``layout`` is a Layout, else that of transformers' class of this name."""
+    theirs = getattr(hf, forward.__qualname__.partition(".")[0]).forward
+    place = list(inspect.signature(forward).parameters).index("layout") - 1
+
+    @functools.wraps(forward)
+    def either(self, *args, **kwargs):
+        on_rows = len(args) > place and isinstance(args[place], Layout)
+        return (forward if on_rows else theirs)(self, *args, **kwargs)
+
+    return either
+
+
 class BertEmbeddings(hf.BertEmbeddings):
     """Word, position and segment embeddings, LayerNorm and dropout of packed tokens."""
 
+    @packed
     def forward(
         self, ids: Tensor | None, positions: Tensor, segments: Tensor, embeds: Tensor | None, layout: Layout,
         dtype: torch.dtype | None = None,
@@ -153,8 +194,6 @@ class BertEmbeddings(hf.BertEmbeddings):
         fused = plain_table(position) and plain_table(segment) and plain(norm, nn.LayerNorm)
         fused = fused and norm.weight is not None and norm.bias is not None
         if fused:
-            if embeds is None and not plain_table(word):
-                embeds = word(ids)
             if embeds is None:
                 table, padding_idx = word.weight, word.padding_idx
                 idcheck.check_later(ids, table.shape[0])
@@ -179,6 +218,7 @@ class BertEmbeddings(hf.BertEmbeddings):
 class BertSelfAttention(hf.BertSelfAttention):
     """Bidirectional self-attention of packed sequences."""
 
+    @packed
     def forward(self, x: Tensor, layout: Layout, attentions: list | None = None) -> Tensor:
         """x (T, H) -> (T, H). Appends the weights (B, heads, S, S) to ``attentions`` where it is a list."""
         return self.beside(x, layout, attentions)[0]
@@ -247,6 +287,7 @@ class BertSelfOutput(hf.BertSelfOutput):
 
     _site = "attention_output"
 
+    @packed
     def forward(self, x: Tensor, residual: Tensor, layout: Layout, layer: int) -> Tensor:
         x, bias = linear_without_bias(self.dense, x)
         return residual_layernorm(x, bias, residual, self.LayerNorm, self.dropout, layout, site(self._site, layer))
@@ -262,6 +303,7 @@ class BertOutput(hf.BertOutput):
 class BertAttention(hf.BertAttention):
     """Self-attention and its output."""
 
+    @packed
     def forward(
         self, x: Tensor, layout: Layout, attentions: list | None = None, only: Tensor | None = None
     ) -> Tensor:  # fmt: skip
@@ -279,7 +321,7 @@ class BertIntermediate(hf.BertIntermediate):
     """The feed-forward's first product and activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.beside(x)[0]
+        return self.beside(x)[0] if x.dim() == 2 else super().forward(x)
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``forward``, and x for the residual beside it, which nothing else may look at; see ``linear_beside``."""
@@ -317,6 +359,7 @@ class BertLayer(hf.BertLayer):
 
     recompute_gelu = False
 
+    @packed
     def forward(
         self, x: Tensor, layout: Layout, attentions: list | None = None, only: Tensor | None = None
     ) -> Tensor:  # fmt: skip
@@ -336,6 +379,7 @@ class BertLayer(hf.BertLayer):
 class BertEncoder(hf.BertEncoder):
     """The stack of layers."""
 
+    @packed
     def forward(
         self,
         x: Tensor,
@@ -357,9 +401,32 @@ class BertEncoder(hf.BertEncoder):
 
 
 class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
-    """Product, activation and LayerNorm of the MLM head, on rows or on a dense batch."""
+    """Product, activation and LayerNorm of the MLM head."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        rows = activate(self.dense, self.transform_act_fn, rows)
-        return residual_layernorm(rows, None, None, self.LayerNorm, None, None, 0).unflatten(0, x.shape[:-1])
+        if x.dim() != 2:
+            return super().forward(x)
+        x = activate(self.dense, self.transform_act_fn, x)
+        return residual_layernorm(x, None, None, self.LayerNorm, None, None, 0)
+
+
+def all_ours(embeddings: nn.Module, encoder: nn.Module) -> bool:
+    """Every part takes rows, and no hook is on a part whose output is another kind of thing than in transformers.
+
+    Each forward asks, so this reads dictionaries, which cost less than modules' attributes.
+    """
+    if hooked_globally() or not (runs(embeddings, BertEmbeddings) and plain(encoder, BertEncoder)):
+        return False
+    for layer in encoder.layer:
+        parts = layer._modules
+        attention = parts.get("attention")
+        if not (
+            runs(layer, BertLayer)
+            and plain(attention, BertAttention)
+            and plain(attention._modules.get("self"), BertSelfAttention)
+            and runs(attention._modules.get("output"), BertSelfOutput)
+            and runs(parts.get("intermediate"), BertIntermediate)
+            and runs(parts.get("output"), BertOutput)
+        ):
+            return False
+    return True
