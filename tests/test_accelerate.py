@@ -1,5 +1,8 @@
 """bert_fast.accelerate: a loaded transformers BERT on this engine, with the same Parameter objects."""
 
+import functools
+
+import accelerate
 import pytest
 import torch
 import transformers
@@ -43,6 +46,66 @@ def test_inside_a_larger_module():
     assert bert_fast.accelerate(model) is model
     assert type(model.encoder) is bert_fast.BertModel
     torch.testing.assert_close(model(**batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_transformers_recorded_with_is_taken_off():
+    """Its hooks stay where states were asked for once, and would look at every forward of this engine's."""
+    model = transformers.BertForPreTraining(config()).to(DEVICE).eval()
+    batch = inputs_of("BertForPreTraining", mask_of("ones"))
+    expected = model(**batch, output_hidden_states=True)
+    assert any(m._forward_hooks for m in model.modules())
+    bert_fast.accelerate(model)
+    assert not any(m._forward_hooks for m in model.modules())
+    got = model(**batch, output_hidden_states=True)
+    for a, b in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def offloaded(model):
+    accelerate.cpu_offload(model, execution_device=torch.device(DEVICE))
+    return model
+
+
+def patched(name):
+    def patch(model):
+        module = model.get_submodule(name)
+        module.forward = functools.partial(module.forward)
+        return model
+
+    return patch
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        offloaded,
+        patched(""),
+        patched("bert"),
+        patched("bert.embeddings"),
+        patched("bert.encoder.layer.1.attention.self"),
+    ],
+)
+def test_a_forward_on_an_instance_is_refused_and_works_when_it_is_put_on_after(patch):
+    model = patch(transformers.BertForPreTraining(config()).to(DEVICE).eval())
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match=r"bert_fast\.accelerate: the forward of"):
+        bert_fast.accelerate(model)
+    assert [type(m) for m in model.modules()] == kinds
+    model = transformers.BertForPreTraining(config()).to(DEVICE).eval()
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    with torch.no_grad():
+        expected = model(**batch)
+        assert_same_outputs(patch(bert_fast.accelerate(model))(**batch), expected, mask_of("right"))
+
+
+def test_forwards_on_instances_of_torchs_own_modules_are_called():
+    model = transformers.BertForPreTraining(config()).to(DEVICE).eval()
+    for name in ("bert.encoder.layer.0.output.dense", "bert.pooler.dense", "cls.predictions.decoder"):
+        module = model.get_submodule(name)
+        module.forward = lambda x, before=module.forward: 2 * before(x)
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    expected = model(**batch)
+    assert_same_outputs(bert_fast.accelerate(model)(**batch), expected, mask_of("right"))
 
 
 class WithItsOwnForward(transformers.BertModel):

@@ -245,6 +245,13 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             "transformers' does, without packing and fused operators"
         )
         weights, rows = bool(kwargs["output_attentions"]), kwargs.get("rows")
+        able = ("eager",) if weights else ("eager", "sdpa")
+        if self.config._attn_implementation not in able:  # not set for a while: checkpointed layers run again later
+            raise ValueError(
+                f"a part of this BERT has a forward of its own, so that attention is transformers', and "
+                f"attn_implementation={self.config._attn_implementation!r} cannot be used"
+                f"{' for output_attentions' if weights else ''}: call model.set_attn_implementation('eager')"
+            )
         if layout.packed:
             if weights:
                 raise ValueError("packed input has no output_attentions where a part of the model has its own forward")
@@ -255,8 +262,10 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         elif layout.bias is not None and (given["attention_mask"] is None or given["attention_mask"].dim() == 4):
             given["attention_mask"] = layout.bias.to(self.dtype).clamp(min=torch.finfo(self.dtype).min)
         theirs = {key: value for key, value in kwargs.items() if key not in _OURS}
-        with _attention_implementation(self.config, "eager" if weights else "sdpa"):
-            outputs = hf.BertModel.forward(self, **given, **theirs, return_dict=True)
+        outputs = hf.BertModel.forward(self, **given, **theirs, return_dict=True)
+        if "_output_capturing_hooks_installed" in self.__dict__:
+            for module in self.modules():
+                exchange.release(module)
         if layout.packed:
 
             def packed(padded: Tensor | None) -> Tensor | None:
@@ -421,17 +430,6 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if layout.first is not None:
             return x.index_select(0, layout.first)
         return x.view(layout.batch, layout.length, x.shape[1])[:, 0]
-
-
-@contextlib.contextmanager
-def _attention_implementation(config, name: str) -> Iterator[None]:
-    """transformers' forward has to have an attention that is there; this engine accepts all names."""
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = name
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
 
 
 def _bias_of(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:

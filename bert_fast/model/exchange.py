@@ -36,6 +36,16 @@ def exchange(root: nn.Module) -> None:
         ours = PARTS.get(type(module)) or MODELS.get(type(module))
         if ours is not None:
             module.__class__ = ours
+        release(module)
+
+
+def release(module: nn.Module) -> None:
+    """Take off the hooks with which transformers' forward records hidden states and attention weights, once it was
+    asked for some: they stay and look at every later forward. It puts them on again where it needs them."""
+    module.__dict__.pop("_output_capturing_hooks_installed", None)
+    for key, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__name__", "") == "output_capturing_hook":
+            del module._forward_hooks[key]
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -45,7 +55,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     pipeline, a model of your own with a ``BertModel`` inside). The Parameter objects, the state dict, hooks and
     optimisers that hold the parameters stay as they are; outputs are equal, but 0 at positions that no mask attends.
     Raises ValueError where there is no BERT or its configuration is not supported (decoder, cross-attention),
-    TypeError for subclasses of a BERT's inner parts, whose own code would be lost. Nothing is changed then.
+    TypeError for subclasses of a BERT's inner parts, whose own code would be lost, and for a forward that was put on an
+    instance (accelerate's ``cpu_offload`` and ``Accelerator.prepare`` do so). Nothing is changed then.
     """
     found = False
     for name, module in model.named_modules():
@@ -63,6 +74,12 @@ def accelerate(model: nn.Module) -> nn.Module:
             raise TypeError(
                 f"bert_fast.accelerate: {where} is a subclass of transformers' BERT with code of its own, which this "
                 "engine would not run; use transformers for it, or subclass bert_fast's class instead"
+            )
+        if "forward" in module.__dict__ and (kind in MODELS or kind in PARTS):
+            raise TypeError(
+                f"bert_fast.accelerate: the forward of {where} was replaced on this instance, by your own code or by "
+                "accelerate (offloading, Accelerator.prepare), and would go on being transformers'; call "
+                "bert_fast.accelerate first and replace it after"
             )
         found = found or kind is hf.BertModel
     if not found:
