@@ -8,10 +8,11 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from bert_fast.data.text import well_formed
+from bert_fast.text import well_formed
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 NO_VALUE = {"nan", "na", "n/a", "none", "null"}  # how a table's missing value reads, once it is text
@@ -70,7 +71,7 @@ def _from_json(path: Path, lines: Iterable[str], text: str, pair: str | None, la
         try:
             values = json.loads(line)
             found = Example(values[text], None if pair is None else values[pair], values[label])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: no JSON object with {text!r} and {label!r}: {error}") from error
         if not all(isinstance(part, str) for part in found[: 1 if pair is None else 2]):
             raise ValueError(f"{path}, line {number}: {text!r} is no text")
@@ -136,6 +137,7 @@ def _labelled(example: Example, path: Path, line: int) -> Example:
     return example
 
 
+@lru_cache
 def label_value(label: str) -> Decimal | str:
     """What tells one label from another: its number where it is one, else its text in Unicode's NFC, trimmed.
 
@@ -204,6 +206,12 @@ def doubtful_labels(train: list[Example], validation: list[Example]) -> Iterator
         by_case[name.strip().lower()].append(name)
     if differing := [group for group in by_case.values() if len(group) > 1]:
         yield f"the labels {' and '.join(map(repr, sorted(differing[0])))} differ in case alone: they are two classes"
+    first = label_value(train[0].label)
+    if len(spellings) > 2 and sum(label_value(example.label) == first for example in train) == 1:
+        yield (
+            f"the first line alone, {train[0].text[:80]!r}, has the label {train[0].label!r}: are these "
+            "the names of columns? Name them (--text, --label)"
+        )
     if 2 * len(spellings) > len(train):
         yield f"{len(spellings)} labels for {len(train)} training examples: is the right column the label (--label)?"
 

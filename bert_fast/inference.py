@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
-from bert_fast.data.text import well_formed
 from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, special_ids, token_ids, vocabulary_rows
 from bert_fast.output import Output
 from bert_fast.pooling import Recipe, pooled, recipe_of, transformer_folder
+from bert_fast.text import well_formed
 from bert_fast.train import checkpoint
 from bert_fast.weights import read_weights
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bert_fast.text import well_formed
+
 # Seconds between two lines of progress where stderr is a file or a pipe, and between two in JSON mode.
 LINE_EVERY = 10.0
 JSON_EVERY = 1.0
@@ -80,7 +82,7 @@ class Output:
         if self.json:
             self.json_line({"kind": "result"} | facts)
         elif text is not None:
-            self._aside(lambda: print(text, flush=True))
+            self._aside(lambda: print(well_formed(text)[0], flush=True))
 
     def note(self, text: str) -> None:
         """What is good to know while it runs."""
@@ -142,7 +144,7 @@ class Output:
     @staticmethod
     def json_line(facts: dict) -> None:
         """One JSON line on stdout, whatever the mode: for results that have no other form."""
-        print(json.dumps(_finite(facts), ensure_ascii=False, allow_nan=False), flush=True)
+        print(well_formed(json.dumps(_finite(facts), ensure_ascii=False, allow_nan=False))[0], flush=True)
 
 
 def _finite(value):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bert_fast.data.text import well_formed
+from bert_fast.text import well_formed
 
 # By the names of sentence-transformers, in the order in which it joins the vectors of several; beside each the flag
 # that its older folders have.
@@ -82,8 +82,14 @@ class Recipe:
 
 def transformer_folder(folder: Path) -> Path | None:
     """The folder of the transformer within a sentence-transformers ``folder``; None where it is none."""
-    modules = folder / "modules.json"
-    return folder / _json(modules)[0]["path"] if modules.is_file() else None
+    return folder / _modules(folder)[0]["path"] if (folder / "modules.json").is_file() else None
+
+
+def _modules(folder: Path) -> list[dict]:
+    found = _json(folder / "modules.json", kind=list)
+    if not found or not all(isinstance(module, dict) and {"path", "type"} <= module.keys() for module in found):
+        raise ValueError(f"{folder / 'modules.json'} is damaged: it lists no modules with their path and type")
+    return found
 
 
 def recipe_of(folder: str | Path) -> Recipe | None:
@@ -98,7 +104,7 @@ def recipe_of(folder: str | Path) -> Recipe | None:
     if not roots:
         return None
     root, *_ = roots
-    modules = _json(root / "modules.json")
+    modules = _modules(root)
     kinds = [_kind(module["type"]) for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:
         raise ValueError(
@@ -156,13 +162,16 @@ def _transformer_settings(folder: Path) -> dict:
     return {"max_length": longest, "lowercase": made.get("do_lower_case", False)}
 
 
-def _json(path: Path, *, missing_ok: bool = False):
+def _json(path: Path, *, missing_ok: bool = False, kind: type = dict):
     if missing_ok and not path.is_file():
-        return {}
+        return kind()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, kind):
+        raise ValueError(f"{path} is damaged: it holds no {kind.__name__}")
+    return found
 
 
 def pooled(hidden: Tensor, ends: Tensor, modes: tuple[str, ...], skip: int = 0) -> Tensor:

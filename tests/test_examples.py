@@ -50,6 +50,7 @@ def test_a_csv_row_and_a_json_line_are_one_example_too(tmp_path, mark):
         ("t.jsonl", '{"text": "a", "label": "x"}\n{"text": "a", "label": NaN}\n', "line 2: the label is empty"),
         ("t.jsonl", '{"text": "a", "label": ["x", "y"]}\n', "line 1: 'label' is no label"),
         ("t.jsonl", '{"text": "a", "label": {"x": 1}}\n', "line 1: 'label' is no label"),
+        ("t.jsonl", '{"text": ' + "[" * 200_000, "line 1: no JSON object"),
         ("t.tsv", "a\t1\nb\t0\nc\udcff\t1\n", "line 3 is not UTF-8"),
     ],
 )
@@ -120,11 +121,13 @@ def test_what_is_one_value_is_one_class(labels, names):
         (["0.0", "1.0"], []),  # whole numbers, as a table with missing values makes them
         (["0", "1", "nan"], ["the label 'nan' among numbers"]),
         (["0", "1", "2"], []),
+        (["header", *["0", "1"] * 2], ["the first line alone, '', has the label 'header'"]),
         (["Good", "good", "bad"], ["'Good' and 'good' differ in case alone"]),
     ],
 )
 def test_what_is_doubtful_in_labels_is_told(labels, told):
-    found = list(doubtful_labels(labelled(*labels * 4), labelled(*labels)))
+    train = labelled(*labels * 4) if "header" not in labels else labelled(*labels, *labels[1:])
+    found = list(doubtful_labels(train, labelled(*labels)))
     assert len(found) == len(told)
     for text, part in zip(found, told, strict=True):
         assert part in text

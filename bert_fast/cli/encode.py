@@ -80,6 +80,8 @@ def run(options: argparse.Namespace) -> None:
     given = {"pooling": options.pooling, "normalize": options.normalize, "max_length": options.seq,
              "prompt": options.prompt, "prompt_name": options.prompt_name}  # fmt: skip
     recipe = sentence_recipe(model, **given)
+    if options.prompt is not None and recipe.prompt != options.prompt:
+        out.warn("--prompt holds bytes that are not UTF-8: they became U+FFFD")
     _tell(options, out, recipe_of(model.name_or_path), recipe)
     facts = {"pooling": list(recipe.pooling), "normalize": recipe.normalize, "prompt": recipe.prompt}
     facts |= {"seq": recipe.max_length, "hidden": len(recipe.pooling) * model.config.hidden_size}

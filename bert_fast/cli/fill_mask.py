@@ -64,8 +64,8 @@ def _texts(options: argparse.Namespace, out: Output) -> Iterator[tuple[int, str,
 
 
 def _fill(options: argparse.Namespace, out: Output, model, tokenizer, where: str, given: str | bytes) -> None:
-    from bert_fast.data.text import well_formed
     from bert_fast.inference import fill_mask
+    from bert_fast.text import well_formed
 
     text, replaced = well_formed(decoded(given, "it") if isinstance(given, bytes) else given)
     masks = fill_mask(model, tokenizer, text, options.top_k)

@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    if not options.epochs > 0 or not options.lr >= 0 or not 0 <= options.warmup < 1:
-        raise ValueError("--epochs must be above 0, --lr at least 0, --warmup from 0 to below 1")
+    if not 0 < options.epochs < math.inf or not 0 <= options.lr < math.inf or not 0 <= options.warmup < 1:
+        raise ValueError("--epochs must be above 0, --lr at least 0 (and both finite), --warmup from 0 to below 1")
     from bert_fast.classification import finetune, read_examples
     from bert_fast.inference import model_folder
 

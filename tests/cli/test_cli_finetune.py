@@ -324,6 +324,7 @@ def test_more_that_finetune_refuses(run, folder, files, tmp_path):
         (("--validation", stranger), "label 'ugly'"),
         (("--validation", tmp_path / "no.tsv"), "no.tsv"),
         (("--validation", dev, "--epochs", 0), "--epochs"),
+        (("--validation", dev, "--epochs", "inf"), "--epochs"),
         (("--validation", dev, "--out", folder / "model"), "holds a run, or the model that is fine-tuned"),
         (("--validation", dev, "--out", tmp_path / "run"), "holds a run"),
         (("--validation", dev, "--seq", 65), "64 positions"),

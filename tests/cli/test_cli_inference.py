@@ -361,6 +361,8 @@ def test_how_many_sentences_were_cut_is_always_told(run, folder, tmp_path):
         ("tokenizer_config.json", {"truncation_side": "left"}, "texts are cut at their beginning"),
         ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "default prompt 'q' is none"),
         ("1_Pooling/config.json", None, "config.json is damaged"),
+        ("config_sentence_transformers.json", [], "config_sentence_transformers.json is damaged: it holds no dict"),
+        ("modules.json", [], "modules.json is damaged: it lists no modules"),
     ],
 )
 def test_modules_that_would_make_other_vectors_are_refused(run, sentence_model, name, content, message):
@@ -371,6 +373,17 @@ def test_modules_that_would_make_other_vectors_are_refused(run, sentence_model, 
     assert (done.code, done.out) == (1, "")
     assert done.err.count("\n") == 1
     assert message in done.err
+
+
+def test_a_path_that_is_not_utf_8_is_shown_as_far_as_it_is(run, folder, tmp_path):
+    for flags, shown in ((("--json",), '"out": "'), ((), "")):
+        done = run("encode", folder / "model", "--out", tmp_path / "v\udcff.npy", *flags, stdin="a sentence\n")
+        assert done.code == 0, done.err
+        assert f"{shown}{tmp_path}/v\ufffd.npy" in done.out
+    assert (tmp_path / "v\udcff.npy").is_file()
+    done = run("encode", folder / "model", "--prompt", "\udcff\udcfe", stdin="a sentence\n")
+    assert done.code == 0
+    assert "--prompt holds bytes that are not UTF-8" in done.err
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(run, sentence_model):
