@@ -9,6 +9,8 @@ from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_file
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, Progress, add_command, writable_folder
 
+MUCH = 0.005  # a share of the characters that is worth a warning
+
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
@@ -28,14 +30,20 @@ bert-fast tokenizer zh.txt.gz --limit-alphabet 8000 --vocab-size 21128 --out tok
     parser.add_argument("--out", metavar="DIR", required=True, help="where the tokenizer goes")
     parser.add_argument("--vocab-size", metavar="N", type=positive, default=30522, help="pieces, at most")
     parser.add_argument(
-        "--cased", action="store_true", help="keep upper case and accents (default: lower case, accents stripped)"
+        "--cased",
+        action="store_true",
+        help="keep upper case and accents (default: lower case, accents stripped, with vowel signs as those of Hindi)",
     )
     parser.add_argument("--keep-accents", action="store_true", help="lower case, but with accents")
     parser.add_argument(
         "--min-frequency", metavar="N", type=positive, default=2, help="least occurrences of a pair to join"
     )
     parser.add_argument(
-        "--limit-alphabet", metavar="N", type=positive, default=1000, help="characters to keep; about 8000 for Chinese"
+        "--limit-alphabet",
+        metavar="N",
+        type=positive,
+        default=1000,
+        help="characters to keep, if they fit in --vocab-size; about 8000 for Chinese",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is in DIR")
 
@@ -50,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     folder = writable_folder(options.out)
     if (folder / "tokenizer.json").exists() and not options.overwrite:
         raise ValueError(f"{folder} holds a tokenizer already: choose another --out, or --overwrite it")
-    size = corpus_bytes(files)
+    size, learned = corpus_bytes(files), Counter()
     with out.progress(None if size is None else 2 * size, "reading", "bytes") as bar:
         texts = _Texts(files, options.one_per_file, options.text_field, bar)
         try:
@@ -61,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
                 min_frequency=options.min_frequency,
                 limit_alphabet=options.limit_alphabet,
                 strip_accents=False if options.keep_accents else None,
+                counts=learned,
             )
         except ValueError as error:
             raise ValueError("; ".join(filter(None, (str(error), skipped_text(texts.counts))))) from error
@@ -68,13 +77,43 @@ def run(options: argparse.Namespace) -> None:
         out.warn(skipped)
     save_tokenizer(tokenizer, folder)
     pieces = tokenizer.get_vocab_size(with_added_tokens=True)
+    _tell(out, learned)
+    if pieces < options.vocab_size:
+        out.note(
+            f"{pieces:,} pieces, not {options.vocab_size:,}: no other pair of pieces occurs --min-frequency "
+            f"{options.min_frequency} times"
+        )
     kind = "cased" if options.cased else "uncased"
-    facts = {"out": str(folder), "vocab_size": pieces, "documents": texts.counts["documents"]}
-    facts |= {"bytes": texts.counts["bytes"], "counts": {k: v for k, v in texts.counts.items() if k not in facts}}
+    facts = {"out": str(folder), "vocab_size": pieces, "vocab_size_asked": options.vocab_size}
+    facts |= {"documents": texts.counts["documents"], "bytes": texts.counts["bytes"]}
+    facts["counts"] = {k: v for k, v in {**texts.counts, **learned}.items() if k not in facts}
     megabytes = f"{texts.counts['bytes'] / 1e6:,.1f} MB"
     out.result(
         facts, f"{folder}: {pieces:,} pieces, {kind}, from {texts.counts['documents']:,} documents ({megabytes})"
     )
+
+
+def _tell(out: Output, learned: Counter) -> None:
+    """Says what of the text the vocabulary does not tell: a warning where it is much of it, else a note."""
+    for name, text in (
+        (
+            "characters_dropped",
+            f"({learned['alphabet_dropped']:,} different ones) are in no piece, and words with them become [UNK] "
+            "(--limit-alphabet, --vocab-size)",
+        ),
+        (
+            "long_word_characters",
+            f"are in {learned['long_words']:,} words of more than 100, which are [UNK] to BERT and were left out",
+        ),
+        (
+            "marks_stripped",
+            "lose a vowel sign or another mark with the accents, as in Hindi, Thai, Ukrainian or Japanese, and words "
+            "become alike: --keep-accents keeps them",
+        ),
+    ):
+        if number := learned[name]:
+            share = number / learned["characters"]
+            (out.warn if share > MUCH else out.note)(f"{number:,} characters ({share:.2%}) {text}")
 
 
 class _Texts:

@@ -122,7 +122,7 @@ def _without_long_words(texts: Iterable[str], berts: Tokenizer, counts: Counter)
 def _train(tokenizer: Tokenizer, trainer: trainers.Trainer, texts: Iterator[str]) -> None:
     """Trains in another thread: a signal is acted on in this one, which native code would keep waiting for minutes."""
     errors: list[BaseException] = []
-    left = threading.Event()
+    left, done = threading.Event(), threading.Event()
 
     def given() -> Iterator[str]:
         for text in texts:
@@ -135,12 +135,14 @@ def _train(tokenizer: Tokenizer, trainer: trainers.Trainer, texts: Iterator[str]
             tokenizer.train_from_iterator(given(), trainer)
         except BaseException as error:
             errors.append(error)
+        done.set()
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    threading.Thread(target=work, daemon=True).start()
     try:
-        thread.join()
-    finally:
+        done.wait()  # Thread.join, once interrupted, takes the thread for ended
+    except BaseException:
         left.set()
+        done.wait(1)  # out of Python, where the interpreter's end would abort the thread; native code may go on
+        raise
     if errors:
         raise errors[0]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -50,6 +51,34 @@ def test_tokenizer_keeps_case_and_accents_where_asked(run, corpus, tmp_path, fla
     alphabet = set(data.load_tokenizer(out).get_vocab())
     assert set(there) <= alphabet
     assert not set(missing) & alphabet
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "kind", "said", "facts"),
+    [
+        (TEXT, ("--vocab-size", 30), "warning", "different ones) are in no piece", "characters_dropped"),
+        (TEXT + "\u7684" * 9, ("--limit-alphabet", 3), "warning", "--limit-alphabet", "alphabet_dropped"),
+        ("the dog. " * 800 + "z" * 2, ("--limit-alphabet", 7), "note", "2 characters (0.04%)", "characters_dropped"),
+        (TEXT * 999 + "x" * 101, (), "note", ") are in 1 words of more than 100", "long_words"),
+        ("x" * 101 + " " + TEXT, (), "warning", "101 characters (", "long_word_characters"),
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", (), "warning", "--keep-accents keeps them", "marks_stripped"),
+        (TEXT, ("--min-frequency", 9), "note", "pieces, not 30,522: no other pair", "vocab_size"),
+    ],
+)  # fmt: skip
+def test_tokenizer_says_what_of_the_text_is_lost(run, tmp_path, text, flags, kind, said, facts):
+    (tmp_path / "c.txt").write_text(text, encoding="utf-8")
+    done = run("tokenizer", tmp_path / "c.txt", "--out", tmp_path / "t", *flags, "--json")
+    assert done.code == 0
+    assert [line["kind"] for line in done.lines if said in line.get("text", "")] == [kind]
+    found = done.result
+    assert (found["counts"] | found)[facts] > 0
+    shown = run("tokenizer", tmp_path / "c.txt", "--out", tmp_path / "t", *flags, "--overwrite")
+    assert said in shown.err
+
+
+def test_tokenizer_says_nothing_where_nothing_is_lost(run, folder, tmp_path):
+    done = run("tokenizer", folder / "corpus.jsonl", "--vocab-size", 600, "--out", tmp_path / "t")
+    assert not [line for line in done.err.splitlines() if not line.startswith("reading")]
 
 
 def test_tokenizer_does_not_replace_another_unasked(run, corpus, folder, tmp_path):
@@ -222,6 +251,34 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 data.prepare = functools.partial(data.prepare, unit_bytes=4_000)
 sys.exit(cli.main(sys.argv[1:]))
 """
+
+
+LEARN = """
+import signal, sys
+from bert_fast import cli
+from bert_fast.data import vocabulary
+signal.signal(signal.SIGINT, signal.default_int_handler)
+given = vocabulary._without_long_words
+def told(*arguments):
+    yield from given(*arguments)
+    print("all is read", flush=True)
+vocabulary._without_long_words = told
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_training_of_a_tokenizer(tmp_path, number, code):
+    draw = random.Random(code)
+    words = ("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=90)) for _ in range(60_000))
+    (tmp_path / "c.txt").write_text("\n\n".join(words))  # minutes of work
+    argv = [sys.executable, "-c", LEARN, "tokenizer", str(tmp_path / "c.txt"), "--out", str(tmp_path / "t"), "--quiet"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "all is read\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (code, "", 1)
+    assert not list((tmp_path / "t").iterdir())
 
 
 @pytest.fixture

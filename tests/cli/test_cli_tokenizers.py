@@ -150,9 +150,13 @@ def test_finetune_encodes_as_pre_training_did(folder, tmp_path, monkeypatch):
     rows = max(tokenizer.get_vocab().values()) + 1
     model, seen = small_model(tmp_path / "model", tokenizer, rows), []
     original = classification._encoded
-    monkeypatch.setattr(
-        classification, "_encoded", lambda *given: seen.extend(original(*given).rows) or original(*given)
-    )
+
+    def watched(*given):
+        encoded = original(*given)
+        seen.extend(encoded.rows)
+        return encoded
+
+    monkeypatch.setattr(classification, "_encoded", watched)
     examples = [Example(a[:40], b[:40], str(number % 2)) for number, (a, b) in enumerate(pairwise(TEXTS))]
     classification.finetune(model, examples, examples, epochs=1, max_length=64)
     for example, found in zip(examples * 2, seen, strict=True):
