@@ -1,6 +1,11 @@
 """Code of one's own around and inside a BERT: it runs, it sees what transformers shows it, and the numbers are those of
 transformers. Every module of every class, by name, so that none is forgotten."""
 
+import copy
+import functools
+import pickle
+
+import accelerate
 import pytest
 import torch
 import transformers
@@ -444,3 +449,94 @@ def test_neftune_by_trainer_trains_with_its_noise(kind, tmp_path):
         # transformers 5.23 leaves out what divides by the number of items, which Trainer passes
         assert_same(got[name] - start[name], value - start[name], name)
     assert any((got[name] - without[name]).abs().max() > 1e-4 for name in got)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# A loss of one's own, in training
+
+
+ABSENT = {"BertForPreTraining": "prediction_logits", "BertForMaskedLM": "logits"}
+
+
+@pytest.mark.parametrize(("class_name", "name"), ABSENT.items())
+def test_absent_logits_say_how_to_get_them(class_name, name):
+    _, ours = small(class_name)
+    batch = inputs_of(class_name)
+    output = ours.train()(**batch)
+    with pytest.warns(UserWarning, match="return_logits=True"):
+        assert getattr(output, name) is None
+    with pytest.raises(KeyError, match="return_logits=True"):
+        output[name]
+    for number in (1, slice(2), slice(1, None)):
+        with pytest.raises(IndexError, match="return_logits=True"):
+            output[number]
+    assert torch.equal(output[0], output["loss"])
+    assert torch.equal(output[:1][0], output.loss)
+    if class_name == "BertForPreTraining":  # as transformers numbers it
+        assert torch.equal(output[2], output.seq_relationship_logits)
+    whole = ours(**batch, return_logits=True)
+    assert whole[1] is whole[name]
+    assert [k for k in whole if k != name] == list(output)
+
+
+@pytest.mark.parametrize(("class_name", "name"), ABSENT.items())
+@pytest.mark.filterwarnings("error")
+def test_absent_logits_are_as_none_everywhere_else(class_name, name):
+    _, ours = small(class_name)
+    output = ours.train()(**inputs_of(class_name))
+    assert name not in output
+    assert output.get(name) is None
+    assert len(output) == len(output.to_tuple()) == (2 if class_name == "BertForPreTraining" else 1)
+    output = type(output)({key: value.detach() for key, value in output.items()})
+    leaves, structure = torch.utils._pytree.tree_flatten(output)
+    copies = [
+        torch.utils._pytree.tree_unflatten(leaves, structure), type(output)(**output), copy.deepcopy(output),
+        accelerate.utils.convert_to_fp32(output), pickle.loads(pickle.dumps(output)),
+    ]  # fmt: skip
+    for other in copies:
+        assert isinstance(other, transformers.utils.ModelOutput)
+        assert type(other) is type(output)
+        assert list(other) == list(output)
+        assert torch.equal(other.loss, output.loss)
+    output[name] = torch.ones(3)  # somebody's own
+    assert torch.equal(getattr(output, name), output[1])
+
+
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return outputs.logits.logsumexp(-1).mean()
+
+
+def test_a_trainer_with_a_loss_of_its_own(tmp_path):
+    rows = rows_of(inputs_of("BertForMaskedLM", mask_of("ones")))
+    reference, ours = small("BertForMaskedLM")
+    with pytest.warns(UserWarning, match="return_logits=True"), pytest.raises(AttributeError):
+        trained_by_trainer(ours, rows, tmp_path, OwnLoss)
+    ours.config.return_logits = True
+    expected = trained_by_trainer(reference, rows, tmp_path, OwnLoss)
+    for name, value in trained_by_trainer(ours, rows, tmp_path, OwnLoss).items():
+        assert_same(value, expected[name], name)
+
+
+def test_label_smoothing_by_trainer(tmp_path):
+    rows = rows_of(inputs_of("BertForMaskedLM", mask_of("right")))
+    reference, ours = small("BertForMaskedLM")
+    expected = trained_by_trainer(reference, rows, tmp_path, label_smoothing_factor=0.1)
+    for name, value in trained_by_trainer(ours, rows, tmp_path, label_smoothing_factor=0.1).items():
+        assert_same(value, expected[name], name)
+
+
+def test_a_loss_function_for_trainer_sees_the_logits_of_both_heads(tmp_path):
+    """Trainer keeps the labels from the model then, and those of the sentences' order stay in the batch."""
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        words = nn.functional.cross_entropy(outputs.prediction_logits.flatten(0, 1), labels.flatten())
+        return words + outputs.seq_relationship_logits.square().sum()
+
+    kind = functools.partial(transformers.Trainer, compute_loss_func=loss)
+    rows = rows_of(inputs_of("BertForPreTraining", mask_of("right")))
+    reference, ours = small("BertForPreTraining")
+    expected = trained_by_trainer(reference, rows, tmp_path, kind)
+    for name, value in trained_by_trainer(ours, rows, tmp_path, kind).items():
+        assert_same(value, expected[name], name)

@@ -23,6 +23,7 @@ from ..reference import divisor
 from .base import BertModel, BertPreTrainedModel, Rows, nothing_packed
 from .layers import BertPredictionHeadTransform, plain, row_wise, untouched
 from .losses import as_tensor, cross_entropy, elementwise, with_zero_gradients
+from .outputs import BertForPreTrainingOutputWithoutLogits, MaskedLMOutputWithoutLogits
 
 Tensor = torch.Tensor
 
@@ -149,6 +150,11 @@ def _tied_table() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if traced else ops.one_table_gradient()
 
 
+def _output_type(logits: Tensor | None, without: type, whole: type) -> type:
+    """That of a training step without logits, which says so; torch.compile knows transformers' own alone."""
+    return without if logits is None and not torch.compiler.is_compiling() else whole
+
+
 def _wants_logits(model: nn.Module, has_labels: bool, return_logits, kwargs: dict) -> bool:
     if return_logits is None:
         return_logits = getattr(model.config, "return_logits", False)
@@ -159,7 +165,8 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
     """BERT with the MLM and the NSP head.
 
     In training with labels the MLM head runs on masked positions alone and ``prediction_logits`` is None, unless
-    ``return_logits=True`` (argument or configuration field) or ``return_dict=False``.
+    ``return_logits=True`` (argument or configuration field) or ``return_dict=False``. Under code of one's own, be it a
+    hook, the head runs on the whole batch.
     """
 
     def forward(
@@ -185,9 +192,8 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
         source = input_ids if input_ids is not None else inputs_embeds
         read = _labelled(labels, source)
         places, targets = _masked_positions(labels, kwargs)
-        has_labels = places is not None or next_sentence_label is not None
         by_rows = _predicts_rows(self.cls, hf.BertPreTrainingHeads)
-        want_logits = not by_rows or _wants_logits(self, has_labels, return_logits, kwargs)
+        want_logits = not by_rows or _wants_logits(self, places is not None, return_logits, kwargs)
         rows = Rows(
             read=read if by_rows else _everywhere(source),
             places=None if want_logits else _nowhere(source) if places is None else places,
@@ -213,7 +219,8 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
             loss = with_zero_gradients(
                 loss, [p for module in unused if module is not None for p in module.parameters()]
             )
-        output = hf.BertForPreTrainingOutput(
+        kind = _output_type(logits, BertForPreTrainingOutputWithoutLogits, hf.BertForPreTrainingOutput)
+        output = kind(
             loss=loss,
             prediction_logits=logits,
             seq_relationship_logits=nsp_logits,
@@ -253,7 +260,8 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
             )  # fmt: skip
             logits = None if by_rows else self.cls(rows.dense())
             loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs, logits)
-        output = MaskedLMOutput(loss=loss, logits=logits, **_extras(outputs))
+        kind = _output_type(logits, MaskedLMOutputWithoutLogits, MaskedLMOutput)
+        output = kind(loss=loss, logits=logits, **_extras(outputs))
         return output if _returns_dict(self, kwargs) else output.to_tuple()
 
 
