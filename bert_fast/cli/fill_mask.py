@@ -10,6 +10,7 @@ from bert_fast.cli.lines import decoded, numbered_lines
 from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command
+from bert_fast.text import well_formed
 
 
 def add_parser(subparsers) -> None:
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
             _fill(options, out, model, tokenizer, where, given)
         except ValueError as error:
             failed += 1
-            out.error({"number": number, "text": _shown(given), "error": str(error)}, f"{where}: {error}")
+            text = given.decode("utf-8", "replace") if isinstance(given, bytes) else well_formed(given)[0]
+            out.error({"number": number, "text": text, "error": str(error)}, f"{where}: {error}")
     if not number:
         raise ValueError("no text: the input is empty")
     return FAILED if failed else 0
@@ -65,7 +67,6 @@ def _texts(options: argparse.Namespace, out: Output) -> Iterator[tuple[int, str,
 
 def _fill(options: argparse.Namespace, out: Output, model, tokenizer, where: str, given: str | bytes) -> None:
     from bert_fast.inference import fill_mask
-    from bert_fast.text import well_formed
 
     text, replaced = well_formed(decoded(given, "it") if isinstance(given, bytes) else given)
     masks = fill_mask(model, tokenizer, text, options.top_k)
@@ -77,9 +78,3 @@ def _fill(options: argparse.Namespace, out: Output, model, tokenizer, where: str
             lines.append(f"[MASK] {number}")
         lines += [f"  {100 * c.probability:5.1f} %  {c.token}" for c in candidates]
     out.result({"text": text, "masks": [[c._asdict() for c in candidates] for candidates in masks]}, "\n".join(lines))
-
-
-def _shown(given: str | bytes) -> str:
-    """``given`` as text that can be printed, whatever it is."""
-    raw = given if isinstance(given, bytes) else given.encode("utf-8", "surrogateescape")
-    return raw.decode("utf-8", "replace")

@@ -87,6 +87,8 @@ def test_a_text_that_fails_is_told_with_its_number_and_the_others_go_on(run, fol
     assert shown.code == 1
     assert [line for line in shown.out.splitlines() if "%" not in line][::3][:1] == [TEXTS[0]]
     assert [line.split(": ")[2] for line in shown.err.splitlines()] == ["line 2", "line 4", "line 6"]
+    cut = run("fill-mask", folder / "model", "no gap \ud83d\udcff", "--json")
+    assert (cut.code, cut.lines[0]["text"]) == (1, "no gap \ufffd\ufffd")
     given = run("fill-mask", folder / "model", "no gap", TEXTS[0])
     assert given.code == 1
     assert "text 1: no [MASK] in 'no gap'" in given.err
