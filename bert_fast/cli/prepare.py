@@ -21,7 +21,8 @@ def add_parser(subparsers) -> None:
         "turn a corpus into memory-mapped shards of token ids",
         details="Documents are split into sentences and encoded on all cores, in bounded memory; exact duplicates are "
         "dropped and counted. A run that was stopped or killed goes on where it was when started again; machines share "
-        "the work by --shard in one common folder, with the same result as one machine.",
+        "the work by --shard in one common folder, with the same result as one machine. [SEP], [MASK] and the other "
+        "special tokens of BERT are text where the corpus holds them; a tokenizer's other added tokens are tokens.",
         examples="""
 bert-fast prepare corpus/ --tokenizer tok --out data
 bert-fast prepare corpus.txt --tokenizer vocab.txt --uncased --out data
@@ -114,6 +115,8 @@ def _prepare(options: argparse.Namespace) -> None:
             f"{unknown:.1%} of the tokens are [UNK], of which a model learns nothing: the tokenizer was made for other "
             "text, or keeps too few of its characters (`bert-fast tokenizer --limit-alphabet`)"
         )
+    if long := manifest["counts"].get("long_words"):
+        out.note(f"{_number(long, 'word')} of more characters than the tokenizer takes (BERT's: 100) became [UNK]")
     facts = {k: manifest[k] for k in ("documents", "duplicate_documents", "sentences", "tokens", "counts")}
     facts = {"out": str(folder), "complete": True, "shards": len(manifest["shards"])} | made | facts
     lines = [

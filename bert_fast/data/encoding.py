@@ -27,7 +27,8 @@ class SentenceEncoder:
     """``encoder(sentences)`` gives the ids of every sentence encoded alone, without special tokens around it.
 
     Text that looks like one of BERT's special tokens ("[SEP]") is text; other added tokens ("[URL]") have their ids
-    there. The tokenizer's own truncation and padding are off.
+    there. The tokenizer's own truncation and padding are off. ``long_words`` counts the words of the last call that are
+    [UNK] for their length alone, whatever the vocabulary.
     ``dtype`` of the ids is uint16, or uint32 where the vocabulary has larger ids. Memory beside input and result is
     bounded by about 64 MiB for the stretches that are known and 64 MiB for a batch.
     """
@@ -46,15 +47,32 @@ class SentenceEncoder:
         self.added = any(not token["special"] for token in described["added_tokens"])
         self.known: dict[str, bytes] = {}  # a stretch without white space -> its ids as bytes of ``dtype``
         self.known_bytes = 0
+        self.longest = getattr(self.tokenizer.model, "max_input_chars_per_word", None)  # of WordPiece alone
+        self.unknown = np.array(self.tokenizer.token_to_id("[UNK]") or 0, self.dtype).tobytes()
+        self.long: dict[str, int] = {}  # of the known stretches, those with words that are too long, and how many
+        self.long_words = 0
 
     def __call__(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids ``dtype`` (tokens,) of all sentences one after another, lengths int64 (sentences,), some perhaps 0)."""
+        self.long_words = 0
         encode = self._by_word if self.by_word else self._whole
         encoded = list(chain.from_iterable(map(encode, _batches(sentences))))
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // self.dtype.itemsize
         return np.frombuffer(b"".join(encoded), dtype=self.dtype), lengths
 
     def _whole(self, sentences: Sequence[str]) -> list[bytes]:
+        encoded = self._encoded(sentences)
+        self.long_words += sum(map(self._long_in, sentences, encoded))
+        return encoded
+
+    def _long_in(self, text: str, ids: bytes) -> int:
+        """How many words of ``text`` are too long."""
+        if self.longest is None or 4 * len(text) <= self.longest or self.unknown not in ids:
+            return 0  # normalizing makes at most four characters of one
+        normal = text if self.tokenizer.normalizer is None else self.tokenizer.normalizer.normalize_str(text)
+        return sum(len(word) > self.longest for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normal))
+
+    def _encoded(self, sentences: Sequence[str]) -> list[bytes]:
         code = "H" if self.dtype == np.uint16 else "I"
         return [
             array(code, e.ids).tobytes() for e in self.tokenizer.encode_batch_fast(sentences, add_special_tokens=False)
@@ -63,6 +81,7 @@ class SentenceEncoder:
     def _by_word(self, sentences: Sequence[str]) -> list[bytes]:
         if self.known_bytes > KNOWN_BYTES:
             self.known.clear()
+            self.long.clear()
             self.known_bytes = 0
         text = "\n".join(sentences)
         if any(chr(mark) in text for mark in REMOVED):
@@ -70,11 +89,16 @@ class SentenceEncoder:
                 return self._whole(sentences)
             sentences = [sentence.translate(REMOVED) for sentence in sentences]
         words = [sentence.split() for sentence in sentences]
-        unseen = list(set(chain.from_iterable(words)).difference(self.known))
-        for word, ids in zip(unseen, self._whole(unseen), strict=True):
+        stretches = set(chain.from_iterable(words))
+        unseen = list(stretches.difference(self.known))
+        for word, ids in zip(unseen, self._encoded(unseen), strict=True):
             self.known[word] = ids
             self.known_bytes += getsizeof(word) + getsizeof(ids) + ENTRY_BYTES
-        return [b"".join(map(self.known.__getitem__, stretches)) for stretches in words]
+            if number := self._long_in(word, ids):
+                self.long[word] = number
+        for word in stretches & self.long.keys():
+            self.long_words += self.long[word] * sum(one.count(word) for one in words)
+        return [b"".join(map(self.known.__getitem__, one)) for one in words]
 
 
 def _batches(sentences: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -267,6 +267,8 @@ def _make_shard(
     full = document_sentences > 0
     if empty := int((~full).sum()):
         counts["empty_documents"] += empty
+    if encoder.long_words:
+        counts["long_words"] += encoder.long_words
     if unknown := int((tokens == special_ids(encoder.tokenizer).unk).sum()):
         counts["unknown_tokens"] += unknown
     arrays = {

@@ -170,6 +170,16 @@ def test_text_that_the_tokenizer_does_not_know_is_told(run, folder, tmp_path):
     assert not [line for line in known.lines if line["kind"] == "warning"]
 
 
+def test_words_that_are_too_long_are_counted_apart_from_other_unknown_ones(run, folder, tmp_path):
+    (tmp_path / "long.txt").write_text(f"A {'x' * 101} here. {'y' * 500} there.\n\n{'x' * 101}\n", encoding="utf-8")
+    argv = ("prepare", tmp_path / "long.txt", "--tokenizer", folder / "tok", "--workers", 1, "--out")
+    assert run(*argv, tmp_path / "d", "--json").result["counts"]["long_words"] == 3
+    assert (
+        "3 words of more characters than the tokenizer takes (BERT's: 100) became [UNK]"
+        in run(*argv, tmp_path / "e").err
+    )
+
+
 def test_a_tokenizer_that_says_its_case_is_not_overruled(run, corpus, folder, tmp_path):
     argv = ("prepare", corpus, "--tokenizer", folder / "tok", "--workers", 1, "--out", tmp_path / "d")
     done = run(*argv, "--cased")

@@ -1,5 +1,6 @@
 """SentenceEncoder: the ids that the tokenizer gives for each sentence alone."""
 
+import json
 import sys
 
 import numpy as np
@@ -100,3 +101,21 @@ def test_padding_truncation_and_large_ids(tokenizer):
     other.add_tokens([f"word{number}" for number in range(66_000)])
     assert SentenceEncoder(other).dtype == np.uint32
     assert SentenceEncoder(other)(["word65999"])[0].max() > 1 << 16
+
+
+def test_words_that_are_unknown_for_their_length_are_counted(tokenizer):
+    described = json.loads(tokenizer.to_str())
+    described["model"]["max_input_chars_per_word"] = 20
+    others = [Tokenizer.from_str(json.dumps(described)), Tokenizer.from_str(json.dumps(described))]
+    others[1].normalizer = normalizers.Lowercase()
+    for one, longest, by_word in ((tokenizer, 100, True), (others[0], 20, True), (others[1], 20, False)):
+        long, hangul = "y" * (longest + 1), "\uac01" * (longest // 3 + 1)  # which becomes three letters each
+        texts = [f"{long} a", f"{long}.{long} {long}", "y" * longest, "\u4e00" * 300, "", "some other words"]
+        encoder = SentenceEncoder(one)
+        assert encoder.by_word is by_word
+        for _ in range(2):
+            assert_same_ids(one, texts)
+            encoder(texts)
+            assert encoder.long_words == 4 + (not by_word)  # without BERT's normalizer, Chinese is one word
+            encoder([texts[2], f"a {hangul}"])
+            assert encoder.long_words == by_word
