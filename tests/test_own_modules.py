@@ -6,6 +6,7 @@ import functools
 import pickle
 
 import accelerate
+import peft
 import pytest
 import torch
 import transformers
@@ -499,7 +500,7 @@ def test_absent_logits_are_as_none_everywhere_else(class_name, name):
         assert list(other) == list(output)
         assert torch.equal(other.loss, output.loss)
     output[name] = torch.ones(3)  # somebody's own
-    assert torch.equal(getattr(output, name), output[1])
+    assert torch.equal(getattr(output, name), output[name])
 
 
 class OwnLoss(transformers.Trainer):
@@ -540,3 +541,51 @@ def test_a_loss_function_for_trainer_sees_the_logits_of_both_heads(tmp_path):
     expected = trained_by_trainer(reference, rows, tmp_path, kind)
     for name, value in trained_by_trainer(ours, rows, tmp_path, kind).items():
         assert_same(value, expected[name], name)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What others put around modules: right everywhere, and on rows alone where it changes nothing
+
+PEFT = {
+    "BertForMaskedLM": {"target_modules": ["query", "dense", "decoder"]},
+    "BertForPreTraining": {"target_modules": ["query"], "modules_to_save": ["cls"]},
+    "BertForTokenClassification": {"target_modules": ["value"], "task_type": "TOKEN_CLS"},
+    "BertForSequenceClassification": {"target_modules": ["value", "dense"], "task_type": "SEQ_CLS"},
+    "BertForQuestionAnswering": {"target_modules": ["value"], "task_type": "QUESTION_ANS"},
+}
+
+
+@pytest.mark.parametrize("class_name", PEFT)
+def test_peft_on_heads(class_name):
+    changes = peft.LoraConfig(r=2, lora_dropout=0.0, init_lora_weights=False, **PEFT[class_name])
+    reference, ours = (peft.get_peft_model(model, changes) for model in small(class_name))
+    ours.load_state_dict(reference.state_dict())
+    saved = [p for n, p in (*reference.named_parameters(), *ours.named_parameters()) if "modules_to_save" in n]
+    with torch.no_grad():  # another module than the one that it was made of
+        for parameter in saved:
+            parameter.mul_(1.5)
+    mask = mask_of("right")
+    batch = inputs_of(class_name, mask)
+    got, gradients = run(ours, batch, True)
+    expected, theirs = run(reference, batch, True)
+    assert_same_run((got, gradients), (expected, theirs), mask, class_name)
+    assert any(g is not None and g.any() for g in gradients)
+    if class_name == "BertForMaskedLM":
+        assert got.logits is None
+    if class_name == "BertForTokenClassification":  # no padding in the classifier
+        assert not got.logits[mask == 0].any()
+
+
+def test_parts_that_are_pruned_or_parametrised_leave_the_others_fused(monkeypatch):
+    _, ours = small("BertForPreTraining")
+    layer = ours.bert.encoder.layer[0]
+    prune.random_unstructured(layer.attention.self.query, "weight", 0.5)
+    parametrizations.weight_norm(layer.output.dense)
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    calls = []
+    attention = bert_fast.ops.attention
+    monkeypatch.setattr(
+        bert_fast.ops, "attention", lambda qkv, *a, **kw: calls.append(len(qkv)) or attention(qkv, *a, **kw)
+    )
+    ours.train()(**batch).loss.backward()
+    assert calls == [int(batch["attention_mask"].sum())]  # rows of real tokens alone
