@@ -45,6 +45,26 @@ def test_the_same_bits(what, autocast, fields):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+class OwnDropout(torch.nn.Dropout):
+    """Draws from torch's generator, as transformers' and peft's modules do."""
+
+
+def test_layers_whose_own_code_draws_random_numbers_draw_them_again():
+    found = []
+    for what in ("nothing", "layers"):
+        torch.manual_seed(0)
+        model = BertForPreTraining(copy.deepcopy(CONFIG)).to(DEVICE).train()
+        for layer in model.bert.encoder.layer:
+            layer.output.dropout.__class__ = OwnDropout
+        model.recompute(what)
+        torch.manual_seed(1)
+        ids = torch.randint(5, 120, (3, 20), device=DEVICE)
+        model(ids, labels=ids).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("recorder", [None, *steps.recorders()])
 @pytest.mark.parametrize("what", RECOMPUTED[1:])
 @pytest.mark.parametrize("bf16", [False, True])

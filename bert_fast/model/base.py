@@ -114,8 +114,10 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
                 module.recompute_gelu = what == "gelu"
         # transformers calls it activation checkpointing in later versions, which warn of the other name
         kind = "activation" if hasattr(self, "activation_checkpointing_enable") else "gradient"
-        if what == "layers":  # dropout's masks are functions of their keys: no generator's state has to be put back
-            getattr(self, f"{kind}_checkpointing_enable")({"use_reentrant": False, "preserve_rng_state": False})
+        if what == "layers":
+            # dropout's masks are functions of their keys: no generator's state has to be put back but for others' code
+            drawn = not all(layers.keyed(m) for m in self.modules() if isinstance(m, hf.BertLayer))
+            getattr(self, f"{kind}_checkpointing_enable")({"use_reentrant": False, "preserve_rng_state": drawn})
         elif any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             getattr(self, f"{kind}_checkpointing_disable")()
 

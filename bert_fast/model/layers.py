@@ -49,15 +49,24 @@ def untouched(module: nn.Module, kind: type) -> bool:
 
 
 _ROW_WISE = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleDict, nn.ParameterDict}
-_ROW_WISE_IN = ("torch.nn.modules.activation", "transformers.activations", "peft.")
+_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
 def row_wise(module: nn.Module) -> bool:
     """Each row that ``module`` gives depends on that row of its input alone, and nobody looks on: torch's own modules,
     with an adapter by peft or without."""
     return not hooked_globally() and all(
-        (type(m) in _ROW_WISE or type(m).__module__.startswith(_ROW_WISE_IN)) and not _hooked(m)
+        (type(m) in _ROW_WISE or type(m).__module__.startswith((*_ACTIVATIONS, "peft."))) and not _hooked(m)
         for m in module.modules()
+    )
+
+
+def keyed(layer: nn.Module) -> bool:
+    """Nothing in an encoder's ``layer`` draws random numbers but the operators by their keys, as far as one can know:
+    all is this engine's, torch's or an activation of transformers, and nobody looks on."""
+    return all(
+        (type(m) in _ROW_WISE or type(m).__module__ in (__name__, *_ACTIVATIONS)) and not _hooked(m)
+        for m in layer.modules()
     )
 
 
