@@ -8,14 +8,15 @@ CPU_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kerne
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-all gpu gpu-test gpu-rehearsal sanitize emulate lint format clean
+.PHONY: help setup demo bench figures test test-all gpu gpu-test gpu-rehearsal sanitize emulate lint format clean
 
 help:
 	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512 (more: ARGS=...)"
+	@echo "make figures   measure everything that docs/performance.md says of this machine, and write it there"
 	@echo "make demo      set up .venv; from the Python language reference to a small BERT that fills masks (build/demo)"
 	@echo "make test      set up .venv and run the tests (the fast tier)"
 	@echo "make test-all  the slow tier too"
-	@echo "make gpu       what a GPU proves: limits, parity, operators, whole steps, with the Python that has torch with CUDA"
+	@echo "make gpu       what a GPU proves, a list of cases (ARGS=--list), with the Python that has torch with CUDA"
 	@echo "make gpu-test  the same operator and model tests on a GPU, with the Python that has torch with CUDA (ARGS='-n 8')"
 	@echo "make gpu-rehearsal  all of make gpu's host code without a GPU, in front of a stand-in for its driver: no numbers"
 	@echo "make sanitize  the C++ operators' tests under AddressSanitizer, UBSan and ThreadSanitizer"
@@ -48,6 +49,14 @@ bench: setup
 	@echo "== python benchmarks/run.py --seq 512 $(ARGS)"
 	@$(BIN)/python benchmarks/run.py --seq 512 $(ARGS)
 
+# Every figure of this machine in docs/performance.md, by the product's own step; takes most of an hour on two cores.
+figures: setup
+	@$(BIN)/python benchmarks/run.py --seq 512 --save $(ARGS)
+	@$(BIN)/python benchmarks/run.py --seq 128 --save $(ARGS)
+	@$(BIN)/python benchmarks/run.py --seq 512 --mode encode --batch 4 --rounds 5 --save $(ARGS)
+	@$(BIN)/python benchmarks/run.py --kernels --save $(ARGS)
+	@$(BIN)/python benchmarks/report.py
+
 test: setup
 	@echo "== Tests, fast tier"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not proof and not gpu" tests
@@ -62,15 +71,9 @@ test-all: setup
 # compiled: ARGS='-n 8' does so in 8 processes, where pytest-xdist is installed.
 gpu-test:
 	@$(PYTHON) -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'make gpu-test needs a GPU that torch sees; none is visible')"
-	@$(PYTHON) -m pytest -m "not slow" --continue-on-collection-errors $(ARGS) \
-		tests/test_attention.py tests/test_attention_hopper.py tests/test_embedding_layernorm.py \
-		tests/test_residual_layernorm.py tests/test_bias_gelu.py tests/test_feed_forward.py tests/test_mlm_loss.py \
-		tests/test_optim.py tests/test_random.py tests/test_ops.py tests/test_model.py tests/test_packing.py \
-		tests/test_captured_step.py tests/test_gradients_in_place.py tests/test_hidden_dtype.py \
-		tests/test_one_table_gradient.py tests/test_recompute.py tests/test_accelerate.py \
-		tests/train/test_pretrain_recorded.py
+	@$(PYTHON) -m pytest -m "not slow" --continue-on-collection-errors $(ARGS) $$($(PYTHON) -m benchmarks.device_tests)
 
-# Neither .venv nor a network nor the C++ operators: ARGS='--budget 540 --phase 1 4 --tune --out DIR'.
+# Neither .venv nor a network nor the C++ operators: ARGS='--budget 560 --case headline --out DIR'; ARGS=--list prints the cases.
 gpu:
 	@PYTHONUNBUFFERED=1 $(PYTHON) benchmarks/gpu.py $(ARGS)
 

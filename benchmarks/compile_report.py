@@ -105,8 +105,7 @@ def occupancy(part: Part, registers: int, shared: int, warps: int) -> float:
 @functools.cache
 def wasted_scores(block_m: int, block_n: int, seq: int) -> float:
     """The share of computed scores that belong to no sequence, over Wikipedia's histogram scaled to ``seq`` tokens."""
-    from step_model import tiled
-
+    from benchmarks.predict.step_model import tiled
     from bert_fast.data import wikipedia_lengths
 
     useful = computed = 0
@@ -321,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     os.environ.pop("TRITON_INTERPRET", None)  # acts when a kernel is decorated; an interpreted one cannot be compiled
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+    sys.path.insert(0, str(ROOT))
     cases, uncovered = collect(options.folder.resolve(), options.targets)
     wanted = [part for part in options.kernels.split(",") if part]
     cases = [(t, case) for t, case in cases if not wanted or any(part in case["name"] for part in wanted)]

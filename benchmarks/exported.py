@@ -1,7 +1,8 @@
-"""Encoders that are graphs made from transformers' BertModel: ONNX Runtime and OpenVINO, on a CPU.
+"""Encoders that are graphs made from transformers' BertModel: ONNX Runtime and OpenVINO, on a CPU, also in int8.
 
-Both are optional (benchmarks/requirements-peers.txt) and encode only. They have the model's own weights, run on as
-many threads as torch, and are called with the padded batch that transformers' variants get.
+All are optional (benchmarks/requirements-peers.txt) and encode only. They have the model's own weights, run on as
+many threads as torch, and are called with the padded batch that transformers' variants get. In int8 each is what its
+library recommends for BERT: ONNX Runtime's dynamic quantisation, OpenVINO's post-training quantisation by NNCF.
 """
 
 import importlib.util
@@ -15,8 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 Tensor = torch.Tensor
 
-PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("openvino",)}
-ATTENTION = {"onnxruntime": "eager", "openvino": "sdpa"}  # the form that each one fuses
+PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "onnxruntime-int8": ("onnx", "onnxruntime"),
+            "openvino": ("openvino",), "openvino-int8": ("openvino", "nncf")}  # fmt: skip
+CALIBRATION = 32  # random sequences of 128 tokens
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "pooler_output")
 
@@ -31,18 +33,21 @@ def why_unavailable(name: str, device: str) -> str | None:
 
 
 def computes_in(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What ``name`` multiplies in where the benchmark asks for ``dtype``: ONNX Runtime's BERT has float32 alone."""
+    """What ``name`` multiplies in where the benchmark asks for ``dtype``: ONNX Runtime's BERT has no 16 bits."""
+    if name.endswith("int8"):
+        return torch.int8
     return torch.float32 if name == "onnxruntime" else dtype
 
 
 def export(name: str, model: nn.Module, dtype: torch.dtype) -> "OnnxRuntime | OpenVino":
-    """``model``, a transformers BertModel in float32 on a CPU with ATTENTION[name], as an encoder of ``name``.
+    """``model``, a transformers BertModel in float32 on a CPU, as an encoder of ``name`` that computes in ``dtype``.
 
-    Raises RuntimeError where the encoder would not be what is to be compared: not fused, or not in ``dtype``.
+    Its attention has to be the form that the library fuses: eager for ONNX Runtime, sdpa for OpenVINO. Raises
+    RuntimeError where the encoder would not be what is to be compared: not fused, or not in ``dtype``.
     """
     with warnings.catch_warnings():  # tracing warns of every size that Python reads
         warnings.simplefilter("ignore")
-        return {"onnxruntime": OnnxRuntime, "openvino": OpenVino}[name](model.eval(), dtype)
+        return (OnnxRuntime if name.startswith("onnxruntime") else OpenVino)(model.eval(), dtype)
 
 
 class _Traced(nn.Module):
@@ -91,6 +96,11 @@ class OnnxRuntime:
             if short := {name: count[name] for name, times in wanted.items() if count[name] != times}:
                 raise RuntimeError(f"ONNX Runtime's optimiser did not fuse all of {layers} layers, it fused {short}")
             graph.save_model_to_file(str(fused))
+            if dtype == torch.int8:
+                from onnxruntime.quantization import QuantType, quantize_dynamic
+
+                whole, fused = fused, fused.with_name("int8.onnx")
+                quantize_dynamic(str(whole), str(fused), weight_type=QuantType.QInt8, per_channel=True)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
             # else its threads wait for the next run for so long, busy, that they slow whoever comes next
@@ -109,7 +119,7 @@ class OpenVino:
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         import openvino
 
-        names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+        names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "f32"}
         self.core, self.type = openvino.Core(), getattr(openvino.Type, names[dtype])
         self.settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -118,6 +128,14 @@ class OpenVino:
         }
         with torch.no_grad():
             self.graph = openvino.convert_model(_Traced(model).eval(), example_input=_example())
+        if dtype == torch.int8:  # the products; what is between them stays in float32
+            import nncf
+
+            ids = torch.randint(5, model.config.vocab_size, (CALIBRATION, 1, 128)).numpy()
+            inputs = [dict(zip(INPUTS, (x, 0 * x, 0 * x + 1), strict=True)) for x in ids]
+            self.graph = nncf.quantize(
+                self.graph, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION
+            )
         self.requests = {}
 
     def compile_for(self, shape: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Every operator alone, forward and backward apart, beside PyTorch's own composition of the same function.
+"""Every operator alone, forward and backward apart, beside PyTorch's own composition and whoever else has it.
 
 Operands have BERT's sizes and the dtypes of a training step: what a matrix product gave is in ``dtype``; parameters,
 the embedding's output and the residual stream are in ``parameters``, float32 under autocast, ``dtype`` where the
@@ -9,20 +9,19 @@ weights themselves have 16 bits. Dropout is 0.1. Three things to know when readi
 - Caches are emptied before each call, so that a share of the memory's rate means memory.
 """
 
-import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from workload import model_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bert_fast import dispatch, ops
+from benchmarks import clock
+from benchmarks.contenders import CONTENDERS, capability
+from benchmarks.results import reason
+from benchmarks.workload import masked_positions, model_config
+from bert_fast import choice, dispatch, ops
 from bert_fast.random import row_keys
 
 Tensor = torch.Tensor
@@ -31,11 +30,17 @@ DIRECTIONS = ("forward", "backward")
 DROPOUT = 0.1
 EPS = 1e-12
 CLS, SEP, MASK = 101, 102, 103  # rows of the word table that every batch uses often
-MASKED_SHARE = 0.15
-REPEATS = {"cpu": 1, "cuda": 10}  # calls a round
-CACHE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # more than any last-level cache
-GPU_CYCLES = 2e9  # a second, at the highest clock of any GPU so far or above it
-MOST_WAITING = 0.03  # seconds; a first call compiles, and takes longer
+REPEATS = {"cpu": 1, "cuda": 3}  # calls a round
+NOTE = (
+    "share: of the measured matrix-product rate or copy rate. mlm_loss makes its gradients in the forward, PyTorch in "
+    "the backward: compare both. Biases are added apart on both sides."
+)
+PRODUCTS = "three products"  # the contender of mlm_loss that has nothing else to do
+# contenders of attention: PyTorch's kernels, and ours that are candidates, by direction
+TORCH_ATTENTION = {"torch-flash": SDPBackend.FLASH_ATTENTION, "torch-cudnn": SDPBackend.CUDNN_ATTENTION}
+HOPPER = {"forward": "bert_fast-asynchronous", "backward": "bert_fast-one-pass"}
+# FLOPs an element of the operators whose limit is memory, roughly: where they lie in a roofline picture
+FLOPS_OF_AN_ELEMENT = {"embedding_layernorm": 12, "residual_layernorm": 12, "bias_gelu": 40, "mlm_loss": 1}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -94,18 +99,21 @@ def mlm_loss_work(config, lengths: Sequence[int], e: int, r: int) -> dict[str, W
     }
 
 
+def feed_forward_work(config, lengths: Sequence[int], e: int, r: int) -> dict[str, Work]:
+    """Two products forward, four backward."""
+    product = 2 * sum(lengths) * config.hidden_size * config.intermediate_size
+    return {"forward": Work(flops=2 * product), "backward": Work(flops=4 * product)}
+
+
 WORK = {
     "embedding_layernorm": embedding_layernorm_work,
     "attention": attention_work,
     "residual_layernorm": residual_layernorm_work,
     "bias_gelu": bias_gelu_work,
     "mlm_loss": mlm_loss_work,
+    "feed_forward": feed_forward_work,
 }
-OPERATORS = tuple(WORK)  # the model's; not the optimisers
-
-
-def masked_positions(lengths: Sequence[int]) -> int:
-    return max(1, round(MASKED_SHARE * sum(lengths)))
+OPERATORS = tuple(name for name in WORK if name != "feed_forward")  # those that the model is made of; see CASES
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -169,8 +177,8 @@ def build_case(
 
     Raises ValueError for an unknown operator and for a ``seq`` beyond the model's positions.
     """
-    if operator not in OPERATORS:
-        raise ValueError(f"unknown operator {operator!r}; the operators are {', '.join(OPERATORS)}")
+    if operator not in WORK:
+        raise ValueError(f"unknown operator {operator!r}; the operators are {', '.join(WORK)}")
     config = model_config(model, dropout=dropout)
     if not 3 <= seq <= config.max_position_embeddings:
         raise ValueError(f"seq is {seq}; sequences here have 3 to {config.max_position_embeddings} tokens")
@@ -218,7 +226,7 @@ def _embedding_layernorm(o: _Operands, config):
     segment = o.parameter(config.type_vocab_size, h)
     weight, bias = o.parameter(h, mean=1.0), o.parameter(h)
     ids = o.integers(config.vocab_size, o.tokens)
-    hidden = torch.rand(ids.shape, generator=o.generator, device=device) < 0.8 * MASKED_SHARE
+    hidden = torch.rand(ids.shape, generator=o.generator, device=device) < 0.12
     ids = torch.where(hidden, MASK, ids)
     starts, ends = o.cu_seqlens[:-1].long(), o.cu_seqlens[1:].long()
     ids[starts], ids[ends - 1] = CLS, SEP
@@ -304,155 +312,195 @@ def _mlm_loss(o: _Operands, config):
     return f"{masked} x {config.hidden_size} x {vocabulary}", (hidden, word, bias), ours, composition
 
 
+def _feed_forward(o: _Operands, config):
+    """The whole of it: what one kernel saves at its GELU is seen beside its products."""
+    h, inner = config.hidden_size, config.intermediate_size
+    x, bias = o.activation(o.tokens, h), o.parameter(inner)
+    weight_in, weight_out = o.parameter(inner, h), o.parameter(h, inner)
+    if o.dtype != o.parameters:
+        weight_in, weight_out = (w.detach().to(o.dtype).requires_grad_() for w in (weight_in, weight_out))
+
+    def ours() -> Tensor:
+        return ops.feed_forward(x, weight_in, bias, weight_out)
+
+    def composition() -> Tensor:
+        return F.linear(F.gelu(F.linear(x, weight_in, bias.to(o.dtype))), weight_out)
+
+    return f"{o.tokens} x {h} x {inner}", (x, weight_in, bias, weight_out), ours, composition
+
+
 _BUILDERS = {
     "embedding_layernorm": _embedding_layernorm,
     "attention": _attention,
     "residual_layernorm": _residual_layernorm,
     "bias_gelu": _bias_gelu,
     "mlm_loss": _mlm_loss,
+    "feed_forward": _feed_forward,
 }
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Time
+# Contenders, and their times
 
 
-class Stopwatch:
-    """Milliseconds of one call with empty caches: CUDA's events on a GPU, the host's clock on a CPU.
+def contenders_of(operator: str, direction: str, device: str, *, compiled: bool = False) -> list[str]:
+    """Who has ``operator`` here: ours, PyTorch's own composition (``compiled`` too), installed peers, candidates to
+    become ours; of mlm_loss the products that are in it too."""
+    names = ["bert_fast", "pytorch"] + ["compile"] * compiled
+    names += [
+        b for b in ("flash_attn", "apex") if b in dispatch.TABLE[operator] and dispatch.why_unavailable(b) is None
+    ]
+    if operator == "attention" and device == "cuda":
+        names += [*TORCH_ATTENTION, HOPPER[direction]]
+    if operator == "feed_forward":
+        names.append("bert_fast-epilogue")
+    if (operator, direction) == ("mlm_loss", "forward"):
+        names.append(PRODUCTS)
+    here = capability(device)
+    return [n for n in names if not (n in CONTENDERS and (c := CONTENDERS[n].ours.capabilities) and here not in c)]
 
-    A GPU is kept busy before the call for as long as the host took to launch the last one: what an optimiser needs on
-    the host for hundreds of parameters is no time of its kernels.
+
+def products_of_mlm_loss(case: Case) -> Callable[[], object]:
+    """The three products of mlm_loss, for all positions at once and the vocabulary padded as it pads it."""
+    hidden, word, _ = (x.detach() for x in case.inputs)
+    word = F.pad(word.to(hidden.dtype), (0, 0, 0, -word.shape[0] % 128))
+    logits = hidden @ word.T
+    return lambda: (hidden @ word.T, logits @ word, logits.T @ hidden)
+
+
+def call_of(case: Case, direction: str, contender: str) -> Callable[[], object]:
+    """A function that runs one direction of one contender.
+
+    RuntimeError for a candidate that does not give, to rounding, what ours as built gives, or has not served.
     """
+    if contender == PRODUCTS:
+        return products_of_mlm_loss(case)
+    ours = contender not in ("pytorch", "compile", *TORCH_ATTENTION)
+    forward = case.ours if ours else case.torch
+    if contender == "compile":
+        forward = torch.compile(case.torch, dynamic=False)
 
-    def __init__(self, device: str):
-        self.device = device
-        self._launching = 0.0  # seconds of the host, of the last call
-        self._scratch = torch.empty(CACHE_BYTES[device], dtype=torch.uint8, device=device)
+    def means():
+        if contender in TORCH_ATTENTION:
+            return sdpa_kernel(TORCH_ATTENTION[contender])
+        if contender in ("flash_attn", "apex"):
+            return dispatch.use_backend(**{case.operator: contender})
+        return choice.use(CONTENDERS[contender].ours.choices if contender in CONTENDERS else {})
 
-    def empty_caches(self) -> None:
-        self._scratch.zero_()
+    with means():
+        call = forward if direction == "forward" else case.backward("bert_fast" if ours else "pytorch", forward())
 
-    def __call__(self, call: Callable[[], object]) -> float:
-        self.empty_caches()
-        if self.device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(int(GPU_CYCLES * min(1.5 * self._launching, MOST_WAITING)))
-            start.record()
-            begun = time.perf_counter()
-            call()
-            self._launching = time.perf_counter() - begun
-            end.record()
-            torch.cuda.synchronize()
-            return start.elapsed_time(end)
-        begun = time.perf_counter()
-        result = call()
-        elapsed = time.perf_counter() - begun
-        del result  # kept until here: giving its memory back is not the operator's time
-        return 1e3 * elapsed
+    def run():
+        with means():
+            return call()
+
+    if contender in CONTENDERS and CONTENDERS[contender].ours.choices:
+        wanted = {name for name in CONTENDERS[contender].ours.choices if case.operator in name}
+        wanted = {name for name in wanted if case.operator != "feed_forward" or name.split(".")[1][0] == direction[0]}
+        check_candidate(case, direction, run, wanted)
+    return run
 
 
-def measure_operators(
-    device: str,
-    dtype: torch.dtype,
-    model: str = "base",
-    seq: int = 512,
-    batch: int = 2,
-    rounds: int = 7,
-    *,
-    limits: dict[str, float],
-    progress: Callable[[str], None] | None = None,
-) -> list[dict]:
-    """Time every operator of bert_fast.ops and PyTorch's composition, a call of each in turn; medians over rounds.
+def check_candidate(case: Case, direction: str, run: Callable[[], object], wanted: set[str]) -> None:
+    """RuntimeError where ``run`` is not ours as built to rounding, or not by the kernels ``wanted``."""
+    expected = case.ours() if direction == "forward" else case.backward("bert_fast", case.ours())()
+    with choice.use({}) as served:
+        if not same(run(), expected):
+            raise RuntimeError(f"{case.operator}'s {direction} does not give what the kernels as built give")
+    if silent := wanted - set(served):
+        raise RuntimeError(f"not used, though asked for: {', '.join(sorted(silent))}")
 
-    ``device`` is "cpu" or "cuda", ``dtype`` a floating dtype, ``model`` tiny, base or large; ``limits`` are the
-    machine's measured "matmul_tflops" (TFLOP/s in ``dtype``) and "copy_gbs" (GB/s read and written).
-    ``progress`` is called with a phrase for each step.
 
-    Returns a row for each operator and direction: "operator", "direction", "backend", "shape", "ms", "torch_ms",
-    "tflops" or "gbs" (by what limits it: see ``WORK``) and "share_of_limit", that rate over the machine's: above 1
-    where an operator multiplies in a dtype that is faster than ``dtype`` on this machine.
-    Raises ValueError for ``rounds`` below 1 and for sizes that the model does not have.
+def same(found, expected) -> bool:
+    """Whether two results (a tensor or several) agree to the rounding of their dtype."""
+    pairs = zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (found, expected)), strict=True)
+    return all(
+        float((a.detach().double() - b.detach().double()).norm())
+        <= max(4 * torch.finfo(b.dtype).eps, 1e-5) * float(b.detach().double().norm()) + 1e-12
+        for a, b in pairs
+    )
+
+
+def rate_of(work: Work, seconds: float, limits: dict, dtype: torch.dtype) -> dict:
+    """FLOP/s or bytes/s by what limits the operator, and its share of the measured limit: above 1 where an operator
+    multiplies in a dtype that is faster than ``dtype`` on this machine."""
+    if work.flops:
+        rate = {"tflops": work.flops / seconds / 1e12}
+        limit = limits.get("matmul_tflops", {}).get(str(dtype).removeprefix("torch."))
+    else:
+        rate, limit = {"gbs": work.bytes / seconds / 1e9}, limits.get("copy_gbs")
+    return rate | {"share_of_limit": next(iter(rate.values())) / limit if limit else None}
+
+
+def measure(
+    own: clock.Clock, operator: str, dtype: torch.dtype, *, model: str, seq: int, lengths: Sequence[int], kind: str,
+    limits: dict, rounds: int, dropout: float = DROPOUT, parameters: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> list[dict]:  # fmt: skip
+    """Rows of both directions of one operator: every contender's call in turn with cold caches, medians over rounds.
+
+    "ms", its quantiles, "tflops" or "gbs" (by what limits it: see ``WORK``), "share_of_limit" and of others "ours_is",
+    the paired ratio of their time over ours. A contender that fails keeps its reason in its row.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}, expected at least 1")
-    stopwatch, rows = Stopwatch(device), []
-    for operator in OPERATORS:
-        case = build_case(operator, device, dtype, model=model, seq=seq, batch=batch)
-        for direction in DIRECTIONS:
-            if progress is not None:
-                progress(f"{operator} {direction}")
-            calls = case.calls(direction)
-            times = {name: [] for name in calls}
-            for call in calls.values():  # the first call compiles, the second finds its memory in the allocator
-                stopwatch(call)
-                stopwatch(call)
-            for _ in range(rounds * REPEATS[device]):
-                for name, call in calls.items():
-                    times[name].append(stopwatch(call))
-            medians = {name: statistics.median(values) for name, values in times.items()}
-            rows.append(_row(case, direction, medians, limits))
+    case = build_case(
+        operator, own.device, dtype, model=model, seq=seq, lengths=lengths, dropout=dropout, parameters=parameters
+    )
+    rows, config = [], model_config(model, dropout=dropout)
+    for direction in DIRECTIONS:
+        calls, failed = {}, {}
+        for contender in contenders_of(operator, direction, own.device, compiled=compiled):
+            try:
+                calls[contender] = call_of(case, direction, contender)
+                own.calls(calls[contender], 1)  # compiles, and finds its memory in the allocator
+            except Exception as error:
+                if contender == "bert_fast":
+                    raise
+                failed[contender] = reason(error)
+                calls.pop(contender, None)
+        times = clock.interleave(calls, rounds * REPEATS[own.device], own.call)
+        work, elements = case.work[direction], sum(lengths) * config.hidden_size
+        elements = sum(lengths) * config.intermediate_size if operator == "bias_gelu" else elements
+        counted = {
+            "flops": work.flops or FLOPS_OF_AN_ELEMENT.get(operator, 1) * elements,
+            "bytes": work.bytes or (4 if direction == "forward" else 8) * elements * dtype.itemsize,
+        }
+        facts = {"model": model, "seq": seq, "lengths": kind, "dropout": dropout, "operator": operator,
+                 "direction": direction, "shape": case.shape}  # fmt: skip
+        for name in (*times, *failed):
+            row = facts | {"contender": name, "backend": case.backend if name == "bert_fast" else name}
+            if name in failed:
+                rows.append(row | {"failed": failed[name]})
+                continue
+            row |= counted | timed(times[name]) | rate_of(work, statistics.median(times[name]), limits, dtype)
+            if name != "bert_fast":
+                row["ours_is"] = clock.paired_ratio(times[name], times["bert_fast"])
+            rows.append(row)
     return rows
 
 
-def _row(case: Case, direction: str, medians: dict[str, float], limits: dict[str, float]) -> dict:
-    ms, work = medians["bert_fast"], case.work[direction]
-    if work.flops:
-        rate = {"tflops": work.flops / ms / 1e9}
-        share = rate["tflops"] / limits["matmul_tflops"]
-    else:
-        rate = {"gbs": work.bytes / ms / 1e6}
-        share = rate["gbs"] / limits["copy_gbs"]
-    return {
-        "operator": case.operator,
-        "direction": direction,
-        "backend": case.backend,
-        "shape": case.shape,
-        "ms": ms,
-        "torch_ms": medians["pytorch"],
-        **rate,
-        "share_of_limit": share,
-    }
+def timed(seconds: list[float]) -> dict:
+    spread = clock.quantiles(seconds)
+    return {"ms": 1e3 * spread["p50"], "p20_ms": 1e3 * spread["p20"], "p80_ms": 1e3 * spread["p80"]}
 
 
-def print_operators(rows: list[dict]) -> None:
-    """The rows of :func:`measure_operators` as a table, with the sum of both directions for each operator."""
-    table = Table(
-        title="Operators alone, against PyTorch's composition of the same function",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,  # eighty columns hold it
-    )
-    table.add_column("operator, size, backend", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for column in ("ms", "PyTorch", "ours is", "rate", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for operator in dict.fromkeys(row["operator"] for row in rows):
-        own = [row for row in rows if row["operator"] == operator]
-        for label, row in zip((operator, own[0]["shape"]), own, strict=True):
-            compared = _compared(row["ms"], row["torch_ms"])
-            table.add_row(label, row["direction"], *compared, _rate(row), f"{row['share_of_limit']:.0%}")
-        ms, torch_ms = (math.fsum(row[key] for row in own) for key in ("ms", "torch_ms"))
-        table.add_row(own[0]["backend"], "both", *_compared(ms, torch_ms), "", "", end_section=True)
-    console = Console()
-    console.print(table)
-    console.print(
-        "share: of the measured matrix-product rate (FLOP/s) or copy rate (GB/s). mlm_loss makes its gradients in the "
-        "forward, PyTorch in the backward: compare both. Biases are added apart on both sides.\n"
-    )
+def measure_operators(
+    device: str, dtype: torch.dtype, model: str = "base", seq: int = 512, batch: int = 2, rounds: int = 7, *,
+    limits: dict, progress: Callable[[str], None] = lambda text: None,
+) -> list[dict]:  # fmt: skip
+    """Rows of every operator at ``batch`` full sequences, and of the optimisers.
 
+    ``device`` is "cpu" or "cuda", ``dtype`` a floating dtype; ``limits`` are limits.py's. ``progress`` is called with
+    a phrase for each step. Raises ValueError for ``rounds`` below 1 and for sizes that the model does not have.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected at least 1")
+    from benchmarks import optimizers
 
-def _compared(ms: float, torch_ms: float) -> tuple[str, str, str]:
-    return _digits(ms), _digits(torch_ms), f"{torch_ms / ms:.2f}x"
-
-
-def _digits(value: float) -> str:
-    """Three digits, and all those before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
-
-
-def _rate(row: dict) -> str:
-    if "gbs" in row:
-        return f"{_digits(row['gbs'])} GB/s"
-    tflops = row["tflops"]
-    return f"{_digits(tflops)} TFLOP/s" if tflops >= 1 else f"{_digits(1e3 * tflops)} GFLOP/s"
+    own, rows = clock.Clock(device), []
+    for operator in OPERATORS:
+        progress(operator)
+        rows += measure(
+            own, operator, dtype, model=model, seq=seq, lengths=[seq] * batch, kind="full", limits=limits, rounds=rounds
+        )
+    progress("optimisers")
+    return rows + optimizers.measure(own, model, limits=limits, rounds=rounds)

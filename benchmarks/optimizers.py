@@ -1,88 +1,81 @@
-"""The optimisers alone on BERT's parameters, ours beside PyTorch's, interleaved; gradients clipped to norm 1.
+"""The optimisers alone on BERT's parameters, ours beside PyTorch's and apex's; gradients clipped to norm 1."""
 
-    python benchmarks/optimizers.py [--model base] [--seconds 60]
+from collections.abc import Callable
 
-"GB/s" is what an update has to move (float32; see BYTES) over its time, beside the copy bandwidth of the same run.
-"""
-
-import argparse
-import statistics
-import sys
-from pathlib import Path
-
-# Works on a checkout that nobody installed; the siblings are scripts, not a package.
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
-import measure
 import torch
-import variants
-from workload import MODELS, model_config
 
 import bert_fast
-from bert_fast import optim
+from benchmarks import clock
+from benchmarks.contenders import ForeachLamb
+from benchmarks.operators import Work, rate_of, timed
+from benchmarks.workload import model_config
+from bert_fast import dispatch, optim
 
-# Bytes an element: the norm reads g; AdamW reads w, g, m, v and writes w, m, v; LAMB reads those, writes m and v, then
-# reads w, m, v and writes w. PyTorch's clipping reads g for the norm, then reads and writes it.
-BYTES = {"norm": 4, "torch norm and clipping": 12, "AdamW": 32, "torch AdamW, fused": 40, "LAMB": 44}
-OURS = {"torch AdamW, fused": "AdamW", "torch AdamW, foreach": "AdamW", "LAMB in PyTorch": "LAMB"}
+# What each is compared with, and bytes an element of float32 weights that it has to move: the norm reads g; AdamW reads
+# w, g, m, v and writes w, m, v; LAMB reads those, writes m and v, then reads w, m, v and writes w. PyTorch's clipping
+# reads g for the norm, then reads and writes it. With weights and gradients of 16 bits, ours keeps float32 weights
+# besides, PyTorch and apex do not: they move less than half.
+CONTENDERS = {
+    "norm": {"bert_fast": 4, "torch norm and clipping": 12},
+    "adamw": {"bert_fast": 32, "torch AdamW, fused": 40, "torch AdamW, foreach": None},
+    "lamb": {"bert_fast": 44, "LAMB in PyTorch": None, "apex FusedLAMB": None},
+}
+SIXTEEN_BITS = {"norm": 2, "adamw": 30, "lamb": 42}  # of ours: two of gradients twice, two of weights written besides
 
 
-def updates(model: torch.nn.Module) -> dict:
-    """A function for each contender that does one whole update of ``model``."""
+def update_of(model: torch.nn.Module, operator: str, contender: str) -> Callable[[], object]:
+    """A function that does one whole update of ``model`` as ``contender`` does it."""
     groups = optim.parameter_groups(model)
     parameters = [p for group in groups for p in group["params"]]
 
     def clip() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
 
-    def clipped(optimizer: torch.optim.Optimizer):
+    def clipped(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         def update() -> None:
             clip()
             optimizer.step()
 
         return update
 
-    fresh = lambda: [dict(group) for group in groups]  # noqa: E731
-    return {
-        "norm": lambda: optim.grad_norm(parameters),
-        "torch norm and clipping": clip,
-        "AdamW": optim.AdamW(fresh(), lr=1e-6, max_grad_norm=1.0).step,
-        "torch AdamW, fused": clipped(torch.optim.AdamW(fresh(), lr=1e-6, fused=True)),
-        "torch AdamW, foreach": clipped(torch.optim.AdamW(fresh(), lr=1e-6, foreach=True)),
-        "LAMB": optim.Lamb(fresh(), lr=1e-6, max_grad_norm=1.0).step,
-        "LAMB in PyTorch": clipped(variants.ForeachLamb(fresh())),
-    }
+    if operator == "norm":
+        return (lambda: optim.grad_norm(parameters)) if contender == "bert_fast" else clip
+    if contender == "bert_fast":
+        return {"adamw": optim.AdamW, "lamb": optim.Lamb}[operator](groups, lr=1e-6, max_grad_norm=1.0).step
+    if contender == "LAMB in PyTorch":
+        return clipped(ForeachLamb(groups))
+    if contender == "apex FusedLAMB":
+        from apex.optimizers import FusedLAMB
+
+        return FusedLAMB(parameters, lr=1e-6, max_grad_norm=1.0).step
+    return clipped(torch.optim.AdamW(groups, lr=1e-6, **{contender.rpartition(" ")[2]: True}))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="base")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=60, help="of measuring, after one round of warming up")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        model = bert_fast.BertForPreTraining(model_config(options.model, dropout=0.0))
-    for p in model.parameters():
+def measure(
+    own: clock.Clock, model: str, *, limits: dict, rounds: int, weights: torch.dtype = torch.float32
+) -> list[dict]:
+    """A row for each contender of each optimiser, as operators.py has them; gradients have the dtype of ``weights``."""
+    with torch.device(own.device):
+        module = bert_fast.BertForPreTraining(model_config(model, dropout=0.0)).to(weights)
+    for p in module.parameters():
         p.grad = torch.randn_like(p) * 1e-3
-    elements, contenders = sum(p.numel() for p in model.parameters()), updates(model)
-    copy = measure.copy_rate(options.device)
-    measure.interleave(contenders, 1, options.device, lambda _: None)
-    once = sum(t[0] for t in measure.interleave(contenders, 1, options.device, lambda _: None).values())
-    times = measure.interleave(contenders, max(3, int(options.seconds / once)), options.device, lambda _: None)
-    copy = statistics.median([copy, measure.copy_rate(options.device)])
-    print(
-        f"{elements} parameters, {torch.get_num_threads()} threads, {len(times['norm'])} rounds, {copy / 1e9:.1f} GB/s"
-    )
-    print(f"{'':24} {'ms':>8} {'GB/s':>6} {'of copy':>8} {'over ours':>10}")
-    for name, taken in times.items():
-        middle = statistics.median(taken)
-        rate = BYTES[name] * elements / middle if name in BYTES else None
-        shown = f"{rate / 1e9:6.1f} {rate / copy:8.0%}" if rate else " " * 15
-        ratio = f"{measure.paired_ratio(taken, times[OURS[name]]):10.2f}" if name in OURS else ""
-        print(f"{name:24} {1e3 * middle:8.1f} {shown} {ratio}".rstrip())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    elements, rows = sum(p.numel() for p in module.parameters()), []
+    for operator, contenders in CONTENDERS.items():
+        here = [n for n in contenders if n != "apex FusedLAMB" or dispatch.why_unavailable("apex") is None]
+        calls = {name: update_of(module, operator, name) for name in here}
+        for call in calls.values():
+            own.calls(call, 1)
+        times = clock.interleave(calls, rounds, own.call)
+        for name in here:
+            row = {"model": model, "seq": 0, "lengths": "", "dropout": 0.0, "operator": operator,
+                   "direction": "update", "shape": f"{elements} parameters of {weights.itemsize} bytes",
+                   "contender": name, "backend": name, "weights": str(weights).removeprefix("torch.")}  # fmt: skip
+            row |= timed(times[name])
+            moved = contenders[name] if weights == torch.float32 else SIXTEEN_BITS[operator] * (name == "bert_fast")
+            if moved:
+                work = Work(bytes=moved * elements)
+                row |= rate_of(work, 1e-3 * row["ms"], limits, weights) | {"flops": 12 * elements, "bytes": work.bytes}
+            if name != "bert_fast":
+                row["ours_is"] = clock.paired_ratio(times[name], times["bert_fast"])
+            rows.append(row)
+    return rows

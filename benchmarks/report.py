@@ -1,47 +1,51 @@
-"""Writes the measured tables of docs/performance.md from the files of benchmarks/results/, and the step model's.
+"""What results files say, in Markdown and pictures; writes the measured tables of docs/performance.md.
 
     python benchmarks/report.py [--check]
 
 What stands between the comments ``<!-- NAME: made by benchmarks/report.py -->`` and ``<!-- end of NAME -->`` is made
 here and nowhere by hand; the names are whole-steps-cpu, measured-gpu and step-model. With --check nothing is written:
 the exit status is 1 where the document is not what the files give. Of each device the newest file counts, of a GPU the
-newest with whole steps where there is one, of a CPU the newest of each mode, length and dtype; trials
-(``benchmarks/gpu.py --smoke``) and unfinished first phases are left out.
+newest with whole steps where there is one, of a CPU the newest of each mode, length and dtype; trials and files
+without limits are left out.
 """
 
 import argparse
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-# Works on a checkout that nobody installed; the siblings are scripts, not a package.
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
 
-import gpu_results
-import step_aims
-import step_model
-from gpu_aims import aims_table
-from step_model import CASES, Ceilings, ceilings_of, markdown_table, operator_seconds
-from workload import model_config
+from benchmarks import tables
+from benchmarks.predict import step_model
+from benchmarks.predict.step_model import CASES, Ceilings, ceilings_of, operator_seconds
+from benchmarks.results import FOLDER, ROOT, Results, reason
+from benchmarks.tables import Table, number, percent
+from benchmarks.tune import settings
+from benchmarks.workload import TOKENS, lengths_of, model_config
 
 DOCUMENT = ROOT / "docs" / "performance.md"
-RESULTS = ROOT / "benchmarks" / "results"
+MOST_KERNELS = 25  # lines of a profile; the others in one
 
 
 def newest(kind: str, results: Path) -> list[tuple[Path, dict]]:
-    """The files of ``kind`` ("cpu": of benchmarks/run.py, "gpu": of benchmarks/gpu.py) that count: of each folder the
-    newest, of a CPU the newest of each kind of work (mode, tokens, dtype)."""
+    """The files of ``kind`` ("run" on a CPU, "gpu") that count: of each folder the newest, of a CPU the newest of each
+    kind of work (mode, tokens, dtype)."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         files: dict[tuple, list[tuple[Path, dict]]] = {}
         for path in sorted(folder.glob("*.json")):
             data = json.loads(path.read_text(encoding="utf-8"))
-            is_gpu = data.get("kind") == "gpu"
-            if is_gpu == (kind == "gpu") and not data.get("smoke") and ("limits" in data or not is_gpu):
-                work = () if is_gpu else tuple(data["work"][key] for key in ("mode", "seq", "dtype"))
+            if (
+                data["kind"] == kind
+                and not data.get("smoke")
+                and data.get("limits")
+                and (kind == "gpu" or "work" in data)
+            ):
+                work = tuple(data["work"][key] for key in ("mode", "seq", "dtype")) if kind == "run" else ()
                 files.setdefault(work, []).append((path, data))
         for same in files.values():
             same.sort(key=lambda file: (bool(file[1].get("steps")), file[1].get("started", file[1].get("date", ""))))
@@ -57,109 +61,274 @@ def link(path: Path, results: Path) -> str:
 def whole_steps_cpu(results: Path) -> str:
     """A table of each CPU's run: throughput, share of the matrix-product rate, memory, and how ours compares."""
     parts = []
-    for path, data in newest("cpu", results):
-        work, facts = data["work"], data["environment"]
-        speedups = {"full": data.get("speedup", {}), "wikipedia": data.get("speedup_wikipedia", {})}
-        rows = []
-        for row in data.get("throughput", []):
-            padded = f", {row['padding']}" if row["padding"] == "longest" else ""
-            cells = [f"{row['lengths']}, {row['dtype']}", row["name"] + padded]
-            if "failed" in row:
-                rows.append([*cells, row["failed"], "", "", "", ""])
-                continue
-            faster = speedups.get(row["lengths"], {}).get(row["name"] + padded)
-            if row["dtype"] != work["dtype"]:
-                faster = data.get("speedup_float32", {}).get(row["name"] + padded)
-            memory = row["peak_memory_mib"]
-            rows.append([*cells, f"{row['sequences_per_s']:.2f}", f"{row['real_tokens_per_s']:.0f}",
-                         f"{100 * row['share_of_peak']:.0f} %", "" if memory is None else f"{memory:.0f}",
-                         "" if faster is None else f"{faster:.2f}x"])  # fmt: skip
-        header = [
-            "lengths, dtype",
-            "variant",
-            "sequences/s",
-            "real tokens/s",
-            "of the matrix rate",
-            "peak MiB",
-            "ours is",
-        ]
-        limits = facts["limits"]
+    for path, data in newest("run", results):
+        work, facts, limits = data["work"], data["environment"], data["limits"]
         rates = ", ".join(f"{name} {1e3 * value:.0f} GFLOP/s" for name, value in limits["matmul_tflops"].items())
         parts.append(
             f"BERT-{work['model']}, {work['mode']}, {work['batch']} x {work['seq']}, dropout 0.1, optimizer "
             f"{work['optimizer']}, {work['rounds']} rounds, on {facts['machine']['processor']} "
             f"({facts['machine']['instruction set of torch']}, {facts['machine']['threads']} threads; matrix product "
             f'{rates}, copy {limits["copy_gbs"]:.1f} GB/s); {link(path, results)}. "ours is": the paired median over '
-            f"rounds of their time over ours.\n\n{markdown_table(header, rows)}"
+            f"rounds of their time over ours.\n\n{tables.steps(data['steps'], tables.CPU).markdown()}"
         )
     return "\n\n".join(parts) or "Nothing has been measured."
 
 
-def against_the_model(data: dict) -> str:
+def against_the_model(data: dict) -> Table:
     """Each line that was measured alone: predicted at the stated ceilings, at those of the run, and as measured."""
-    measured = ceilings_of(data)
-    rows = []
+    measured, rows = ceilings_of(data), []
 
     def add(size: str, line: str, seconds: Callable[[Ceilings], float], ms: float) -> None:
         stated, own = (1e6 * seconds(ceilings) for ceilings in (Ceilings(), measured))
         rows.append([size, line, f"{stated:.0f}", f"{own:.0f}", f"{1e3 * ms:.0f}", f"{1e3 * ms / own:.2f}x"])
 
     for row in data.get("products", []):
-        if "failed" not in row:
-            flops = 1e9 * row["tflops"] * row["ms"]
-            add(
-                row["model"],
-                row["shape"].removeprefix(row["model"]).strip(),
-                lambda c, n=flops: n / c.matmul,
-                row["ms"],
-            )
+        flops = 1e9 * row["tflops"] * row["ms"]
+        add(row["model"], row["shape"], lambda c, n=flops: n / c.matmul, row["ms"])
     for row in data.get("operators", []):
-        if row["contender"] != "bert_fast" or "failed" in row:
+        if row["contender"] != "bert_fast" or "failed" in row or row["operator"] == "norm":
             continue
-        config = model_config(row["model"], dropout=0.1)
-        line = f"{row['operator']}, {row['direction']}"
+        config, line = model_config(row["model"], dropout=0.1), f"{row['operator']}, {row['direction']}"
         if row["direction"] == "update":
-            lines = step_model.update(config, "bfloat16", row["operator"])
-            add(row["model"], line, lambda c, found=lines: sum(x.seconds(c) for x in found), row["ms"])
+            lines = step_model.update(config, row["weights"], row["operator"])
+            add(row["model"], f"{line}, {row['weights']}", lambda c, found=lines: sum(x.seconds(c) for x in found),
+                row["ms"])  # fmt: skip
         elif row["dropout"] and (row["model"], row["seq"], row["lengths"]) in CASES:
-            lengths = step_model.lengths_of(row["lengths"], row["seq"])
+            lengths = lengths_of(row["lengths"], row["seq"])
             add(f"{row['model']} {row['seq']}, {row['lengths']}", line, lambda c, g=config, n=lengths, r=row:
                 operator_seconds(g, n, r["operator"], r["direction"], c), row["ms"])  # fmt: skip
     header = ["BERT", "operator", "predicted, us", "at the run's ceilings", "measured", "measured / predicted"]
-    return markdown_table(header, rows) if rows else "No operator was measured."
+    return Table(header, rows)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# A run on a GPU
+
+
+def limits_table(data: dict) -> Table:
+    limits = data["limits"]
+    rows = [[f"matrix product, {name}", number(value), "TFLOP/s"] for name, value in limits["matmul_tflops"].items()]
+    for name, what, unit in (("copy_gbs", "copy (read + written)", "GB/s"), ("launch_us", "launch from the host", "us"),
+                             ("graph_kernel_us", "one kernel after another in a graph", "us")):  # fmt: skip
+        if name in limits:
+            rows.append([what, number(limits[name]), unit])
+    return Table(["limit", "measured", "unit"], rows)
+
+
+def products_table(data: dict) -> Table:
+    limit = data.get("limits", {}).get("matmul_tflops", {}).get("bfloat16")
+    rows = [
+        [x["model"], x["shape"], number(x["tflops"]), number(x["ms"]), percent(x["tflops"] / limit if limit else None),
+         number(x.get("cublaslt_tflops"))]
+        for x in data["products"]
+    ]  # fmt: skip
+    return Table(["BERT", "product of a step", "TFLOP/s", "ms", "of the limit", "by cuBLASLt, TFLOP/s"], rows)
+
+
+def candidates_table(data: dict) -> Table:
+    """What a step gains from each candidate to become the default, beside ours as built in the same rounds."""
+    rows = [
+        [f"{x['model']} {x['seq']}, {x['lengths']}", x["contender"], f"{1e3 * x['step_s']['p50']:.1f}",
+         f"{1 / x['ours_is']:.3f}x", ", ".join(percent(x["differs"][key], 1) for key in ("loss", "gradient"))]
+        for x in data["steps"] if "differs" in x and "ours_is" in x
+    ]  # fmt: skip
+    return Table(["BERT", "with", "step ms", "faster than as built", "loss, worst gradient differ by"], rows)
+
+
+def profiles_text(data: dict) -> str:
+    """Of each profiled step the kernels that take longest."""
+    parts = []
+    for x in data["profiles"]:
+        size = {key: x[key] for key in ("model", "seq", "lengths", "sequences")}
+        timed = next((y for y in data.get("steps", []) if y["contender"] == "bert_fast" and size.items() <= y.items()
+                      and "step_s" in y), None)  # fmt: skip
+        of_step = f" of a step of {1e3 * timed['step_s']['p50']:.1f} ms" if timed else ""
+        lines, others = x["kernels"][:MOST_KERNELS], x["kernels"][MOST_KERNELS:]
+        if others:
+            sums = {key: sum(line[key] for line in others) for key in ("calls", "us")}
+            lines = [*lines, {"kernel": f"{len(others)} others", **sums}]
+        rows = [[line["kernel"][:100], number(line["calls"]), number(line["us"]),
+                 percent(line["us"] / 1e6 / x["kernels_s"], 1)] for line in lines]  # fmt: skip
+        table = Table(["kernel", "calls", "us", "of all kernels"], rows).markdown()
+        parts.append(f"BERT-{x['model']} {x['seq']}, {x['lengths']}: kernels and copies take "
+                     f"{1e3 * x['kernels_s']:.1f} ms{of_step}.\n\n{table}")  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def parity_text(data: dict) -> str:
+    parts = []
+    for x in data["parity"]:
+        verdict = "" if x["passed"] else "**not right**, "
+        worst = max(x["worst"], key=lambda row: (row["error"] is None, (row["error"] or 0.0) / (row["bound"] or 1.0)))
+        error = "infinite" if worst["error"] is None else f"{worst['error']:.2e}"
+        parts.append(
+            f"- {x['what']}, {x['dtype']}: {verdict}{x['compared'] - x['failed']} of {x['compared']} within "
+            f"their bounds against float64; the nearest: {worst['what']}, {error} of {worst['bound']:.2e}"
+        )
+    return "\n".join(parts)
+
+
+def tests_text(data: dict) -> str:
+    tests = data["tests"]
+    if "not_run" in tests:
+        return f"The suite's tests were not run, as {tests['not_run']}."
+    failed = "".join(f"\n- {x['test']}: {x['message']}" for x in tests["failed"])
+    state = "" if tests["finished"] else f" when {tests.get('stopped', 'their process was ended')}"
+    return f"The suite's tests: {tests['passed']} passed, {len(tests['failed'])} failed{state}.{failed}"
+
+
+def tune_table(data: dict) -> Table:
+    rows = []
+    for x in data["tune"]:
+        best, write = x.get("best_us"), x.get("write")
+        if write is None:  # cut off; what had been tried is known
+            fastest = min((t for t in x["tried"] if "us" in t), key=lambda t: t["us"], default={"changed": {}})
+            best = fastest.get("us")
+            write = f"cut off after {len(x['tried'])} configurations; the fastest: "
+            write += settings(fastest["changed"]) or "none ran"
+        rows.append([x["what"], number(x["default_us"]), number(best), write])
+    return Table(["kernel", "default us", "best us", "to write into the constants"], rows)
+
+
+def curves_text(data: dict) -> str:
+    return "\n\n".join(
+        f"Loss of {x['contender']} over {len(x['losses'])} steps: {x['losses'][0]:.3f} to "
+        f"{sum(x['losses'][-20:]) / len(x['losses'][-20:]):.3f} (mean of the last {len(x['losses'][-20:])})."
+        for x in data["curves"]
+    )
+
+
+# title -> (table of the results, what makes its text)
+PARTS: dict[str, tuple[str, Callable[[dict], "Table | str"]]] = {
+    "Limits": ("limits", limits_table),
+    "Parity": ("parity", parity_text),
+    "Tests": ("tests", tests_text),
+    "Whole steps": ("steps", lambda data: tables.steps(data["steps"], tables.GPU)),
+    "Candidates in a whole step": ("steps", candidates_table),
+    "What the profile says": ("profiles", profiles_text),
+    "Operators": ("operators", lambda data: tables.operators(data["operators"])),
+    "Products of a step": ("products", products_table),
+    "The step model, line by line": ("operators", against_the_model),
+    "Loss curves": ("curves", curves_text),
+    "Launch configurations": ("tune", tune_table),
+}
+
+
+def gpu_text(data: dict, heading: str) -> str:
+    """Every part of a run that there is, under ``heading`` (#s); and what was left out or failed."""
+    parts = []
+    for title, (key, make) in PARTS.items():
+        made = make(data) if data.get(key) else ""
+        if isinstance(made, Table):
+            made = made.markdown() if made.rows else ""
+        parts += [f"{heading} {title}", made] if made else []
+    cases = data.get("cases", [])
+    if late := [x["case"] for x in cases if x["state"] == "left out"]:
+        parts.append(f"Left out, as there was no time for them: {'; '.join(late)}.")
+    if wrong := [x for x in cases if x["state"] in ("failed", "lost")]:
+        parts += [f"{heading} What failed", "\n".join(f"- {x['case']}: {x['error']}" for x in wrong)]
+    return "\n\n".join(parts)
 
 
 def measured_gpu(results: Path) -> str:
     """What was measured on each GPU, with the step model's figures beside it; says so where nothing was."""
     parts = []
     for path, data in newest("gpu", results):
-        versions = data.get("environment", {}).get("versions", {})
-        parts += [
-            f"### {data['gpu']}, commit {data['commit']}",
-            f"{link(path, results)}, {data['date']}; "
-            + ", ".join(f"{name} {version}" for name, version in versions.items()),
-            gpu_results.limits_table(data),
-            gpu_results.left_out_text(data),
-        ]
-        parts += ["Against the aims:", aims_table(data)]
-        if data.get("steps"):
-            parts += ["Whole steps:", gpu_results.steps_table(data)]
-        if candidates := gpu_results.candidates_table(data):
-            parts += ["Candidates in a whole step:", candidates]
-        if data.get("profiles"):
-            parts += ["What the profile says:", gpu_results.profiles_text(data)]
-        if data.get("operators"):
-            parts += ["Operators:", gpu_results.operators_table(data)]
-        if data.get("operators") or data.get("products"):
-            parts += ["The step model, line by line:", against_the_model(data)]
-        parts.append(gpu_results.parity_text(data))
-    return (
-        "\n\n".join(filter(None, parts)) or "**Nothing has been measured on a GPU yet**, and no GPU figure is claimed."
-    )
+        versions = ", ".join(f"{name} {version}" for name, version in data["environment"]["versions"].items())
+        facts = f"{link(path, results)}, {data['date']}; {versions}"
+        parts += [f"### {data['device']}, commit {data['commit']}", facts, gpu_text(data, "####")]
+    return "\n\n".join(parts) or "**Nothing has been measured on a GPU yet**, and no GPU figure is claimed."
+
+
+def beside(data: dict) -> str:
+    """The text of a run's own file."""
+    cases = Table(["case", "state", "seconds"], [
+        [x["case"], x["state"], number(x.get("seconds"))] for x in data.get("cases", []) if x["state"] != "left out"
+    ])  # fmt: skip
+    versions = data["environment"]["versions"].items()
+    return "\n\n".join(filter(None, (
+        f"# {data['device']}, {data['date']}, commit {data['commit']}",
+        "A trial on a CPU with tiny sizes: no figure here means anything." if data["smoke"] else "",
+        ", ".join(f"{name} {version}" for name, version in versions), "`" + " ".join(data["command"]) + "`",
+        cases.markdown(), gpu_text(data, "##"),
+        *(f"{x['case']}:\n```\n{x['traceback']}```" for x in data.get("cases", []) if "traceback" in x),
+    ))) + "\n"  # fmt: skip
+
+
+def write_beside(found: Results) -> None:
+    """The readable form beside the JSON, and the pictures where matplotlib is there. Neither is worth a run: what goes
+    wrong here is told in the text."""
+    stem = found.path.with_suffix("")
+    try:
+        text = beside(found.data)
+    except Exception:
+        text = f"The results are in {found.path.name}; making this text failed:\n\n```\n{traceback.format_exc()}```\n"
+    try:
+        text += "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures(found.data, stem))
+    except Exception as error:
+        text += f"\nNo pictures: {reason(error)}.\n"
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def pictures(data: dict, stem: Path) -> list[Path]:
+    """Writes a roofline, bars of throughput and loss curves, as far as there is data for each; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+
+    def save(figure, name: str) -> None:
+        path = stem.with_name(f"{stem.name}-{name}.png")
+        figure.tight_layout()
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+        written.append(path)
+
+    points = [
+        x for x in data.get("operators", []) if x["contender"] == "bert_fast" and x.get("bytes") and x.get("flops")
+    ]
+    if points:
+        ceilings = ceilings_of(data)
+        figure, axis = pyplot.subplots(figsize=(8, 5))
+        intensities = [10**k for k in range(-2, 5)]
+        roof = [min(ceilings.matmul, ceilings.copy * i) / 1e12 for i in intensities]
+        axis.loglog(intensities, roof, color="#7f8c8d")
+        for x in points:
+            at = (x["flops"] / x["bytes"], x["flops"] / x["ms"] / 1e9)
+            axis.loglog(*at, "o", color="#c0392b", markersize=4)
+            axis.annotate(f"{x['operator']} {x['direction'][:3]}", at, fontsize=5)
+        axis.set_xlabel("FLOP per byte")
+        axis.set_ylabel("TFLOP/s")
+        axis.spines[["top", "right"]].set_visible(False)
+        save(figure, "roofline")
+    groups: dict[str, list[dict]] = {}
+    for x in data.get("steps", []):
+        if "failed" not in x:
+            groups.setdefault(f"BERT-{x['model']}, {x['seq']}, {x['lengths']} lengths, {x['optimizer']}", []).append(x)
+    if groups:
+        path = stem.with_name(f"{stem.name}-throughput.png")
+        tables.plot(str(path), groups)
+        written.append(path)
+    if data.get("curves"):
+        figure, axis = pyplot.subplots(figsize=(8, 4))
+        for x in data["curves"]:
+            axis.plot(x["losses"], label=x["contender"], linewidth=1)
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss")
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+        save(figure, "loss")
+    return written
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The document
 
 
 def step_model_text(results: Path) -> str:
-    """The prediction: every case, the aims, what would change it, a case line by line, and the bytes that are kept."""
+    """The prediction: every case, a case line by line, and the bytes that are kept."""
     stated = Ceilings()
     forward, backward = stated.attention_forward / 1e12, stated.attention_backward / 1e12
     return "\n\n".join(
@@ -167,15 +336,10 @@ def step_model_text(results: Path) -> str:
             f"At {stated.matmul / 1e12:.0f} TFLOP/s for products, {stated.copy / 1e12:.1f} TB/s read and written, "
             f"attention at {forward:.0f} TFLOP/s forward and {backward:.0f} backward, "
             f"{stated.instructions / 1e12:.1f}e12 instructions/s of a lane, {1e6 * stated.between_kernels:.0f} us from "
-            f"one kernel to the next; captured, 16-bit weights, LAMB, dropout 0.1, {step_model.TOKENS} real tokens a "
+            f"one kernel to the next; captured, 16-bit weights, LAMB, dropout 0.1, {TOKENS} real tokens a "
             'step. MFU counts the full formula of every real token, "executed" what is computed of it: the last layer '
             "only where it is read.",
             step_model.summary(stated),
-            "Against the aims:",
-            step_aims.aims(stated),
-            "What would have to be true: changes of the code that save time by the same count, BERT-large at 512, each "
-            "alone and all together:",
-            step_aims.ifs(stated),
             'BERT-large at 512, full lengths, line by line. "avoidable" is the share of the bytes that the operator\'s '
             "inputs and outputs alone do not need:",
             step_model.detail("large", 512, "full", stated),
@@ -188,7 +352,7 @@ def step_model_text(results: Path) -> str:
 SECTIONS = {"whole-steps-cpu": whole_steps_cpu, "measured-gpu": measured_gpu, "step-model": step_model_text}
 
 
-def rewritten(text: str, results: Path = RESULTS) -> str:
+def rewritten(text: str, results: Path = FOLDER) -> str:
     """``text`` with every section made anew. Raises ValueError for a section whose comments are missing."""
     for name, make in SECTIONS.items():
         begin, end = f"<!-- {name}: made by benchmarks/report.py -->", f"<!-- end of {name} -->"
@@ -204,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the document is out of date")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
     before = options.document.read_text(encoding="utf-8")
     try:

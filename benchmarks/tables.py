@@ -1,91 +1,204 @@
-"""What a person reads: the tables and the picture of a benchmark's results."""
+"""What a person reads: tables, on a terminal or in Markdown, the picture of a run, and its progress."""
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
 
 console = Console()
 if not console.is_terminal:
-    console = Console(width=120)  # a file or a log: wide enough for every column
+    console = Console(width=132)  # a file or a log: wide enough for every column
+STARTED = time.perf_counter()
 
 
-def show_parity(rows: list[dict]) -> None:
-    """The loss, the gradients with the largest share of their bound, and how many there are."""
-    gradients = sorted(rows[1:], key=lambda row: row["error"] / row["bound"], reverse=True)
-    shown = [rows[0] | {"shown": rows[0]["what"]}, *(row | {"shown": f"d {row['what']}"} for row in gradients[:4])]
-    console.print(_parity_table(shown, "ours"))
-    passed = sum(row["passed"] for row in rows)
-    console.print(
-        f"{passed} of {len(rows)} passed (the loss and {len(rows) - 1} gradients; the worst four are shown)\n"
-    )
+@dataclass(frozen=True)
+class Table:
+    """Cells of text; the first column is aligned to the left, the others to the right."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        text = "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+        return f"{self.title}\n\n{text}" if self.title else text
+
+    def show(self) -> None:
+        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+        for number, column in enumerate(self.header):
+            table.add_column(column, justify="left" if number == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
 
 
-def show_encoding_parity(rows: list[dict]) -> None:
-    """Every output of ours and of other libraries' encoders."""
-    console.print(_parity_table([row | {"shown": f"{row['what']} of {row['variant']}"} for row in rows], "error"))
-    console.print(f"{sum(row['passed'] for row in rows)} of {len(rows)} passed (at the real tokens)\n")
+def number(value: float | None, digits: int = 3) -> str:
+    """Three digits, and all those before the point."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
 
 
-def _parity_table(rows: list[dict], error: str) -> Table:
-    table = Table(title="Parity: error against float64 (L2, relative)", title_justify="left")
-    table.add_column("what")
-    for column in (error, "reference", "bound"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    for row in rows:
-        numbers = [f"{row[key]:.2e}" for key in ("error", "reference_error", "bound")]
-        table.add_row(row["shown"], *numbers, "ok" if row["passed"] else "[bold]FAILED[/bold]")
-    return table
+def percent(value: float | None, digits: int = 0) -> str:
+    return "" if value is None or value != value else f"{100 * value:.{digits}f} %"
 
 
-def show_throughput(title: str, rows: list[dict], ratios: dict[str, float]) -> None:
-    """One row a variant; the last column says how many times faster ours is in the same rounds."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("variant")
-    for column in ("step s (p20 p50 p80)", "seq/s", "real tok/s", "TFLOP/s", "of matmul", "MFU", "peak MiB", "ours is"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        name = row["key"]
-        if "failed" in row:
-            table.add_row(name, row["failed"], *[""] * 7)
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def parity(found: dict) -> Table:
+    """Of a summary (parity.py) the rows nearest to their bound."""
+    rows = [
+        [" of ".join(filter(None, (x["what"], x.get("contender")))),
+         *("" if x[key] is None else f"{x[key]:.2e}" for key in ("error", "reference_error", "bound")),
+         "ok" if x["passed"] else "FAILED"]
+        for x in found["worst"]
+    ]  # fmt: skip
+    passed = found["compared"] - found["failed"]
+    title = f"Parity, error against float64 (L2, relative): {passed} of {found['compared']} passed; the nearest to fail"
+    return Table(["loss or gradient", "error", "reference's", "bound", ""], rows, title)
+
+
+def name_of(row: dict) -> str:
+    """A contender as a row has it, with the kernel that PyTorch picked for its attention."""
+    name = row.get("key", row["contender"])
+    return f"{name} ({row['attention']})" if row.get("attention") else name
+
+
+def _spread(row: dict) -> str:
+    return "{p50:.1f} ({p20:.1f}-{p80:.1f})".format(**{k: 1e3 * v for k, v in row["step_s"].items()})
+
+
+STEP_COLUMNS: dict[str, Callable[[dict], str]] = {
+    "lengths, dtype": lambda x: f"{x['lengths']}, {x['dtype']}",
+    "BERT": lambda x: f"{x['model']} {x['seq']}, {x['lengths']}, {x['dtype']}, {x['optimizer']}",
+    "contender": name_of,
+    "sequences": lambda x: f"{x['sequences']}",
+    "step ms (p20-p80)": _spread,
+    "predicted": lambda x: "" if x.get("predicted_s") is None else f"{1e3 * x['predicted_s']:.1f}",
+    "sequences/s": lambda x: f"{x['sequences_per_s']:.2f}",
+    "real tokens/s": lambda x: f"{x['real_tokens_per_s']:.0f}",
+    "TFLOP/s": lambda x: number(x["executed_tflops"]),
+    "of the matrix rate": lambda x: percent(x["share_of_peak"]),
+    "MFU": lambda x: percent(x["mfu"]),
+    "peak MiB": lambda x: "" if x.get("peak_memory_mib") is None else f"{x['peak_memory_mib']:.0f}",
+    "ours is": lambda x: times(x.get("ours_is")),
+}
+RUN = ("contender", "step ms (p20-p80)", "sequences/s", "real tokens/s", "TFLOP/s", "of the matrix rate", "MFU",
+       "peak MiB", "ours is")  # fmt: skip
+CPU = ("lengths, dtype", "contender", "sequences/s", "real tokens/s", "of the matrix rate", "peak MiB", "ours is")
+GPU = ("BERT", "contender", "sequences", "step ms (p20-p80)", "predicted", "sequences/s", "real tokens/s",
+       "of the matrix rate", "MFU", "peak MiB", "ours is")  # fmt: skip
+ALWAYS = ("lengths, dtype", "BERT", "contender", "sequences")  # also of what failed
+
+
+def steps(rows: Sequence[dict], columns: Sequence[str] = RUN, title: str = "") -> Table:
+    """A line for each row of steps.py; what failed says why. Of encoders the last column names our precision."""
+    lines = []
+    for x in rows:
+        if "failed" in x:
+            kept = [STEP_COLUMNS[c](x) if c in ALWAYS else "" for c in columns]
+            kept[next(n for n, c in enumerate(columns) if c not in ALWAYS)] = x["failed"]
+            lines.append(kept)
             continue
-        step = row["step_s"]
-        memory = row["peak_memory_mib"]
-        ratio = ratios.get(row["key"])
-        table.add_row(
-            name,
-            f"{step['p20']:.3f} {step['p50']:.3f} {step['p80']:.3f}",
-            f"{row['sequences_per_s']:.2f}",
-            f"{row['real_tokens_per_s']:.0f}",
-            f"{row['executed_tflops']:.3f}",
-            f"{100 * row['share_of_peak']:.0f} %",
-            f"{100 * row['mfu']:.0f} %",
-            "" if memory is None else f"{memory:.0f}",
-            "" if ratio is None else f"{ratio:.2f}x",
-        )
-    console.print(table)
+        lines.append([STEP_COLUMNS[c](x) for c in columns])
+    own = next((x["dtype"] for x in rows if x["contender"] == "bert_fast" and x.get("mode") == "encode"), None)
+    if own:
+        columns = [f"ours ({own}) is" if c == "ours is" else c for c in columns]
+    return Table(columns, lines, title)
+
+
+def operators(rows: Sequence[dict]) -> Table:
+    """A line an operator, direction and size: ours, its share of the limit, what was predicted, and the others."""
+    groups: dict[tuple, dict] = {}
+    for x in rows:
+        key = (x["model"], x["seq"], x["lengths"], x["operator"], x["direction"], x["dropout"])
+        groups.setdefault(key, {})[x["contender"]] = x
+    lines = []
+    for (model, seq, lengths, operator, direction, dropout), found in groups.items():
+        ours = found.get("bert_fast")
+        size = f"{model} {seq}, {lengths}" if seq else model  # an optimiser knows no sequences
+        cells = [size, f"{operator}, {direction}" + ("" if dropout or not seq else ", no dropout")]
+        if ours is None or "failed" in ours:
+            cells += ["failed" if ours else "", "", "", ""]
+        else:
+            rate = f"{number(ours['tflops'])} TFLOP/s" if "tflops" in ours else f"{number(ours['gbs'])} GB/s"
+            predicted = number(1e3 * ours["predicted_ms"]) if ours.get("predicted_ms") else ""
+            cells += [number(1e3 * ours["ms"]), predicted, rate, percent(ours["share_of_limit"])]
+        others = []
+        for name, x in found.items():
+            if name != "bert_fast":
+                ratio = f" ({x['ours_is']:.2f}x)" if x.get("ours_is") else ""
+                others.append(f"{name} {'failed' if 'failed' in x else number(1e3 * x['ms'])}{ratio}")
+        lines.append([*cells, ", ".join(others)])
+    return Table(["BERT", "operator", "us", "predicted", "rate", "of the limit", "others, us (ours is)"], lines)
 
 
 def plot(path: str, groups: dict[str, list[dict]]) -> None:
-    """A picture of throughput (real tokens/s) and peak memory by variant, one pair of panels a group."""
+    """A picture of throughput (real tokens/s) and peak memory by contender, one pair of panels a group."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     groups = {title: [row for row in rows if "failed" not in row] for title, rows in groups.items()}
-    figure, axes = pyplot.subplots(len(groups), 2, figsize=(11, 0.9 + 2.4 * len(groups)), squeeze=False)
+    heights = [1.1 + 0.33 * len(rows) for rows in groups.values()]  # inches: names one below the other
+    figure, axes = pyplot.subplots(
+        len(groups), 2, figsize=(11, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
     for (title, rows), (left, right) in zip(groups.items(), axes, strict=True):
-        names = [row["key"].replace(", ", "\n") for row in rows]
-        colors = ["#c0392b" if row["name"] == "bert_fast" else "#7f8c8d" for row in rows]
-        for axis, key, label in (
+        colors = ["#c0392b" if row["contender"].startswith("bert_fast") else "#7f8c8d" for row in rows]
+        for axis, key, what in (
             (left, "real_tokens_per_s", "real tokens/s (more is better)"),
             (right, "peak_memory_mib", "peak memory, MiB (less is better)"),
         ):
-            axis.barh(names, [row[key] or 0 for row in rows], color=colors)
+            axis.barh([name_of(row) for row in rows], [row.get(key) or 0 for row in rows], color=colors)
             axis.invert_yaxis()
-            axis.set_xlabel(label)
+            axis.set_xlabel(what)
             axis.spines[["top", "right"]].set_visible(False)
         left.set_title(title, loc="left", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Progress
+
+
+class Bar:
+    """A progress bar on a terminal, a line for every new phase elsewhere."""
+
+    def __enter__(self):
+        self.live = console.is_terminal
+        if self.live:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.progress = Progress(*columns, console=console, transient=True)
+            self.progress.start()
+            self.task = self.progress.add_task("", total=None)
+        return self
+
+    def __exit__(self, *_):
+        if self.live:
+            self.progress.stop()
+
+    def phase(self, text: str, total: int | None = None) -> None:
+        if self.live:
+            self.progress.reset(self.task, description=text, total=total)
+        else:
+            print(f".. {time.perf_counter() - STARTED:3.0f} s  {text}", flush=True)
+
+    def tick(self, _name: str) -> None:
+        if self.live:
+            self.progress.advance(self.task)

@@ -17,7 +17,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     del os.environ["TRITON_INTERPRET"]  # the interpreter is for tests; it must not be timed
 
 import torch
-from operators import DIRECTIONS, OPERATORS, Case, Stopwatch, build_case
+
+from benchmarks.clock import Clock, synchronize
+from benchmarks.operators import DIRECTIONS, OPERATORS, Case, build_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -31,8 +33,8 @@ def case_of(operator: str) -> Case:
 
 
 @functools.cache
-def stopwatch() -> Stopwatch:
-    return Stopwatch(DEVICE)
+def clock() -> Clock:
+    return Clock(DEVICE)
 
 
 @pytest.mark.parametrize("implementation", ["bert_fast", "pytorch"])
@@ -46,14 +48,12 @@ def test_speed(benchmark, operator, direction, implementation):
 
     def run():
         result = call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        synchronize(DEVICE)
         return result
 
     def empty_caches():
-        stopwatch().empty_caches()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        clock().empty_caches()
+        synchronize(DEVICE)
 
     benchmark.pedantic(run, setup=empty_caches, rounds=ROUNDS, warmup_rounds=1)
 

@@ -1,5 +1,6 @@
-"""Real text to the batches of a benchmark: the same masked sentence pairs for every variant, padded and packed."""
+"""Real text to the batches of a benchmark: the same masked sentence pairs for every contender, padded and packed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from transformers import BertConfig
 
 from bert_fast.data import (
+    Capacities,
     Corpus,
     PretrainingDataset,
     Sample,
@@ -20,6 +22,8 @@ from bert_fast.data import (
     wikipedia_lengths,
 )
 
+MASKED_SHARE = 0.15
+TOKENS = 32768  # of a step on a GPU: they fill it
 VOCABULARY = 30522  # BERT's, whatever the corpus yields: the cost of the head must be real
 
 MODELS = {
@@ -45,7 +49,7 @@ def model_config(name: str, *, dropout: float) -> BertConfig:
 
 @dataclass
 class Batch:
-    """One batch in the forms that variants take; tensors lie on the benchmark's device.
+    """One batch in the forms that contenders take; tensors lie on the benchmark's device.
 
     padded   input_ids, token_type_ids, attention_mask, labels (B, seq), next_sentence_label (B,); all padded to seq
     longest  the same, padded to the longest sequence of the batch
@@ -98,6 +102,19 @@ class Workload:
         """A full sequence and one of Wikipedia's lower-quartile length: full length and padding in one batch."""
         return self._batch(self._samples([seq, wikipedia_quantiles(2, seq)[0]], seed=0), seq, device)
 
+    def batches(self, count: int, size: int, seq: int, device: str) -> list[Batch]:
+        """``count`` batches of ``size`` samples as the corpus gives them, all of the same capacities."""
+        dataset = PretrainingDataset(self.corpus, self.tokenizer, max_length=seq, seed=0, nsp=self.nsp)
+        made: list[Batch] = []
+        order: list[int] = []
+        while len(made) < count:
+            if len(order) < size:
+                dataset.set_epoch(dataset.epoch + 1)
+                order = dataset.order().tolist()
+            samples, order = [dataset[i] for i in order[:size]], order[size:]
+            made.append(self._batch(samples, seq, device, capacities(size * seq, seq, size)))
+        return made
+
     def _samples(self, lengths: list[int], seed: int) -> list[Sample]:
         """Samples of exactly ``lengths`` tokens, epoch after epoch: of text whose every token may end a sample."""
         found, ends = {}, self.corpus.sentence_ends
@@ -118,14 +135,16 @@ class Workload:
             found[length] = iter(samples)
         return [next(found[length]) for length in lengths]
 
-    def _batch(self, samples: list[Sample], seq: int, device: str) -> Batch:
-        return make_batch(samples, seq, device, pad_id=special_ids(self.tokenizer).pad, nsp=self.nsp)
+    def _batch(self, samples: list[Sample], seq: int, device: str, size: Capacities | None = None) -> Batch:
+        return make_batch(samples, seq, device, pad_id=special_ids(self.tokenizer).pad, nsp=self.nsp, size=size)
 
 
-def make_batch(samples: list[Sample], seq: int, device: str, *, pad_id: int, nsp: bool) -> Batch:
-    """The samples in every form a variant takes, on ``device``."""
+def make_batch(
+    samples: list[Sample], seq: int, device: str, *, pad_id: int, nsp: bool, size: Capacities | None = None
+) -> Batch:
+    """The samples in every form a contender takes, on ``device``; packed to ``size``, or to what they need."""
     lengths = [len(sample.input_ids) for sample in samples]
-    size = capacities(sum(lengths), max(lengths), len(lengths))
+    size = size or capacities(sum(lengths), max(lengths), len(lengths))
 
     def finished(batch: dict) -> dict:
         if not nsp:
@@ -155,6 +174,19 @@ def random_batch(
         ids, at = draw.integers(5, vocabulary, n), np.linspace(1, n - 2, share).astype(np.int64)
         samples.append(Sample(ids, np.zeros(n, dtype=np.int64), at, ids[at], 0, index))
     return make_batch(samples, seq, device, pad_id=0, nsp=nsp)
+
+
+def masked_positions(lengths: Sequence[int]) -> int:
+    """How many of the tokens of sequences of ``lengths`` are predicted where nothing else says so."""
+    return max(1, round(MASKED_SHARE * sum(lengths)))
+
+
+def lengths_of(kind: str, seq: int, tokens: int = TOKENS) -> list[int]:
+    """Sequences of about ``tokens`` tokens in all: of ``seq`` tokens each, or of Wikipedia's lengths."""
+    if kind == "full":
+        return [seq] * max(1, tokens // seq)
+    mean = sum(wikipedia_quantiles(64, seq)) / 64
+    return wikipedia_quantiles(max(2, round(tokens / mean)), seq)
 
 
 def wikipedia_quantiles(count: int, seq: int) -> list[int]:

@@ -27,6 +27,7 @@ def use(choices: Mapping[str, dict]) -> Iterator[Counter]:
     finally:
         _chosen.clear()
         _chosen.update(before[0])
+        before[1].update(_served)
         _served = before[1]
 
 

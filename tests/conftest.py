@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from pathlib import Path
 
 import torch
 
@@ -30,13 +29,3 @@ def _poison_uninitialized_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture
-def benchmark_scripts(monkeypatch):
-    """The scripts of benchmarks/, a folder and no package, can be imported; the choice of backends ends as it was."""
-    from bert_fast import dispatch
-
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    with dispatch.use_backend():
-        yield

@@ -3,7 +3,6 @@
 The emulation finds races (tests/gluon_emulation.py). That it does is tested by taking barriers, fences and waits away.
 """
 
-import importlib
 import itertools
 import re
 import sys
@@ -18,7 +17,9 @@ pytest.importorskip("triton")
 
 import gluon_emulation as emulation
 
-from bert_fast import random, reference
+from benchmarks import operators
+from benchmarks.workload import MODELS
+from bert_fast import dispatch, random, reference
 from bert_fast.kernels import attention as portable
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -283,29 +284,27 @@ def test_where_the_forward_is_the_default(as_on_hopper, monkeypatch):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_make_gpu_times_it_where_it_is_right(as_on_hopper, monkeypatch, direction):
-    monkeypatch.syspath_prepend(str(emulation.ROOT / "benchmarks"))
-    script = importlib.import_module("gpu_operators")
-    tensors, arguments = operands([40], 1, BRAIN, 0.1)
-    name, given = ("attention_fwd", tensors[1:2]) if direction == "forward" else ("attention_bwd", tensors)
-    own = getattr(as_on_hopper, name)
-    expected, _ = own(*given, *arguments)
-
-    def call():
-        return getattr(portable, name)(*given, *arguments)[0]
-
-    assert torch.equal(script.candidate(direction, call)(), expected)
-    assert (portable.ONE_PASS_BACKWARD, portable.ASYNCHRONOUS_FORWARD) == ({}, {})
-    setattr(as_on_hopper, name, lambda *all_of_them: [1.5 * found for found in own(*all_of_them)])
-    with pytest.raises(RuntimeError, match="does not give"):
-        script.candidate(direction, call)
-
-    candidate = script.CANDIDATES[direction]
-    assert candidate not in script.contenders("attention", direction) or ON_HOPPER
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+def test_the_benchmark_times_it_where_it_is_right(as_on_hopper, monkeypatch, direction):
+    """A candidate is switched by its choice, serves, and is refused where it gives something else."""
+    candidate = operators.HOPPER[direction]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     for other in ("forward", "backward"):
-        assert (candidate in script.contenders("attention", other)) == (other == direction)
+        assert (candidate in operators.contenders_of("attention", other, "cuda")) == (other == direction)
+    monkeypatch.setitem(MODELS, "one head", MODELS["micro"] | {"num_attention_heads": 1})
+    with dispatch.use_backend(attention="triton"):
+        case = operators.build_case("attention", DEVICE, BRAIN, model="one head", seq=40, batch=1)
+        run = operators.call_of(case, direction, candidate)
+        expected = case.calls(direction)["bert_fast"]()
+        assert operators.same(run(), expected)
+        name = {"forward": "attention_fwd", "backward": "attention_bwd"}[direction]
+        own = getattr(as_on_hopper, name)
+        setattr(as_on_hopper, name, lambda *given: [1.5 * found for found in own(*given)])
+        with pytest.raises(RuntimeError, match="does not give"):
+            operators.call_of(case, direction, candidate)
+        takes = {"forward": "takes_forward", "backward": "takes_backward"}[direction]
+        setattr(as_on_hopper, takes, lambda *given: False)
+        with pytest.raises(RuntimeError, match="not used, though asked for"):
+            operators.call_of(case, direction, candidate)
 
 
 # --------------------------------------------------------------------------------------------------------------

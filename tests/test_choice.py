@@ -22,10 +22,10 @@ def test_what_is_in_use_ends_with_its_block():
             choice.served("kernel")
             raise KeyError
         assert choice.of("name", default) == {"a": 1, "b": 3}
-        assert (outer["kernel"], inner["kernel"]) == (1, 1)
+        assert (outer["kernel"], inner["kernel"]) == (2, 1)
     assert choice.of("name", default) is default
     choice.served("kernel")
-    assert (default, outer["kernel"]) == ({"a": 1, "b": 2}, 1)
+    assert (default, outer["kernel"]) == ({"a": 1, "b": 2}, 2)
 
 
 @needs_triton

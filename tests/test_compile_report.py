@@ -3,7 +3,6 @@
 Ahead-of-time compilation needs no GPU, but a process in which Triton does not interpret: the report runs as a command.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,12 +13,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import compile_report
 
-# By path: benchmarks/ is no package, and other distributions install one of that name.
-_spec = importlib.util.spec_from_file_location("compile_report", ROOT / "benchmarks" / "compile_report.py")
-compile_report = sys.modules["compile_report"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(compile_report)
+ROOT = Path(__file__).resolve().parent.parent
 
 SPILLING = """
 import triton

@@ -1,5 +1,5 @@
 """The step model against counts made otherwise: the formula, what PyTorch is called with, what autograd keeps, and by
-hand; and what it says of the aims."""
+hand."""
 
 import contextlib
 import math
@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig
 
+from benchmarks import operators
+from benchmarks.predict import step_model
+from benchmarks.workload import model_config, random_batch
 from bert_fast import BertForPreTraining, flops, ops
 from bert_fast.linear import gradients_in_place
-from tests.gpu_phases import script
-
-pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
 
 def line(lines: list, operator: str, direction: str):
@@ -28,8 +28,7 @@ def line(lines: list, operator: str, direction: str):
 
 @pytest.mark.parametrize(("model", "seq"), [("base", 128), ("base", 512), ("large", 128), ("large", 512)])
 def test_flops_are_those_of_the_formula(model, seq):
-    step_model = script("step_model")
-    config = script("workload").model_config(model, dropout=0.1)
+    config = model_config(model, dropout=0.1)
     lengths = [seq] * 8
     lines = step_model.step(config, lengths)
     twice = 6 * sum(s * s for s in lengths) * config.hidden_size * config.num_hidden_layers  # products made twice
@@ -44,8 +43,7 @@ def test_flops_are_those_of_the_formula(model, seq):
 
 
 def test_a_batch_whose_every_row_is_read_has_a_whole_last_layer():
-    step_model = script("step_model")
-    config = script("workload").model_config("base", dropout=0.1)
+    config = model_config("base", dropout=0.1)
     lines = step_model.step(config, [2] * 5)
     assert step_model.rows_read([2] * 5) == 9 < 10
     assert step_model.rows_read([1] * 5) == 5
@@ -83,7 +81,7 @@ def recorded(weights: str, joined: bool) -> tuple[list, list]:
     """The calls of a forward and backward of CONFIG over LENGTHS, as in training, and of a second micro-batch."""
     torch.manual_seed(0)
     model = BertForPreTraining(BertConfig(**CONFIG)).to(getattr(torch, weights)).train()
-    batch = script("workload").random_batch(LENGTHS, 112, 256, "cpu", nsp=True, vocabulary=1200).packed
+    batch = random_batch(LENGTHS, 112, 256, "cpu", nsp=True, vocabulary=1200).packed
     found = []
     for _ in range(2):
         with (calls := Calls()), gradients_in_place(model.parameters()):
@@ -130,7 +128,6 @@ def moved(calls: list, *names: str) -> int:
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
 @pytest.mark.parametrize("joined", [False, True])
 def test_what_is_charged_beside_the_fused_operators_is_what_pytorch_is_called_with(weights, joined):
-    step_model = script("step_model")
     config = BertConfig(**CONFIG)
     lines = step_model.step(config, LENGTHS, weights, joined=joined)
     calls, later = recorded(weights, joined)
@@ -174,7 +171,6 @@ def test_what_is_charged_beside_the_fused_operators_is_what_pytorch_is_called_wi
 
 def test_the_operators_bytes_by_hand():
     """Two layers of 64 and 256, two sequences of 100 tokens: 31 masked positions and 2 [CLS] are read, of 200 rows."""
-    step_model = script("step_model")
     config = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
                         vocab_size=1000, max_position_embeddings=128)  # fmt: skip
     lines = step_model.step(config, [100, 100], joined=False)
@@ -219,7 +215,6 @@ def test_the_operators_bytes_by_hand():
 
 
 def test_time_is_that_of_what_takes_longest():
-    step_model = script("step_model")
     ceilings = step_model.Ceilings(matmul=100.0, copy=10.0, instructions=50.0, between_kernels=0.5)
     entry = step_model.Entry("x", "forward", 2, flops=200, bytes=30, instructions=100, kernels=3)
     assert entry.seconds(ceilings) == 2 * (2 + 3 + 1.5)
@@ -227,8 +222,8 @@ def test_time_is_that_of_what_takes_longest():
 
 
 def test_parameters_are_those_of_the_model():
-    config = script("workload").model_config("tiny", dropout=0.1)
-    assert script("step_model").parameters(config) == sum(p.numel() for p in BertForPreTraining(config).parameters())
+    config = model_config("tiny", dropout=0.1)
+    assert step_model.parameters(config) == sum(p.numel() for p in BertForPreTraining(config).parameters())
 
 
 def kept_bytes(layers: int, tokens: int) -> int:
@@ -245,7 +240,7 @@ def kept_bytes(layers: int, tokens: int) -> int:
             storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes again
         return tensor
 
-    batch = script("workload").random_batch([tokens // 2] * 2, 4, tokens // 2, "cpu", nsp=True, vocabulary=120).packed
+    batch = random_batch([tokens // 2] * 2, 4, tokens // 2, "cpu", nsp=True, vocabulary=120).packed
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**batch)
     return sum(size for size, _ in storages.values())
@@ -253,14 +248,13 @@ def kept_bytes(layers: int, tokens: int) -> int:
 
 def test_the_activations_kept_are_those_that_are_listed():
     config = BertConfig(hidden_size=64, num_attention_heads=2, intermediate_size=256)
-    listed = sum(size for _, size, _ in script("step_model").activations(config))
+    listed = sum(size for _, size, _ in step_model.activations(config))
     one_layer = {tokens: kept_bytes(3, tokens) - kept_bytes(2, tokens) for tokens in (64, 128)}
     assert (one_layer[128] - one_layer[64]) / 64 == listed
 
 
 def test_predictions_follow_their_ceilings():
-    step_model = script("step_model")
-    config, lengths = script("workload").model_config("base", dropout=0.1), [512] * 4
+    config, lengths = model_config("base", dropout=0.1), [512] * 4
     lines = step_model.step(config, lengths)
     stated = step_model.predict(config, lengths, lines, step_model.Ceilings())
     assert 0 < stated.mfu < 1
@@ -274,74 +268,52 @@ def test_predictions_follow_their_ceilings():
 
 
 def test_wasted_tiles():
-    tiled = script("step_model").tiled
+    tiled = step_model.tiled
     assert tiled([128, 64]) == (128**2 + 64**2, 128**2 + 64**2)
     assert tiled([65], 64, 64) == (65**2, 128**2)
     assert tiled([65], 128, 64) == (65**2, 128 * 128)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The aims
-
-
-def test_each_if_saves_time_and_leaves_the_products_alone():
-    step_aims, step_model = script("step_aims"), script("step_model")
-    ceilings, lengths = step_model.Ceilings(), [512] * 32
-    built = step_aims.predicted("large", lengths, ceilings)
-    saved = {name: built.seconds - step_aims.predicted("large", lengths, ceilings, change).seconds
-             for name, change in step_aims.IFS.items()}  # fmt: skip
-    assert min(saved.values()) > 0, saved
-    every = step_aims.predicted("large", lengths, ceilings, *step_aims.IFS.values())
-    assert built.seconds > every.seconds >= built.seconds - sum(saved.values())
-    assert step_aims.predicted("large", lengths, ceilings, step_aims.slower).seconds > built.seconds
-    config = script("workload").model_config("large", dropout=0.1)
-    for change in step_aims.IFS.values():
-        for x in step_model.step(config, lengths):
-            if x.operator.startswith("product"):
-                assert change(x) == x
-
-
-def test_the_aims_are_told_with_the_share_of_the_ceilings_that_they_need():
-    step_aims, step_model = script("step_aims"), script("step_model")
-    table = step_aims.aims(step_model.Ceilings())
-    rate, with_dropout = step_aims.attention_rates(step_model.Ceilings())
-    assert rate < 272e12 * 5 / 7  # by the time between kernels
-    assert rate == pytest.approx(272e12 * 5 / 7, rel=0.01)
-    assert 0 < with_dropout < 1
-    (line_of_it,) = [x for x in table.splitlines() if "attention's backward" in x]
-    assert f"{rate / 1e12:.0f} TFLOP/s ({100 * 250e12 / rate:.0f} %)" in line_of_it
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
 @pytest.mark.parametrize("lengths", [[512] * 64, [512] * 8, [300] * 50])
 def test_the_embeddings_groups_are_the_kernels(weights, lengths):
     kernel = pytest.importorskip("bert_fast.kernels.embedding_layernorm")
-    step_model = script("step_model")
-    config = script("workload").model_config("base", dropout=0.1)
+    config = model_config("base", dropout=0.1)
     x = line(step_model.step(config, lengths, weights), "embedding_layernorm", "backward")
     element_bytes = 2 + (2 if weights == "bfloat16" else 4)
     groups = kernel._group_count(sum(lengths), config.hidden_size, config.max_position_embeddings, element_bytes)
     assert x.bytes - x.least == pytest.approx(8 * groups * max(lengths) * config.hidden_size)
 
 
+def test_each_candidate_saves_time_and_leaves_the_products_alone():
+    config, lengths, ceilings = model_config("large", dropout=0.1), [512] * 64, step_model.Ceilings()
+    lines = step_model.step(config, lengths)
+    built = step_model.predict(config, lengths, lines, ceilings).seconds
+    saved = {}
+    for name, changes in step_model.CHANGES.items():
+        changed = lines
+        for change in changes:
+            changed = [change(x) for x in changed]
+            assert all(change(x) == x for x in lines if x.operator.startswith("product"))
+        saved[name] = built - step_model.predict(config, lengths, changed, ceilings).seconds
+    together = saved.pop("bert_fast-candidates")
+    assert all(seconds > 0 for seconds in saved.values())
+    assert together == pytest.approx(sum(saved.values()))
+
+
 def test_operators_alone_against_the_copy_bandwidth():
-    step_aims, step_model = script("step_aims"), script("step_model")
-    ceilings = step_model.Ceilings()
-    shares = {name: share for name, _, share in step_aims.alone(ceilings)}
-    assert len(shares) == 2 * 3 + 2 + 1
+    config, lengths, ceilings = model_config("large", dropout=0.1), [512] * 64, step_model.Ceilings()
+
+    def share(operator: str, direction: str) -> float:
+        work = operators.WORK[operator](config, lengths, 2, 2)[direction]
+        seconds = step_model.operator_seconds(config, lengths, operator, direction, ceilings)
+        return operators.rate_of(work, seconds, {"copy_gbs": ceilings.copy / 1e9}, torch.bfloat16)["share_of_limit"]
+
     # x, residual read; out, z written: 8 bytes an element; one launch
     seconds = 8 * 32768 * 1024 / ceilings.copy
-    expected = seconds / (seconds + ceilings.between_kernels)
-    assert shares["residual_layernorm, forward: of the copy bandwidth"] == pytest.approx(expected)
-    # its instructions take a little longer than its bytes
-    assert 0.75 < shares["embedding_layernorm, backward: of the copy bandwidth"] < 0.85
-    assert 0.9 < shares["adamw, update: of the copy bandwidth"] < shares["lamb, update: of the copy bandwidth"] < 1
-    assert 0.5 < shares["mlm_loss, forward: its three products alone, of its time"] < 1
-    table = step_aims.aims(ceilings)
-    assert all(f"| {name} |" in table for name in shares)
-    # a row of a run that took as long as is predicted has that share of the limit
-    config, lengths = script("workload").model_config("large", dropout=0.1), [512] * 64
-    work = script("operators").WORK["bias_gelu"](config, lengths, 2, 2)["backward"]
-    ms = 1e3 * step_model.operator_seconds(config, lengths, "bias_gelu", "backward", ceilings)
-    row = script("gpu_operators").rate_of(work, ms, {"copy_gbs": ceilings.copy / 1e9})
-    assert row["share_of_limit"] == pytest.approx(shares["bias_gelu, backward: of the copy bandwidth"])
+    assert share("residual_layernorm", "forward") == pytest.approx(seconds / (seconds + ceilings.between_kernels))
+    assert 0.75 < share("embedding_layernorm", "backward") < 0.85  # its instructions take longer than its bytes
+    whole, gelu = (step_model.operator_seconds(config, lengths, name, "forward", ceilings)
+                   for name in ("feed_forward", "bias_gelu"))  # fmt: skip
+    products = 2 * (2 * 32768 * 1024 * 4096 / ceilings.matmul + ceilings.between_kernels)
+    assert whole == pytest.approx(products + gelu)

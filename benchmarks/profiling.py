@@ -1,6 +1,6 @@
-"""Where a step's time goes: PyTorch's profiler over whole steps of ours, by what the time was spent on.
+"""Where a step's time goes: PyTorch's profiler over whole steps of ours, by what the time was spent on or by kernel.
 
-    python benchmarks/step_profile.py --seq 512 --batch 1 [--lengths wikipedia] [--mode encode] [--steps 5]
+    python -m benchmarks.profiling --seq 512 --batch 1 [--lengths wikipedia] [--mode encode] [--steps 5]
 
 "floor" is the part's executed FLOPs at the matrix-product rate, or its bytes at the copy rate, both measured in the
 same run; what has no entry there is overhead. A profiled step is a little slower than an unobserved one, whose median
@@ -10,24 +10,20 @@ is printed beside it.
 import argparse
 import re
 import statistics
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
-# Works on a checkout that nobody installed; the siblings are scripts, not a package.
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
-import measure
-import operators
-import tables
 import torch
-import variants
-from rich.table import Table
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from workload import MODELS, Workload, model_config
 
-from bert_fast.flops import step_flops
+from benchmarks import limits, operators
+from benchmarks.clock import Clock, synchronize
+from benchmarks.contenders import Setting, build
+from benchmarks.options import DTYPES
+from benchmarks.steps import executed_flops
+from benchmarks.tables import Table
+from benchmarks.workload import MODELS, Batch, Workload, model_config
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::addmv", "aten::linear", "aten::matmul")
 
 
@@ -49,7 +45,7 @@ def seconds_by_part(step, steps: int, device: str) -> dict[str, float]:
     with profile(activities=activities, acc_events=True) as found:
         for _ in range(steps):
             step()
-        measure.synchronize(device)
+        synchronize(device)
     seconds: dict[str, float] = {}
     for event in found.events():
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
@@ -57,12 +53,32 @@ def seconds_by_part(step, steps: int, device: str) -> dict[str, float]:
     return seconds
 
 
-def floors(config, batch, train: bool, nsp: bool, rate: float, copy: float, element: int) -> dict[str, float]:
+def kernels_of(run: Callable[[], object], device: str, steps: int = 5) -> list[dict]:
+    """The kernels and copies of a step by name, those that take longest in all first: "kernel", "calls" and "us" of a
+    step. Of a CPU, which has none, PyTorch's operators, each without those that it calls."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            run()
+        synchronize(device)
+    lines: dict[str, dict] = {}
+    for event in profiler.events():
+        if device == "cuda" and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue
+        line = lines.setdefault(event.name, {"kernel": event.name, "calls": 0, "us": 0.0})
+        line["calls"] += 1
+        line["us"] += event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total
+    found = [{"kernel": x["kernel"], "calls": x["calls"] / steps, "us": x["us"] / steps} for x in lines.values()]
+    return sorted(found, key=lambda line: -line["us"])
+
+
+def floors(config, batch: Batch, setting: Setting, rate: float, copy: float) -> dict[str, float]:
     """Seconds of every part at the machine's limits; matrix products are all of the executed FLOPs but attention's."""
+    train, element = setting.train, setting.dtype.itemsize
     directions = ("forward", "backward") if train else ("forward",)
     layers, tokens = config.num_hidden_layers, sum(batch.lengths)
-    read = batch.predicted + (len(batch.lengths) if nsp else 0) if train else None
-    executed = step_flops(config, batch.lengths, batch.predicted if train else 0, train=train, read=read)
+    read = batch.predicted + (len(batch.lengths) if setting.nsp else 0) if train else None
+    executed = executed_flops(config, batch, "bert_fast", "packed", setting)
     counted = layers * 4 * config.hidden_size * sum(s * s for s in batch.lengths) * (3 if train else 1)
     seconds = {"matrix products": (executed - counted) / rate}
     times = {"embedding_layernorm": 1, "attention": layers, "residual_layernorm": 2 * layers, "bias_gelu": layers}
@@ -88,33 +104,31 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
-    device, train, dtype = options.device, options.mode == "train", DTYPES[options.dtype]
+    setting = Setting(options.device, DTYPES[options.dtype], options.mode == "train")
     config = model_config(options.model, dropout=options.dropout)
-    batch = Workload().batch(options.batch, options.seq, options.lengths, device)
-    variant = variants.build("bert_fast", config, device, train=train, nsp=True, dtype=dtype)
-    step = variants.make_step(variant, batch, device, dtype, train=train, optimizer="none")
+    batch = Workload().batch(options.batch, options.seq, options.lengths, options.device)
+    step, clock = build("bert_fast", config, setting).step(batch), Clock(options.device)
     step()
-    rate, copy = measure.matmul_rate(device, dtype), measure.copy_rate(device)
-    unobserved = statistics.median(measure.seconds(step, device) for _ in range(options.steps))
-    seconds = seconds_by_part(step, options.steps, device)
-    floor = floors(config, batch, train, True, rate, copy, torch.finfo(dtype).bits // 8)
+    rate, copy = limits.matmul_rate(clock, setting.dtype), limits.copy_rate(clock)
+    unobserved = statistics.median(clock.step(step) for _ in range(options.steps))
+    seconds = seconds_by_part(step, options.steps, options.device)
+    floor = floors(config, batch, setting, rate, copy)
 
     whole = sum(seconds.values())
-    title = f"BERT-{options.model}, {options.mode}, {options.batch} x {options.seq}, {options.lengths} lengths, "
-    table = Table(title=title + f"{options.dtype}, dropout {options.dropout}", title_justify="left")
-    for column in ("part", "ms", "of the step", "floor ms", "floor of time"):
-        table.add_column(column, justify="left" if column == "part" else "right")
+    rows = []
     for part, took in sorted(seconds.items(), key=lambda item: -item[1]):
         low = floor.get(part)
         reached = ("", "") if low is None else (f"{low * 1e3:.1f}", f"{low / took:.0%}")
-        table.add_row(part, f"{took * 1e3:.1f}", f"{took / whole:.1%}", *reached)
-    table.add_row("all", f"{whole * 1e3:.1f}", "", f"{sum(floor.values()) * 1e3:.1f}",
-                  f"{sum(floor.values()) / whole:.0%}", end_section=True)  # fmt: skip
-    tables.console.print(table)
+        rows.append([part, f"{took * 1e3:.1f}", f"{took / whole:.1%}", *reached])
+    lowest = sum(floor.values())
+    rows.append(["all", f"{whole * 1e3:.1f}", "", f"{lowest * 1e3:.1f}", f"{lowest / whole:.0%}"])
+    title = f"BERT-{options.model}, {options.mode}, {options.batch} x {options.seq}, {options.lengths} lengths, "
+    title += f"{options.dtype}, dropout {options.dropout}"
+    Table(["part", "ms", "of the step", "floor ms", "floor of time"], rows, title).show()
     print(f"unobserved step {unobserved * 1e3:.1f} ms; matrix product {rate / 1e9:.0f} GFLOP/s, copy "
           f"{copy / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")  # fmt: skip
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

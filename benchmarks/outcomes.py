@@ -1,7 +1,7 @@
 """A pytest plugin that appends every test's outcome to a file at once, so that a run that is cut off loses nothing, and
 that ends with the process that started it: tests that go on would disturb what is timed next.
 
-Loaded with ``-p gpu_pytest``; the file is named by BERT_FAST_TEST_OUTCOMES, one JSON object a line.
+Loaded with ``-p benchmarks.outcomes``; the file is named by BERT_FAST_TEST_OUTCOMES, one JSON object a line.
 """
 
 import ctypes

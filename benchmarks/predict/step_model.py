@@ -1,11 +1,11 @@
 """What a training step should cost: FLOPs and bytes of every operator, and the time they take at stated ceilings.
 
-    python benchmarks/step_model.py [--weights bfloat16|float32] [--of large 512 full] [--results FILE]
+    python -m benchmarks.predict.step_model [--weights bfloat16|float32] [--of large 512 full] [--results FILE]
 
 A prediction, not a measurement. Each operator is charged what its code moves and computes (its kernel's docstring),
 one launch after the other: products at the matrix-product rate, attention at the best published rates, everything else
 at the rate of a device-to-device copy, or of instructions where those take longer. ``--results`` takes the ceilings
-from a file that ``benchmarks/gpu.py`` wrote. benchmarks/step_aims.py says what follows for the project's aims.
+from a file that ``benchmarks/gpu.py`` wrote.
 
 What the prediction leaves out, and by what a measurement will differ: products of other shapes than 8192^3 are slower
 than the rate they are charged at, kernels reach less than the copy rate, and clocks fall under load. Vectors of T or H
@@ -15,23 +15,17 @@ elements and what stays in the L2 cache (sums of a few MB that programs leave fo
 import argparse
 import json
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Works on a checkout that nobody installed; the siblings are scripts, not a package.
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
-from operators import masked_positions
-from workload import model_config, wikipedia_quantiles
-
+from benchmarks.tables import Table
+from benchmarks.workload import lengths_of, masked_positions, model_config
 from bert_fast import ops
 from bert_fast.data import capacities
 from bert_fast.flops import step_flops
 
 CASES = [(model, seq, kind) for model in ("base", "large") for seq in (128, 512) for kind in ("full", "wikipedia")]
-TOKENS = 32768  # real tokens of a step
 WEIGHTS = ("bfloat16", "float32")  # float32: products and hidden states in bfloat16, as `pretrain` has it
 TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit dtypes at head size 64)
 # Instructions of one lane an element, counted in what the kernels compile to (docs/performance.md). Of attention's
@@ -94,14 +88,6 @@ def tiled(lengths: Sequence[int], block_m: int = TILE, block_n: int = TILE) -> t
     useful = sum(s * s for s in lengths)
     computed = sum(-(-s // block_m) * block_m * -(-s // block_n) * block_n for s in lengths)
     return useful, computed
-
-
-def lengths_of(kind: str, seq: int, tokens: int = TOKENS) -> list[int]:
-    """Sequences of about ``tokens`` tokens in all: of ``seq`` tokens each, or of Wikipedia's lengths."""
-    if kind == "full":
-        return [seq] * max(1, tokens // seq)
-    mean = sum(wikipedia_quantiles(64, seq)) / 64
-    return wikipedia_quantiles(max(2, round(tokens / mean)), seq)
 
 
 def parameters(config) -> int:
@@ -280,6 +266,39 @@ def accumulation(config, weights: str) -> list[Entry]:
     ]  # fmt: skip
 
 
+# What a contender's kernels change of the lines of a step as built
+
+
+def five_products(x: Entry) -> Entry:
+    if (x.operator, x.direction) == ("attention", "backward"):
+        return replace(x, flops=x.flops * 5 / 7, kernels=x.kernels - 1)
+    if (x.operator, x.direction) == (f"attention{BITS}", "backward"):
+        return replace(x, instructions=x.instructions * DROPOUT_ONE_PASS / (DROPOUT_DQ + DROPOUT_DKV))
+    return x
+
+
+def asynchronous_forward(x: Entry) -> Entry:
+    """The rate that is charged for the products already supposes that they overlap with the rest."""
+    if (x.operator, x.direction) == (f"attention{BITS}", "forward"):
+        return replace(x, instructions=x.instructions * DROPOUT_ASYNCHRONOUS / DROPOUT_FORWARD)
+    return x
+
+
+def gelu_in_products(x: Entry) -> Entry:
+    """The product writes its sum beside its GELU, and the product of the backward reads the sum."""
+    if x.operator != "bias_gelu":
+        return x
+    return replace(x, bytes=x.bytes / {"forward": 2, "backward": 3}[x.direction], instructions=0, kernels=0)
+
+
+CHANGES: dict[str, tuple[Callable[[Entry], Entry], ...]] = {
+    "bert_fast-one-pass": (five_products,),
+    "bert_fast-asynchronous": (asynchronous_forward,),
+    "bert_fast-epilogue": (gelu_in_products,),
+    "bert_fast-candidates": (five_products, asynchronous_forward, gelu_in_products),
+}
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A step at the ceilings. ``mfu`` counts the full formula (bert_fast/flops.py) over the matrix-product rate,
@@ -324,6 +343,11 @@ def operator_seconds(
 
     As it is measured alone: the graph is kept for the next call, so mlm_loss scales its gradients into new tensors.
     """
+    if operator == "feed_forward":  # whole: its products, GELU between them
+        products, h = {"forward": 2, "backward": 4}[direction], config.hidden_size
+        seconds = products * 2 * sum(lengths) * h * config.intermediate_size / ceilings.matmul
+        gelu = operator_seconds(config, lengths, "bias_gelu", direction, ceilings, weights)
+        return seconds + products * ceilings.between_kernels + gelu
     found = [
         x for x in step(config, lengths, weights, joined=False)
         if x.operator.removesuffix(BITS) == operator and x.direction == direction
@@ -366,12 +390,6 @@ def ceilings_of(results: dict) -> Ceilings:
     return replace(Ceilings(), **{name: value for name, value in found.items() if value})
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column left-aligned, the others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def summary(ceilings: Ceilings, weights: str = "bfloat16", optimizer: str = "lamb") -> str:
     """A line for each of CASES."""
     rows = []
@@ -383,7 +401,7 @@ def summary(ceilings: Ceilings, weights: str = "bfloat16", optimizer: str = "lam
                      f"{p.tokens_per_s / 1e3:.0f}k", *(f"{100 * part:.0f} %" for part in parts)])  # fmt: skip
     header = ["BERT", "sequences", "step ms", "sequences/s", "tokens/s", "MFU", "executed", "products", "attention",
               "rest", "optimiser"]  # fmt: skip
-    return markdown_table(header, rows)
+    return Table(header, rows).markdown()
 
 
 def detail(
@@ -400,7 +418,7 @@ def detail(
         rows.append([f"{x.operator}, {x.direction}", f"{x.times:.4g}", f"{x.times * x.flops / 1e12:.2f}",
                      f"{x.times * x.bytes / 1e9:.2f}", extra, f"{ms:.2f}", f"{100 * share:.1f} %"])  # fmt: skip
     header = ["operator", "calls", "TFLOP", "GB", "avoidable", "ms", "of the step"]
-    return markdown_table(header, rows)
+    return Table(header, rows).markdown()
 
 
 def memory(weights: str = "bfloat16") -> str:
@@ -408,7 +426,7 @@ def memory(weights: str = "bfloat16") -> str:
     base, large = (activations(model_config(model, dropout=0.1), weights) for model in ("base", "large"))
     rows = [[what, str(b), str(size), why] for (what, b, _), (_, size, why) in zip(base, large, strict=True)]
     rows.append(["all", str(sum(x[1] for x in base)), str(sum(x[1] for x in large)), ""])
-    return markdown_table(["kept", "base", "large", "for"], rows)
+    return Table(["kept", "base", "large", "for"], rows).markdown()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -437,4 +455,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

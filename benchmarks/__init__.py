@@ -1,0 +1,21 @@
+"""The benchmark: what this engine ships, beside what others ship, verified before it is timed.
+
+run.py is the door (``python benchmarks/run.py --seq 512``), gpu.py the list of cases that a GPU is borrowed for.
+
+    workload     real text to batches, the same for every contender; sizes of models
+    contenders   who is compared, and the one way to build each and to make its step
+    exported     encoders of other libraries
+    operators    each operator alone: operands, both sides, what it has to do
+    clock        seconds: of a step, of a call with cold caches, interleaved; quantiles and ratios
+    memory       peak memory of a step
+    limits       what the machine can do: products, copies, launches
+    parity       the gate: the step that is timed, encoders and operators, each against float64
+    steps        a table of steps: warmed up, timed in rounds, rates
+    results      one schema, one file, whole after every row
+    tables       what a person reads: tables and pictures
+    report       results/ into docs/performance.md
+    supervise    cases in a process of their own: a hang or a lost device costs one
+    predict/     the step model, the aims, what kernels compile to
+
+An import points to what stands above it, or to ``bert_fast``; nothing in ``bert_fast`` imports this package.
+"""

@@ -1,0 +1,96 @@
+"""The options of run.py."""
+
+import argparse
+
+import torch
+import transformers
+
+from benchmarks import contenders
+from benchmarks.contenders import CONTENDERS, PEERS, Setting
+from benchmarks.limits import NAMES
+from benchmarks.workload import MODELS, TOKENS
+from bert_fast.flops import step_flops
+from bert_fast.train.devices import has_matrix_unit
+
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+DEFAULT_PEERS = {"train": ("bert_fast-eager", "hf-eager", "hf-sdpa", "hf-compile", "hf-flash", "hf-masked-head"),
+                 "encode": ("hf-eager", "hf-sdpa", "hf-compile", "hf-flash", "onnxruntime", "onnxruntime-int8",
+                            "openvino", "openvino-int8")}  # fmt: skip
+TIMED_SECONDS = 200  # of interleaved rounds at full length that the default batch is chosen for, on a CPU
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", choices=MODELS, default="base", help="BERT's size (default base)")
+    made.add_argument("--seq", type=int, default=512, help="tokens of a full sequence (default 512)")
+    made.add_argument("--batch", type=int, help="sequences a step (default: on a CPU what fits the time; on a GPU "
+                      f"{TOKENS} tokens, halved for all contenders while some lack the memory)")  # fmt: skip
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                      help="autocast dtype; auto: bfloat16 where it is multiplied faster, else float32")  # fmt: skip
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--lengths", choices=("full", "wikipedia", "corpus"), default="full",
+                      help="lengths of the sequences; full adds a table at Wikipedia's lengths")  # fmt: skip
+    made.add_argument("--mode", choices=("train", "encode"), default="train")
+    made.add_argument(
+        "--optimizer", choices=("none", "adamw", "lamb"),
+        help="clipping and an update in the step: a run's own for ours, PyTorch's fused AdamW and a LAMB of PyTorch's "
+        "operations for the peers; with none ours has the gradients' norm still (default: none on a CPU, adamw on a "
+        "GPU)",
+    )  # fmt: skip
+    made.add_argument("--peers", help="comma-separated (default: all that can run here but candidates): "
+                      + "; ".join(f"{name} ({CONTENDERS[name].about})" for name in PEERS))  # fmt: skip
+    made.add_argument("--rounds", type=int, default=7)
+    made.add_argument("--corpus", help="text to take the batches from (default: Python's language reference)")
+    made.add_argument("--no-nsp", action="store_true", help="masked language modelling alone")
+    made.add_argument("--no-memory", action="store_true", help="leave out peak memory (on a CPU a child process each)")
+    made.add_argument("--kernels", action="store_true", help="each operator alone instead of whole steps")
+    made.add_argument("--json", metavar="PATH", help="write the results there")
+    made.add_argument("--plot", metavar="PATH", help="write a picture of throughput and memory there")
+    made.add_argument("--save", action="store_true",
+                      help="write both to benchmarks/results/, in a folder named after this machine")  # fmt: skip
+    return made
+
+
+def arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked and completed: ``setting``, ``peers`` that run and ``missing`` ones with the reason."""
+    made = parser(description)
+    options = made.parse_args(argv)
+    if options.rounds < 1 or options.seq < 8 or (options.batch is not None and options.batch < 1):
+        made.error("--rounds and --batch are at least 1, --seq at least 8")
+    limit = transformers.BertConfig().max_position_embeddings
+    if options.seq > limit:
+        made.error(f"--seq {options.seq} is longer than the model's {limit} positions")
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch sees no GPU")
+    train, options.why_dtype = options.mode == "train", ""
+    if options.dtype == "auto":
+        hardware = has_matrix_unit(torch.device(options.device), torch.bfloat16)
+        options.dtype = "bfloat16" if hardware else "float32"
+        options.why_dtype = "" if hardware else " (bfloat16 is not multiplied faster here; --dtype bfloat16 forces it)"
+    if train and options.dtype == "float16":
+        made.error("--dtype float16: `bert-fast pretrain` trains in bfloat16 or float32; --mode encode has float16")
+    options.optimizer = options.optimizer or ("adamw" if options.device == "cuda" and train else "none")
+    options.setting = Setting(options.device, DTYPES[options.dtype], train, not options.no_nsp, options.optimizer)
+    named = DEFAULT_PEERS[options.mode] if options.peers is None else filter(None, options.peers.split(","))
+    try:
+        why = {peer: contenders.why_unavailable(peer, options.setting) for peer in named}
+    except ValueError as error:
+        made.error(f"--peers: {error}")
+    options.peers = [peer for peer, reason in why.items() if reason is None]
+    options.missing = {peer: reason for peer, reason in why.items() if reason}
+    return options
+
+
+def default_batch(options: argparse.Namespace, config, rate: float) -> int:
+    """The largest power of two whose warm-up and rounds fit TIMED_SECONDS at half of the matrix ``rate`` (FLOP/s); on a
+    GPU that of TOKENS tokens."""
+    if options.device == "cuda":
+        return max(1, TOKENS // options.seq)
+    full = step_flops(config, [options.seq], options.seq, train=options.setting.train)
+    most = TIMED_SECONDS * 0.5 * rate / (full * (options.rounds + 1) * (len(options.peers) + 1))
+    batch = 1
+    while batch * 2 <= min(most, 64):
+        batch *= 2
+    return batch

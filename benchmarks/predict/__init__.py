@@ -1,0 +1,1 @@
+"""What a step should cost: a prediction, beside which stands what was measured."""
