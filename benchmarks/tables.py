@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 
 console = Console()
 if not console.is_terminal:
-    console = Console(width=132)  # a file or a log: wide enough for every column
+    console = Console(width=160)  # a file or a log: wide enough for every column
 STARTED = time.perf_counter()
 
 
