@@ -275,8 +275,7 @@ def load_tokenizer(
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer at {path}")
-    config_file = path.with_name("tokenizer_config.json")
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = _configuration(path.with_name("tokenizer_config.json"))
     if path.suffix == ".json":
         tokenizer = _from_json(path, lowercase)
         _tell_other_reading(path, tokenizer, config, tell)
@@ -289,6 +288,16 @@ def load_tokenizer(
     return berts_tokenizer(
         vocabulary, lowercase, config.get("strip_accents"), config.get("tokenize_chinese_chars", True)
     )
+
+
+def _configuration(path: Path) -> dict:
+    """What a ``tokenizer_config.json`` says, nulls left out; empty where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        return {name: value for name, value in json.loads(path.read_bytes()).items() if value is not None}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not the configuration of a tokenizer: {error}") from error
 
 
 def _from_json(path: Path, lowercase: bool | None) -> Tokenizer:

@@ -131,18 +131,22 @@ def new_model(config: PretrainConfig, made: BertConfig, seed: int) -> tuple[Bert
     return model, notes
 
 
-def check_vocabulary(source: str, tokenizer: Tokenizer) -> None:
-    """ConfigError where ``source``, a folder or a name on the Hub, brings a tokenizer that gives text other ids."""
+def check_vocabulary(source: str, tokenizer: Tokenizer) -> list[str]:
+    """ConfigError where ``source``, a folder or a name on the Hub, brings a tokenizer that gives text other ids.
+
+    Returns what there is to say of it: that it brings none.
+    """
     optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     files = ("tokenizer_config.json", "vocab.txt", "tokenizer.json")  # the first tells the case of the second
     _, vocabulary, described = (cached_file(source, name, **optional) for name in files)
     if (path := described or vocabulary) is None:
-        return
+        return [f"{source} has no tokenizer: whether the data's gives its ids is not known"]
     if differing := differences(tokenizer, load_tokenizer(path)):
         raise ConfigError(
             f"the data were prepared with another tokenizer than that of {source} ({'; '.join(differing)}): prepare "
             f"them with --tokenizer {Path(path).parent}"
         )
+    return []
 
 
 def load_weights(model: BertForPreTraining, tensors: dict[str, torch.Tensor]) -> None:

@@ -89,10 +89,9 @@ class _Run:
         before = last_checkpoint(config, self.identity, self.total, ranks, output)
         model_seed = derived_seed(config.seed, "weights")
         if before is None:
-            if config.init_from:
-                modelling.check_vocabulary(config.init_from, self.tokenizer)
+            told = modelling.check_vocabulary(config.init_from, self.tokenizer) if config.init_from else []
             self.model, notes = modelling.new_model(config, made, model_seed)
-            for note in notes:
+            for note in told + notes:
                 output.note(note)
         else:
             self.model, _ = modelling.new_model(dataclasses.replace(config, init_from=None), made, model_seed)

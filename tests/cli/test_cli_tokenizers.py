@@ -204,3 +204,9 @@ def test_the_same_vocabulary_in_another_case_is_refused(run, folder, cased, tmp_
     data.save_tokenizer(data.load_tokenizer(folder / "tok"), snapshot)
     good = ("pretrain", "--data", uncased, "--init-from", "some/bert", "--peak-tflops", 1, "--batch-size", 2)
     assert run(*good, *settings, "--quiet").code == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (model / name).unlink()
+    bare = run(
+        "pretrain", "--data", uncased, "--init-from", model, *good[5:], *settings[2:], "--out", tmp_path / "bare"
+    )
+    assert (bare.code, f"{model} has no tokenizer" in bare.err) == (0, True)

@@ -77,6 +77,11 @@ def test_bad_vocabularies(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="not a tokenizer"):
         load_tokenizer(tmp_path)
+    for damaged in ('{"do_lower', "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"tokenizer_config.json is not the configuration"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(FileNotFoundError):
         load_tokenizer(tmp_path / "nothing")
     with pytest.raises(ValueError, match="no word"):
