@@ -1,47 +1,77 @@
 """What the commands that read a corpus share: their arguments, and how far they are."""
 
 import argparse
-from collections.abc import Iterable
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 PACKED_SUFFIXES = {".gz", ".bz2", ".zst", ".zstd", ".parquet"}
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """CORPUS..., --one-per-file and --text-field."""
+    """CORPUS..., --one-per-file, --text-field and --format."""
     parser.add_argument(
         "corpus",
         nargs="+",
         metavar="CORPUS",
-        help="files, folders or 'patterns': text with a blank line between documents, JSON lines, Parquet; "
-        "plain, .gz, .bz2 or .zst",
+        help="files, folders or 'patterns': text with a blank line between documents, JSON lines (.jsonl, .ndjson, "
+        ".json), tables with a header (.csv, .tsv), Parquet; plain, .gz, .bz2 or .zst; - for stdin",
     )
     parser.add_argument("--one-per-file", action="store_true", help="a text file is one document")
     parser.add_argument(
-        "--text-field", metavar="NAME", default="text", help="key (JSON lines) or column (Parquet) of the text"
+        "--text-field",
+        metavar="NAME",
+        default="text",
+        help="key (JSON) or column of the text; meta.text is what is in the object or struct meta",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("text", "jsonl", "csv", "tsv", "parquet"),
+        help="of all the files (default: what the name of each says, text where it says nothing, as of stdin)",
     )
 
 
-def corpus_files(paths: list[str], *, without: Iterable[Path] = ()) -> list[Path]:
+def reading(options: argparse.Namespace) -> dict:
+    """The arguments of :func:`bert_fast.data.stream_documents` that the options give."""
+    return {"one_per_file": options.one_per_file, "text_field": options.text_field, "file_format": options.format}
+
+
+def corpus_files(options: argparse.Namespace, *, without: Iterable[Path] = ()) -> list[Path]:
     """The files of the corpus, but for those in ``without`` (see :func:`bert_fast.data.expand_paths`).
 
-    ValueError for one that is no text in UTF-8: programs, pictures, UTF-16.
+    ValueError for one that is no text in UTF-8: archives, programs, pictures, UTF-16.
     """
     from bert_fast.data import expand_paths
+    from bert_fast.data.formats import require_text
 
-    files = expand_paths(paths, without=without)
-    for path in files:
-        if path.suffix.lower() in PACKED_SUFFIXES:
-            continue  # their readers tell
-        with path.open("rb") as file:
-            head = file.read(1 << 16)
-        if head.count(0) > len(head) // 100:  # a stray NUL is removed and counted; this many are no text
-            raise ValueError(f"{path} is not text in UTF-8: {head.count(0):,} of its first {len(head):,} bytes are NUL")
+    files = expand_paths(options.corpus, without=without)
+    require_text(files, options.format, most_nul=0.01)  # a stray NUL is removed and counted; this many are no text
     return files
 
 
 def corpus_bytes(files: list[Path]) -> int | None:
-    """The bytes of text that ``files`` hold, None where only unpacking would tell."""
-    if any(path.suffix.lower() in PACKED_SUFFIXES for path in files):
+    """The bytes of text that ``files`` hold, None where only reading would tell."""
+    from bert_fast.data.paths import is_pipe
+
+    if any(path.suffix.lower() in PACKED_SUFFIXES or is_pipe(path) for path in files):
         return None
     return sum(path.stat().st_size for path in files)
+
+
+@contextmanager
+def read_twice(files: list[Path]) -> Iterator[list[Path]]:
+    """``files``, temporary copies in place of pipes, which give what they have once."""
+    from bert_fast.data.paths import STDIN, is_pipe
+
+    with tempfile.TemporaryDirectory(prefix="bert-fast-") as folder:
+
+        def copied(number: int, path: Path) -> Path:
+            copy = Path(folder, str(number))
+            with nullcontext(sys.stdin.buffer) if path == STDIN else path.open("rb") as pipe, copy.open("wb") as file:
+                shutil.copyfileobj(pipe, file)
+            return copy
+
+        yield [copied(number, path) if is_pipe(path) else path for number, path in enumerate(files)]

@@ -5,7 +5,7 @@ import re
 import sys
 
 from bert_fast.cli import INTERRUPTED, TERMINATED, Terminated
-from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files
+from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, reading
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
@@ -21,12 +21,15 @@ def add_parser(subparsers) -> None:
         "turn a corpus into memory-mapped shards of token ids",
         details="Documents are split into sentences and encoded on all cores, in bounded memory; exact duplicates are "
         "dropped and counted. A run that was stopped or killed goes on where it was when started again; machines share "
-        "the work by --shard in one common folder, with the same result as one machine. [SEP], [MASK] and the other "
-        "special tokens of BERT are text where the corpus holds them; a tokenizer's other added tokens are tokens.",
+        "the work by --shard in one common folder, with the same result as one machine. A pipe is read once and not "
+        "copied: give the same again to go on. What was skipped or changed is said, with the first places. [SEP], "
+        "[MASK] and the other special tokens of BERT are text where the corpus holds them; a tokenizer's other added "
+        "tokens are tokens.",
         examples="""
 bert-fast prepare corpus/ --tokenizer tok --out data
 bert-fast prepare corpus.txt --tokenizer vocab.txt --uncased --out data
 bert-fast prepare 'zh/*.jsonl.zst' --tokenizer tok --language zh --out data
+zstdcat dump.jsonl.zst | bert-fast prepare - --format jsonl --text-field meta.text --tokenizer tok --out data
 bert-fast prepare corpus/ --tokenizer tok --out /shared/data --shard 0/4     # and 1/4, 2/4, 3/4 elsewhere""",
     )
     add_corpus_arguments(parser)
@@ -74,11 +77,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _prepare(options: argparse.Namespace) -> None:
     from bert_fast import data
-    from bert_fast.data.corpus import skipped_text
+    from bert_fast.data.losses import Tally
 
     out = Output.of(options)
     made_here = [*data.prepared_files(options.out), *data.tokenizer_files(options.tokenizer)]
-    files = corpus_files(options.corpus, without=made_here)
+    files = corpus_files(options, without=made_here)
     lowercase = False if options.cased else True if options.uncased else None
     tokenizer = data.load_tokenizer(options.tokenizer, lowercase=lowercase, tell=out.warn)
     folder = writable_folder(options.out)
@@ -98,9 +101,8 @@ def _prepare(options: argparse.Namespace) -> None:
             shard=(index, of),
             workers=options.workers,
             language=options.language,
-            one_per_file=options.one_per_file,
-            text_field=options.text_field,
             progress=show,
+            **reading(options),
         )
     made = {"shards_made": done.get("units", 0), "shards_found": done.get("units_skipped", 0)}
     made["shards_made"] -= made["shards_found"]
@@ -108,8 +110,8 @@ def _prepare(options: argparse.Namespace) -> None:
         text = f"{folder}: part {index}/{of} is made; the manifest comes with the last part"
         out.result({"out": str(folder), "complete": False} | made, text)
         return
-    if skipped := skipped_text(manifest["counts"]):
-        out.warn(skipped)
+    for lost in Tally(manifest["counts"], manifest.get("places")).described():
+        out.warn(lost)
     if (unknown := manifest["counts"].get("unknown_tokens", 0) / manifest["counts"]["tokens"]) > UNKNOWN:
         out.warn(
             f"{unknown:.1%} of the tokens are [UNK], of which a model learns nothing: the tokenizer was made for other "
@@ -119,6 +121,7 @@ def _prepare(options: argparse.Namespace) -> None:
         out.note(f"{_number(long, 'word')} of more characters than the tokenizer takes (BERT's: 100) became [UNK]")
     facts = {k: manifest[k] for k in ("documents", "duplicate_documents", "sentences", "tokens", "counts")}
     facts = {"out": str(folder), "complete": True, "shards": len(manifest["shards"])} | made | facts
+    facts["places"] = manifest.get("places", {})
     lines = [
         f"{folder}: {_number(manifest['documents'], 'document')}, {_number(manifest['sentences'], 'sentence')}, "
         f"{_number(manifest['tokens'], 'token')} in {_number(len(manifest['shards']), 'shard')}",

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files
+from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, read_twice, reading
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, Progress, add_command, writable_folder
 
@@ -20,7 +20,8 @@ def add_parser(subparsers) -> None:
         run,
         "train a WordPiece tokenizer on a corpus",
         details="The folder loads with transformers.AutoTokenizer and in every command here. The corpus is streamed "
-        "twice (characters, then words), never held in memory; the same corpus gives the same vocabulary.",
+        "twice (characters, then words), never held in memory; a pipe is copied to a temporary file. The same corpus "
+        "gives the same vocabulary.",
         examples="""
 bert-fast tokenizer corpus/ --vocab-size 30522 --out tok
 bert-fast tokenizer 'wiki/*.jsonl.zst' --text-field text --cased --out tok
@@ -51,16 +52,18 @@ bert-fast tokenizer zh.txt.gz --limit-alphabet 8000 --vocab-size 21128 --out tok
 def run(options: argparse.Namespace) -> None:
     """Trains and saves the tokenizer."""
     from bert_fast.data import save_tokenizer, tokenizer_files, train_tokenizer
-    from bert_fast.data.corpus import skipped_text
 
     out = Output.of(options)
-    files = corpus_files(options.corpus, without=tokenizer_files(options.out))
+    files = corpus_files(options, without=tokenizer_files(options.out))
     folder = writable_folder(options.out)
     if (folder / "tokenizer.json").exists() and not options.overwrite:
         raise ValueError(f"{folder} holds a tokenizer already: choose another --out, or --overwrite it")
     size, learned = corpus_bytes(files), Counter()
-    with out.progress(None if size is None else 2 * size, "reading", "bytes") as bar:
-        texts = _Texts(files, options.one_per_file, options.text_field, bar)
+    with (
+        read_twice(files) as copies,
+        out.progress(None if size is None else 2 * size, "reading", "bytes") as bar,
+    ):
+        texts = _Texts(dict(zip(files, copies, strict=True)), reading(options), bar)
         try:
             tokenizer = train_tokenizer(
                 texts,
@@ -72,9 +75,9 @@ def run(options: argparse.Namespace) -> None:
                 counts=learned,
             )
         except ValueError as error:
-            raise ValueError("; ".join(filter(None, (str(error), skipped_text(texts.counts))))) from error
-    if skipped := skipped_text(texts.counts):
-        out.warn(skipped)
+            raise ValueError("; ".join([str(error), *texts.counts.described()])) from error
+    for lost in texts.counts.described():
+        out.warn(lost)
     save_tokenizer(tokenizer, folder)
     pieces = tokenizer.get_vocab_size(with_added_tokens=True)
     _tell(out, learned)
@@ -87,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
     facts = {"out": str(folder), "vocab_size": pieces, "vocab_size_asked": options.vocab_size}
     facts |= {"documents": texts.counts["documents"], "bytes": texts.counts["bytes"]}
     facts["counts"] = {k: v for k, v in {**texts.counts, **learned}.items() if k not in facts}
+    facts["places"] = texts.counts.places
     megabytes = f"{texts.counts['bytes'] / 1e6:,.1f} MB"
     out.result(
         facts, f"{folder}: {pieces:,} pieces, {kind}, from {texts.counts['documents']:,} documents ({megabytes})"
@@ -117,25 +121,25 @@ def _tell(out: Output, learned: Counter) -> None:
 
 
 class _Texts:
-    """The documents of a corpus as text, read again each time they are gone through; counts those of one pass."""
+    """The documents of a corpus as text, read again each time they are gone through; counts those of one pass.
 
-    def __init__(self, files: list[Path], one_per_file: bool, text_field: str, bar: Progress):
-        self.files, self.one_per_file, self.text_field, self.bar = files, one_per_file, text_field, bar
-        self.counts: Counter = Counter()
+    ``files`` are by what they are called; ``reading`` is how, for :func:`bert_fast.data.stream_documents`.
+    """
+
+    def __init__(self, files: dict[Path, Path], reading: dict, bar: Progress):
+        from bert_fast.data.losses import Tally
+
+        self.files, self.reading, self.bar = files, reading, bar
+        self.counts = Tally()
 
     def __iter__(self) -> Iterator[str]:
-        from bert_fast.data import stream_documents
+        from bert_fast.data.corpus import decoded, located_documents
 
         self.counts.clear()
-        for path in self.files:
-            for raw in stream_documents(
-                path, one_per_file=self.one_per_file, text_field=self.text_field, counts=self.counts
-            ):
+        for name, path in self.files.items():
+            for raw, within, number in located_documents(path, self.counts, name=str(name), **self.reading):
                 self.bar.advance(len(raw))
-                try:
-                    text = raw.decode("utf-8").removeprefix("\ufeff")
-                except UnicodeDecodeError:
-                    self.counts["invalid_utf8"] += 1
-                    continue
-                self.counts.update({"documents": 1, "bytes": len(raw), "nul_bytes": int("\0" in text)})
-                yield text.replace("\0", "")
+                text = decoded(raw, within, number, self.counts)
+                if text is not None:
+                    self.counts.update({"documents": 1, "bytes": len(raw)})
+                    yield text

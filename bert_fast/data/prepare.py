@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from bert_fast.data.corpus import stream_documents
+from bert_fast.data.corpus import decoded, located_documents
 from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.files import sole_writer, write_atomically
-from bert_fast.data.paths import expand_paths
+from bert_fast.data.formats import require_text
+from bert_fast.data.losses import Places, Tally
+from bert_fast.data.paths import expand_paths, is_pipe
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.shards import finish, map_tensors, prepared_files, shard_made, shard_path, write_shard
 from bert_fast.data.tokenizer import (
@@ -40,11 +42,12 @@ _encoder: SentenceEncoder | None = None  # of a worker process
 
 @dataclass
 class Unit:
-    """What becomes one shard: consecutive documents, what reading them counted, and the files they are from."""
+    """What becomes one shard: consecutive documents, where they are, what reading them counted, and their files."""
 
     number: int
     documents: list[bytes] = field(default_factory=list)
-    counts: Counter = field(default_factory=Counter)
+    places: Places = field(default_factory=Places)
+    counts: Tally = field(default_factory=Tally)
     files: list[Path] = field(default_factory=list)
 
 
@@ -58,6 +61,7 @@ def prepare(
     language: str = "en",
     one_per_file: bool = False,
     text_field: str = "text",
+    file_format: str | None = None,
     unit_bytes: int = 8 << 20,
     progress: Callable[[dict], None] | None = None,
 ) -> dict | None:
@@ -72,18 +76,26 @@ def prepare(
 
     Memory, whatever the size of the corpus: with U = ``unit_bytes`` + 16 MiB (the longest document) at most
     ``workers`` + 3 units of U in the calling process, which reads, and 12 U + 128 MiB in each worker (text, sentences,
-    ids and the shard's bytes, :class:`SentenceEncoder`'s words); a document counts 41 bytes more than its text. Reading
-    takes up to 8 times the longest JSON line (at most 64 MiB of it) or 256 rows of Parquet. At the end come the pages
+    ids and the shard's bytes, :class:`SentenceEncoder`'s words); a document counts 49 bytes more than its text. Reading
+    takes up to 8 times the longest JSON line or array, or 4 times the longest line or field of a table (at most 64 MiB
+    of them), or 256 rows of Parquet. At the end come the pages
     of two shards, mapped one after another to write the index from them (the index itself is not mapped, but written),
     92 bytes a document, or 184 MiB where that is less, while duplicates are looked for, and throughout a byte a
     document and about 1 KiB a file and a shard.
 
-    Counted in the manifest: ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` (documents from which
-    they were removed), ``documents_cut``, ``invalid_json``, and ``unknown_tokens`` ([UNK]). ``tokenizer`` may be a
-    fast one of ``transformers``. Raises FileNotFoundError for missing input; ValueError for a damaged file, for a
-    corpus without text, where another process makes the same part in ``out`` (``FolderInUse``), where ``out`` holds
-    shards of other settings or of text that has changed since (modification times do not matter), and where a file
-    changes while being read; ChildProcessError where a worker is killed.
+    The corpus is read once, so that it may be ``-`` (standard input) or a pipe: nothing of it is kept, and a run goes
+    on where it was if the same is given again. ``text_field`` and ``file_format`` are those of
+    :func:`stream_documents`.
+
+    Counted in the manifest: ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` and ``lone_surrogates``
+    (documents from which they were removed, in which U+FFFD took their place), what :func:`stream_documents` counts,
+    and ``unknown_tokens`` ([UNK]); its ``places``, if any, are the first three of each ("FILE, line 3: why"), kept in
+    the shards' headers. ``tokenizer`` may be a fast one of ``transformers``.
+
+    Raises FileNotFoundError for missing input; ValueError for a damaged file, for a corpus without text, where another
+    process makes the same part in ``out`` (``FolderInUse``), where ``out`` holds shards of other settings or of text
+    that has changed since (modification times do not matter), and where a file changes while being read;
+    ChildProcessError where a worker is killed.
     """
     index, of = shard
     if not 0 <= index < of:
@@ -95,15 +107,19 @@ def prepare(
     files = expand_paths(paths, without=no_text)
     tokenizer = load_tokenizer(tokenizer) if at_path else bare_tokenizer(tokenizer)
     require_berts_frame(tokenizer)
+    require_text(files, file_format)
     versions = {path: _version(path) for path in files}
+    reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
     made_by = {
-        "files": [[path.name, size] for path, (size, _) in versions.items()],
+        "files": [["-" if size is None else path.name, size] for path, (size, _) in versions.items()],
         "tokenizer": hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest(),
         "language": language,
         "one_per_file": one_per_file,
         "text_field": text_field,
         "unit_bytes": unit_bytes,
     }
+    if file_format is not None:  # else as earlier versions wrote it
+        made_by["file_format"] = file_format
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     done: Counter = Counter()
     elsewhere: list[tuple[int, str, list[Path]]] = []  # what other machines make: number, digest of its text, files
@@ -119,15 +135,15 @@ def prepare(
     def missing() -> Iterator[tuple]:
         """What is to be made, as :func:`_make_shard` takes it; what is there is checked and counted."""
         nonlocal units
-        for unit in _units(files, one_per_file, text_field, unit_bytes):
+        for unit in _units(files, reading, unit_bytes):
             units += 1
             if unit.number % of != index:
-                elsewhere.append((unit.number, _digest(unit.documents, unit.counts), unit.files))
+                elsewhere.append((unit.number, _digest(unit), unit.files))
             elif (path := shard_path(out, unit.number)).is_file():
                 map_tensors(path)
-                report(_same_text(path, _digest(unit.documents, unit.counts), unit.files), True)
+                report(_same_text(path, _digest(unit), unit.files), True)
             else:
-                yield out, unit.number, unit.documents, unit.counts, language
+                yield out, unit, language
 
     with sole_writer(out, index, of):
         _same_settings(out / "settings.json", made_by)
@@ -169,12 +185,15 @@ def _same_text(path: Path, digest: str, files: list[Path]) -> Counter:
     counts, before = shard_made(path)
     if before != digest:
         made = path.stat().st_mtime_ns
-        changed = [file for file in files if file.stat().st_mtime_ns >= made] or files
+        changed = [file for file in files if is_pipe(file) or file.stat().st_mtime_ns >= made] or files
         raise ValueError(f"{_some(changed)} changed since shard {path} was made from it: use another folder")
     return counts
 
 
-def _version(path: Path) -> tuple[int, int]:
+def _version(path: Path) -> tuple[int, int] | tuple[None, None]:
+    """Size and time of change; of a pipe nothing is known."""
+    if is_pipe(path):
+        return None, None
     about = path.stat()
     return about.st_size, about.st_mtime_ns
 
@@ -184,14 +203,15 @@ def _some(files: list[Path]) -> str:
     return names if len(files) <= 3 else f"{names} or others ({len(files)} files)"
 
 
-def _units(files: list[Path], one_per_file: bool, text_field: str, unit_bytes: int) -> Iterator[Unit]:
+def _units(files: list[Path], reading: dict, unit_bytes: int) -> Iterator[Unit]:
     """Units of at least ``unit_bytes`` (the last may be less)."""
     unit, size = Unit(0), 0
-    counts: Counter = Counter()  # the reader of a file goes on counting into it
+    counts = Tally()  # the reader of a file goes on counting into it
     for path in files:
         unit.files.append(path)
-        for document in stream_documents(path, one_per_file=one_per_file, text_field=text_field, counts=counts):
+        for document, within, number in located_documents(path, counts, **reading):
             unit.documents.append(document)
+            unit.places.append(within, number)
             size += len(document)
             if size >= unit_bytes:
                 unit.counts.update(counts)
@@ -203,10 +223,14 @@ def _units(files: list[Path], one_per_file: bool, text_field: str, unit_bytes: i
         yield unit
 
 
-def _digest(documents: list[bytes], counts: Counter) -> str:
-    """SHA-256 (today's processors compute it in hardware) of documents and what reading them counted."""
+def _digest(unit: Unit) -> str:
+    """SHA-256 (today's processors compute it in hardware) of documents and of what reading them cut and skipped.
+
+    Of the counts those alone that have always been counted: the shards of earlier versions are known again.
+    """
+    counts = {reason: unit.counts[reason] for reason in ("documents_cut", "invalid_json") if unit.counts[reason]}
     digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode())
-    for document in documents:
+    for document in unit.documents:
         digest.update(b"%d:" % len(document))
         digest.update(document)
     return digest.hexdigest()
@@ -237,36 +261,31 @@ def _make_here(encoder: SentenceEncoder, tasks: Iterator[tuple]) -> Iterator[Cou
         yield counts
 
 
-def _make_shard(
-    encoder: SentenceEncoder, out: Path, number: int, documents: list[bytes], counts: Counter, language: str
-) -> Counter:
+def _make_shard(encoder: SentenceEncoder, out: Path, unit: Unit, language: str) -> Tally:
     """Splits, encodes and writes one unit; returns its counts."""
-    text = _digest(documents, counts)
+    text, counts = _digest(unit), unit.counts
     sentences: list[str] = []
     numbers: list[int] = []  # of sentences, a document
     digests: list[bytes] = []
-    for raw in documents:
+    kept: list[int] = []  # of documents
+    for index, raw in enumerate(unit.documents):
         counts["bytes"] += len(raw)
-        try:
-            content = raw.decode("utf-8").removeprefix("\ufeff")
-        except UnicodeDecodeError:
-            counts["invalid_utf8"] += 1
+        content = decoded(raw, *unit.places[index], counts)
+        if content is None:
             continue
-        if "\0" in content:
-            counts["nul_bytes"] += 1
-            content = content.replace("\0", "")
         content = content.strip()
         found = split_sentences(content, language)
         sentences += found
         numbers.append(len(found))
+        kept.append(index)
         digests.append(hashlib.blake2b(content.encode(), digest_size=16).digest())
     tokens, lengths = encoder(sentences)
     before = np.concatenate([[0], np.cumsum(lengths > 0)])  # sentences with a token, before each
     last = np.cumsum(numbers, dtype=np.int64)
     document_sentences = before[last] - before[last - np.array(numbers, dtype=np.int64)]
     full = document_sentences > 0
-    if empty := int((~full).sum()):
-        counts["empty_documents"] += empty
+    for number in np.flatnonzero(~full):
+        counts.note("empty_documents", "{} {}".format(*unit.places[kept[number]]))
     if encoder.long_words:
         counts["long_words"] += encoder.long_words
     if unknown := int((tokens == special_ids(encoder.tokenizer).unk).sum()):
@@ -278,5 +297,5 @@ def _make_shard(
         "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16)[full],
     }
     counts.update(documents=int(full.sum()), tokens=len(tokens))
-    write_shard(out, number, arrays, counts, text)
+    write_shard(out, unit.number, arrays, counts, text)
     return counts

@@ -22,8 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from bert_fast.data.corpus import skipped_text
 from bert_fast.data.files import write_atomically, written_aside
+from bert_fast.data.losses import Tally
 from bert_fast.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -43,10 +43,17 @@ def prepared_files(folder: str | Path) -> list[Path]:
     return [Path(folder) / name for name in names]
 
 
-def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray], counts: Counter, text: str) -> None:
+def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray], counts: Tally, text: str) -> None:
     """Writes one shard, in its header its ``counts`` and ``text``, the digest of what it was made from."""
-    made = json.dumps({"counts": counts, "text": text}, sort_keys=True)  # one entry: safetensors orders them at random
-    write_atomically(shard_path(folder, number), save(arrays, metadata={"made": made}))
+    made = {"counts": counts, "text": text} | _places(counts)
+    # One entry: safetensors orders them at random.
+    contents = save(arrays, metadata={"made": json.dumps(made, sort_keys=True)})
+    write_atomically(shard_path(folder, number), contents)
+
+
+def _places(counts: Tally) -> dict:
+    """The entry of a header or manifest for the places of what was lost; none where nothing was."""
+    return {"places": dict(sorted(counts.places.items()))} if counts.places else {}
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -69,14 +76,14 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     return maps
 
 
-def shard_made(path: Path) -> tuple[Counter, str]:
+def shard_made(path: Path) -> tuple[Tally, str]:
     """What the header of a shard says: its counts, and the digest of the text it was made from."""
     with safe_open(path, framework="np") as file:
         about = file.metadata() or {}
     if "made" not in about:
         raise ValueError(f"shard {path} does not say what it was made from: delete it and run prepare again")
     made = json.loads(about["made"])
-    return Counter(made["counts"]), made["text"]
+    return Tally(made["counts"], made.get("places")), made["text"]
 
 
 class ShardedTokens:
@@ -115,11 +122,11 @@ def _index(path: Path, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
 def finish(folder: Path, shards: int, made_by: dict) -> dict:
     """Finds duplicates over all shards, writes index and manifest, and returns the manifest."""
     paths = [shard_path(folder, number) for number in range(shards)]
-    counts: Counter = Counter()
+    counts = Tally()
     entries = []
     for path in paths:
         maps = map_tensors(path)
-        counts += shard_made(path)[0]
+        counts.update(shard_made(path)[0])
         checksum = _checksum(path)
         sizes = {name: len(maps[key]) for name, key in (("tokens", "tokens"), ("sentences", "sentence_lengths"))}
         sizes["documents"] = len(maps["document_sentences"])
@@ -128,7 +135,7 @@ def finish(folder: Path, shards: int, made_by: dict) -> dict:
     for entry in entries:
         total.update({key: entry[key] for key in ("tokens", "sentences", "documents")})
     if not total["documents"]:
-        raise ValueError(f"the corpus holds no usable document: {skipped_text(counts) or 'it is empty'}")
+        raise ValueError(f"the corpus holds no usable document: {'; '.join(counts.described()) or 'it is empty'}")
     keep = _first_of_each(paths, total["documents"])
     kept = int(keep.sum())
     sizes = (total["sentences"] + 1,), (kept, 2)
@@ -147,6 +154,7 @@ def finish(folder: Path, shards: int, made_by: dict) -> dict:
         "sentences": total["sentences"],
         "tokens": total["tokens"],
         "counts": dict(sorted(counts.items())),
+        **_places(counts),
         "shards": entries,
     }
     write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())

@@ -1,5 +1,6 @@
 """bert-fast tokenizer and bert-fast prepare, and what they say of a bad corpus."""
 
+import errno
 import gzip
 import json
 import os
@@ -7,9 +8,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import transformers
 
@@ -224,6 +229,124 @@ def test_what_is_skipped_of_a_corpus_is_told(run, folder, tmp_path):
         assert done.code == 0
         assert "1 documents skipped: not UTF-8" in done.err
         assert "1 documents with NUL bytes" in done.err
+
+
+def test_places_of_what_is_skipped_are_told(run, folder, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    path = tmp_path / "corpus" / "c.jsonl"
+    path.write_text('{"text": "Fine."}\n' + '{"body": "x", "title": "y"}\n' * 7 + '{"text": "\\ud83d cut"}\n')
+    (tmp_path / "corpus" / "none.txt").touch()
+    lines = [f"{path}, line {number}: no 'text', but 'body', 'title'" for number in (2, 3, 4)]
+    for command, *more in (("tokenizer",), ("prepare", "--tokenizer", folder / "tok", "--workers", 1)):
+        argv = (command, tmp_path / "corpus", *more, "--out", tmp_path / f"out-{command}")
+        done = run(*argv, "--quiet")
+        assert f"({'; '.join(lines)}; and 4 more)" in done.err
+        assert "1 documents with halves of surrogate pairs" in done.err
+        assert f"1 files without text ({tmp_path / 'corpus' / 'none.txt'})" in done.err
+        again = run(*argv, "--json", *(["--overwrite"] if command == "tokenizer" else []))
+        assert again.result["places"]["invalid_json"] == lines
+        assert again.result["counts"]["invalid_json"] == 7
+        assert again.result["documents"] == 2
+
+
+def test_what_cannot_be_used_at_all_is_told_by_place(run, folder, tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"body": "x"}\n')
+    for argv in (("tokenizer", path), ("prepare", path, "--tokenizer", folder / "tok", "--workers", 1)):
+        done = run(*argv, "--out", tmp_path / f"out-{argv[0]}", "--quiet")
+        assert done.code == 1
+        assert f"{path}, line 1: no 'text', but 'body'" in done.err
+
+
+@contextmanager
+def written(pipe, content):
+    """Writes to the pipe (a path or a descriptor) in another thread, as a process before `|` does."""
+
+    def write():
+        with open(pipe, "wb") as file:
+            file.write(content)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    yield
+    thread.join()
+
+
+def pipes(tmp_path, content):
+    """stdin, a named pipe and that of a process substitution, each with how to fill it."""
+    yield "-", {"stdin": content}, nullcontext()
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    yield pipe, {}, written(pipe, content)
+    pipe.unlink()
+    read, write = os.pipe()
+    yield f"/dev/fd/{read}", {}, written(write, content)
+    os.close(read)
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+def test_a_pipe_gives_what_its_file_gives(run, folder, tmp_path, packed):
+    content = (folder / "corpus.jsonl").read_bytes()
+    make = ("--tokenizer", folder / "tok", "--workers", 1, "--json")
+    file = run("prepare", folder / "corpus.jsonl", *make, "--out", tmp_path / "file").result
+    for number, (path, stdin, filling) in enumerate(pipes(tmp_path, packed(content))):
+        with filling:
+            done = run("prepare", path, "--format", "jsonl", *make, "--out", tmp_path / f"data{number}", **stdin)
+        assert {**done.result, "out": file["out"]} == file
+        shards = [tmp_path / name / "shards" / "00000000.safetensors" for name in ("file", f"data{number}")]
+        assert shards[0].read_bytes() == shards[1].read_bytes()
+        assert data.read_manifest(tmp_path / f"data{number}")["made_by"]["files"] == [["-", None]]
+    for number, (path, stdin, filling) in enumerate(pipes(tmp_path, packed(content))):
+        out = tmp_path / f"tok{number}"
+        with filling:
+            done = run("tokenizer", path, "--format", "jsonl", "--vocab-size", 600, "--out", out, "--json", **stdin)
+        assert (done.code, done.result["documents"]) == (0, 15)
+        assert (out / "tokenizer.json").read_bytes() == (folder / "tok" / "tokenizer.json").read_bytes()
+
+
+def test_a_pipe_goes_on_where_it_was_if_it_gives_the_same(run, folder, tmp_path, monkeypatch):
+    content = (folder / "corpus.jsonl").read_bytes()
+    argv = ("prepare", "-", "--format", "jsonl", "--tokenizer", folder / "tok", "--workers", 1, "--json", "--out")
+    original = data.prepare
+    monkeypatch.setattr(data, "prepare", lambda *a, **k: original(*a, **k, unit_bytes=8_000))
+    whole = run(*argv, tmp_path / "whole", stdin=content).result
+    assert run(*argv, tmp_path / "out", "--shard", "0/3", stdin=content).code == 0
+    other = run(*argv, tmp_path / "out", stdin=content.replace(b" the ", b" thy "))
+    assert other.code == 1
+    assert "- changed since shard" in other.err
+    done = run(*argv, tmp_path / "out", stdin=content).result
+    assert done["shards_found"] == -(-whole["shards"] // 3) > 1
+    for path in (tmp_path / "whole" / "shards").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / "shards" / path.name).read_bytes()
+
+
+def test_a_pipe_without_text_or_with_parquet_is_an_error(run, folder, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["One. Two."]}), tmp_path / "x.parquet")
+    content = (tmp_path / "x.parquet").read_bytes()
+    make = ("prepare", "-", "--tokenizer", folder / "tok", "--workers", 1, "--out", tmp_path / "d")
+    assert "1 files without text (-)" in run(*make).err
+    (tmp_path / "d" / "settings.json").unlink()
+    assert "-: Parquet is read from a plain file" in run(*make, stdin=content).err
+    argv = ("tokenizer", "-", "--min-frequency", 1, "--out", tmp_path / "t", "--json")
+    assert run(*argv, stdin=content).result["documents"] == 1  # of a copy
+
+
+def test_folders_without_permission_and_links_to_nothing_are_errors(run, folder, tmp_path, monkeypatch):
+    (tmp_path / "corpus" / "closed").mkdir(parents=True)
+    (tmp_path / "corpus" / "a.txt").write_text(TEXT)
+    scandir = os.scandir
+
+    def as_for_others(path="."):  # root may read everything
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", as_for_others)
+    for argv in (("tokenizer",), ("prepare", "--tokenizer", folder / "tok", "--workers", 1)):
+        for corpus in (tmp_path / "corpus", tmp_path / "corpus" / "**"):
+            done = run(argv[0], corpus, *argv[1:], "--out", tmp_path / "out", "--quiet")
+            assert done.code == 1
+            assert f"{tmp_path / 'corpus' / 'closed'}: Permission denied" in done.err
 
 
 def test_vocabulary_without_mask_is_refused(run, corpus, tmp_path):

@@ -1,11 +1,18 @@
 """prepare: shards equal whatever makes them, resume, duplicates, bad input."""
 
+import hashlib
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from bert_fast.data import PretrainingDataset, encode_documents, open_corpus, prepare, read_documents, read_manifest
+from bert_fast.data.losses import Tally
+from bert_fast.data.prepare import Unit, _digest
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +130,74 @@ def test_damaged_shards_are_named(files, prepared, tokenizer, tmp_path):
         open_corpus(tmp_path)
     with pytest.raises(ValueError, match="cut short"):
         prepare(files, tokenizer, tmp_path, workers=1, unit_bytes=60_000)
+
+
+@pytest.fixture
+def lossy(tmp_path):
+    """A folder with every kind of loss, and what is to be said of each."""
+    folder = tmp_path / "lossy"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"Good one.\n\nAlso\ncaf\xe9.\n\nwith \0 NUL.\n\n\x01\n\n")
+    (folder / "b.jsonl").write_text(
+        "".join(f"{line}\n" for line in ('{"text": "Fine."}', '{"body": 1, "id": 2}', "no"))
+    )
+    (folder / "c.csv").write_text("id,text\n1,\n2,Fine, too.\n3,Cut.\n")
+    (folder / "d.txt").write_text(" \n\n")
+    (folder / "e.jsonl").write_text("".join(json.dumps({"text": f"{n} \ud83d"}) + "\n" for n in range(5)))
+    pq = folder / "f.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["Row.", None, ""]}), pq)
+    return folder, {
+        "invalid_utf8": [f"{folder}/a.txt, line 4: not UTF-8 at its byte 3 (0xE9 after 'caf')"],
+        "nul_bytes": [f"{folder}/a.txt, line 6: NUL byte at byte 5"],
+        "empty_documents": [f"{folder}/a.txt, line 8"],
+        "invalid_json": [f"{folder}/b.jsonl, line 2: no 'text', but 'body', 'id'",
+                         f"{folder}/b.jsonl, line 3: no JSON: Expecting value"],
+        "empty_texts": [f"{folder}/c.csv, line 2", f"{pq}, row 2", f"{pq}, row 3"],
+        "invalid_rows": [f"{folder}/c.csv, line 3: 3 columns, the header has 2"],
+        "files_without_text": [f"{folder}/d.txt"],
+        "lone_surrogates": [f"{folder}/e.jsonl, line {n + 1}" for n in range(3)],
+    }  # fmt: skip
+
+
+def test_what_was_lost_is_in_the_manifest_by_place(lossy, tokenizer, tmp_path):
+    """The same at once, in parts, and where some shards were made before."""
+    folder, places = lossy
+    whole = prepare(folder, tokenizer, tmp_path / "whole", workers=1, unit_bytes=20)
+    assert whole["places"] == dict(sorted(places.items()))
+    assert {reason: whole["counts"][reason] for reason in places} == {
+        reason: 5 if reason == "lone_surrogates" else len(some) for reason, some in places.items()
+    }
+    for part in (1, 0):
+        prepare(folder, tokenizer, tmp_path / "parts", workers=1, unit_bytes=20, shard=(part, 2))
+    assert len(list((tmp_path / "parts" / "shards").iterdir())) > 2
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    next((tmp_path / "parts" / "shards").iterdir()).unlink()
+    prepare(folder, tokenizer, tmp_path / "parts", workers=1, unit_bytes=20)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_workers_say_the_same_places(lossy, tokenizer, tmp_path):
+    assert prepare(lossy[0], tokenizer, tmp_path / "out", workers=2, unit_bytes=20)["places"] == lossy[1]
+
+
+def test_shards_without_places_are_taken(lossy, tokenizer, tmp_path):
+    """As they were made when only cut documents and JSON lines were counted by the reader, and nothing had a place."""
+    out = tmp_path / "out"
+    prepare(lossy[0], tokenizer, out, workers=1, unit_bytes=60)
+    for path in (out / "shards").iterdir():
+        with safe_open(path, framework="np") as file:
+            made, arrays = json.loads(file.metadata()["made"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        made.pop("places", None)
+        for new in ("empty_texts", "invalid_rows", "lone_surrogates", "files_without_text"):
+            made["counts"].pop(new, None)
+        path.write_bytes(save(arrays, metadata={"made": json.dumps(made)}))
+    assert "places" not in prepare(lossy[0], tokenizer, out, workers=1, unit_bytes=60)
+
+
+def test_the_digest_of_a_unit_is_that_of_earlier_versions():
+    counts = {"documents_cut": 2, "invalid_json": 1}
+    unit = Unit(0, [b"One.", b"Two."], counts=Tally(counts | {"empty_texts": 3, "files_without_text": 1}))
+    before = hashlib.sha256(json.dumps(counts, sort_keys=True).encode() + b"4:One.4:Two.").hexdigest()
+    assert _digest(unit) == before
+    assert _digest(Unit(0, [b"One."])) == hashlib.sha256(b"{}4:One.").hexdigest()

@@ -1,0 +1,431 @@
+"""The formats of a corpus: how a file is opened, and the texts in it, each with the line or row where it is."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+from bert_fast.data.losses import Tally
+from bert_fast.data.paths import STDIN, is_pipe
+
+FORMATS = ("text", "jsonl", "csv", "tsv", "parquet")
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"} | {f".{name}": name for name in FORMATS[2:]}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
+COMPRESSED_BEGIN = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "bz2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}
+NO_TEXT_BEGINS = {
+    "an xz archive": rb"\xfd7zXZ\0",
+    "a zip archive": rb"PK(?:\x03\x04|\x05\x06)",
+    "a 7z archive": rb"7z\xbc\xaf\x27\x1c",
+    "a rar archive": rb"Rar!\x1a\x07",
+    "an lz4 archive": rb"\x04\x22\x4d\x18",
+    "a compress (.Z) archive": rb"\x1f\x9d",
+    "a tar archive": rb"(?s:.{257}ustar)",
+    "PDF": rb"%PDF-",
+    "UTF-16": rb"(?s:(?:\xff\xfe|\xfe\xff)..)",
+}
+PARQUET = b"PAR1"
+
+BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n\s*")
+BLOCK = 1 << 20
+HEAD = 1 << 16
+# The longest document (bytes of UTF-8) that stays one: a longer one is cut, which bounds memory.
+LONGEST_DOCUMENT = 16 << 20
+LONGEST_JSON_LINE = 64 << 20  # and the longest line or field of a table
+LONG_DOCUMENT = 1 << 20  # of a text file, worth a note: hardly one document
+
+BOM = b"\xef\xbb\xbf"
+# Line ends and spaces that Unicode knows, of which no blank line is made here.
+LINE_ENDS = {b"\xc2\x85": "U+0085", b"\xe2\x80\xa8": "U+2028", b"\xe2\x80\xa9": "U+2029"}
+SPACES = "\xa0\u1680\u2000-\u200f\u202f\u205f\u2060\u3000\ufeff"
+LOOKS_BLANK = re.compile(rf"\n[ \t\r\f\v]*([{SPACES}])[ \t\r\f\v{SPACES}]*\n")
+
+Text = tuple[bytes, str, int]  # a text, in UTF-8 unless the file is not, and its place: "line" or "row", and number
+
+
+@contextmanager
+def opened(path: Path, name: str, file_format: str | None = None) -> Iterator[tuple[BinaryIO, str]]:
+    """The content of a file from its beginning, decompressed, and its format: one of :data:`FORMATS`.
+
+    What it begins with tells whether it is compressed, and Parquet; else its ``name`` tells, where ``file_format`` does
+    not. ValueError where it is no text in UTF-8 (archives, programs, UTF-16) or damaged.
+    """
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    with nullcontext(sys.stdin.buffer) if path == STDIN else path.open("rb") as file:
+        stream, head = _begun(file)
+        told = COMPRESSED.get(suffixes[-1] if suffixes else "")
+        compression = _compression(head) or told
+        try:
+            if compression is not None:
+                stream, head = _begun(_decompressed(stream, compression))
+            suffix = suffixes[-2:-1] if suffixes and suffixes[-1] in COMPRESSED else suffixes[-1:]
+            found = file_format or SUFFIXES.get("".join(suffix), "text")
+            if head.startswith(PARQUET):
+                found = "parquet"
+            if found != "parquet":
+                _require_text(head, name)
+            elif compression is not None or is_pipe(path):
+                raise ValueError(f"{name}: Parquet is read from a plain file, not from a pipe or compressed again")
+            yield stream, found
+        except (OSError, EOFError, zlib.error) as error:
+            if compression is None:
+                raise
+            why = "" if compression == told else f"not UTF-8, it begins as {compression} does; "
+            raise ValueError(f"{name}: {why}cannot decompress as {compression}: {error}") from error
+
+
+class _Begun(io.RawIOBase):
+    """A stream of which ``head`` has been read already: a pipe cannot go back."""
+
+    def __init__(self, head: bytes, rest: BinaryIO):
+        self.head, self.rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self.head[: len(buffer)] or self.rest.read(len(buffer))
+        self.head = self.head[len(data) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _begun(file: BinaryIO) -> tuple[BinaryIO, bytes]:
+    head = file.read(HEAD)
+    return io.BufferedReader(_Begun(head, file), HEAD), head
+
+
+def _compression(head: bytes) -> str | None:
+    return next((name for name, begin in COMPRESSED_BEGIN.items() if begin.match(head)), None)
+
+
+def _decompressed(stream: BinaryIO, compression: str) -> BinaryIO:
+    if compression == "gzip":
+        return gzip.GzipFile(fileobj=stream)  # unlike Arrow's, it takes zeros behind the end: blocks of a tape
+    import pyarrow  # here: other files need no Arrow
+
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), compression)
+
+
+def _require_text(head: bytes, name: str) -> None:
+    what = next((what for what, begin in NO_TEXT_BEGINS.items() if re.match(begin, head)), None)
+    if (again := _compression(head)) is not None:
+        what = f"{again} within another compression"
+    if what is not None:
+        raise ValueError(f"{name} is not text in UTF-8, but {what}: unpack or convert it first, or leave it out")
+
+
+def require_text(files: Iterable[Path], file_format: str | None = None, *, most_nul: float = 1) -> None:
+    """Opens every file that is no pipe: OSError for the first that cannot be read, ValueError for those not text.
+
+    More than one NUL byte, and more than that share of the first 64 KiB, is no text either.
+    """
+    found = []
+    for path in files:
+        if is_pipe(path):
+            continue
+        try:
+            with opened(path, str(path), file_format) as (stream, kind):
+                head = stream.peek()
+                if kind != "parquet" and (nul := head.count(0)) > 1 + most_nul * len(head):
+                    where = f"{nul:,} of its first {len(head):,} bytes are NUL"
+                    raise ValueError(f"{path} is not text in UTF-8: {where}")
+        except ValueError as error:
+            found.append(str(error))
+    if found:
+        raise ValueError("; ".join(found[:3] + ([f"and {len(found) - 3} files more"] if len(found) > 3 else [])))
+
+
+def texts_of(
+    path: Path, name: str, tally: Tally, *, one_per_file: bool, text_field: str, file_format: str | None
+) -> Iterator[Text]:
+    """The texts of a file, in order, perhaps blank. ``tally`` gets what is left out or doubtful; see ``opened``."""
+    with opened(path, name, file_format) as (stream, found):
+        if found == "parquet":
+            yield from _parquet(path, name, text_field, tally)
+        elif found == "jsonl":
+            yield from _json(_blocks(stream), name, text_field, tally)
+        elif found == "text":
+            yield from _text(_blocks(stream), name, one_per_file, tally)
+        else:
+            yield from _table(_blocks(stream), name, text_field, found == "tsv", tally)
+
+
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    while block := stream.read(BLOCK):
+        yield block
+
+
+def _text(blocks: Iterator[bytes], name: str, one_per_file: bool, tally: Tally) -> Iterator[Text]:
+    first, doubted = True, one_per_file
+    for piece, line in _between_blank_lines(blocks, None if one_per_file else BLANK_LINE, name, tally):
+        if piece[:1].isspace():
+            text = piece.lstrip()
+            line += piece.count(b"\n", 0, len(piece) - len(text))
+            piece = text
+        if not piece:
+            continue
+        if not doubted and (doubt := _doubt(piece, first)):
+            tally.note("doubtful_files", f"{name}, line {line}: {len(piece) / 1e6:,.1f} MB in one document; {doubt}")
+            doubted = True
+        first = False
+        yield piece, "line", line
+
+
+def _between_blank_lines(
+    blocks: Iterator[bytes], separator: re.Pattern | None, name: str, tally: Tally
+) -> Iterator[tuple[bytes, int]]:
+    """What lies between separators, and the line where it begins; cut where it is too long."""
+    rest, line = b"", 1
+    for block in blocks:
+        rest += block
+        if separator is not None:
+            start = 0
+            for match in separator.finditer(rest):
+                yield rest[start : match.start()], line
+                line += rest.count(b"\n", start, match.end())
+                start = match.end()
+            rest = rest[start:]
+        while len(rest) > LONGEST_DOCUMENT + BLOCK:
+            tally.note("documents_cut", f"{name}, line {line}")
+            cut = where_to_cut(rest)
+            yield rest[:cut], line
+            line += rest.count(b"\n", 0, cut)
+            rest = rest[cut:]
+    yield rest, line
+
+
+def where_to_cut(document: bytes) -> int:
+    """Where to cut a document that is too long: at white space, else between two characters."""
+    space = max(document.rfind(mark, LONGEST_DOCUMENT // 2, LONGEST_DOCUMENT) for mark in (b" ", b"\n"))
+    cut = space if space > 0 else LONGEST_DOCUMENT
+    while cut > LONGEST_DOCUMENT - 4 and document[cut] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+        cut -= 1
+    return cut
+
+
+def _doubt(document: bytes, first: bool) -> str | None:
+    """Why a document of a text file is perhaps none, and what to do; None where it looks like one."""
+    line = document.partition(b"\n")[0]
+    if first and line.removeprefix(BOM)[:1] == b"{" and _is_object(line):
+        return "its lines are JSON objects: name it .jsonl, or give the format jsonl"
+    if len(document) < LONG_DOCUMENT:
+        return None
+    ends = document.count(b"\n")
+    if document.count(b"\r") - document.count(b"\r\n") > ends:
+        return "its lines end with carriage returns alone: make line feeds of them, as by tr '\\r' '\\n'"
+    for end, which in LINE_ENDS.items():
+        if document.count(end) > ends:
+            return f"its lines end with {which}: make line feeds of them"
+    text = document.decode("utf-8", "replace")
+    if blank := LOOKS_BLANK.search(text):
+        return f"lines that look blank hold U+{ord(blank[1]):04X}: make them empty"
+    lines = text.split("\n", 8)[:8]
+    for mark, kind in ((",", "csv"), ("\t", "tsv")):
+        if len(lines) > 2 and lines[0].count(mark) and len({line.count(mark) for line in lines[:-1]}) == 1:
+            return f"its lines look like those of a table: name it .{kind}, or give the format {kind}"
+    return "there is no blank line in it: put one between documents, or read it as one document a file"
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json(blocks: Iterator[bytes], name: str, field: str, tally: Tally) -> Iterator[Text]:
+    for place, number, value in _json_values(blocks):
+        try:
+            text = _text_in(value, field)
+        except ValueError as error:
+            tally.note("invalid_json", f"{name}, {place} {number}: {error}")
+        else:
+            yield text, place, number
+
+
+def _json_values(blocks: Iterator[bytes]) -> Iterator[tuple[str, int, object]]:
+    """The values of JSON lines, errors among them, or of what a file of up to 64 MiB is: an array, or one object."""
+    begun = [next(blocks, b"")]
+    if not isinstance(_parsed(begun[0].lstrip().partition(b"\n")[0]), dict):
+        while sum(map(len, begun)) <= LONGEST_JSON_LINE and (block := next(blocks, None)):
+            begun.append(block)
+        whole = b"".join(begun)
+        value = _parsed(whole) if len(whole) <= LONGEST_JSON_LINE else None
+        if isinstance(value, (list, dict)):
+            for number, element in enumerate(value if isinstance(value, list) else [value], 1):
+                yield "element", number, element
+            return
+    for number, line in enumerate(_lines(chain(begun, blocks)), 1):
+        if line is None:
+            yield "line", number, ValueError("longer than 64 MiB")
+        elif line.strip():
+            yield "line", number, _parsed(line)
+
+
+def _parsed(line: bytes) -> object:
+    """The value of a line of JSON, or a ValueError that says why it is none."""
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        return ValueError(not_utf8(error))
+    except json.JSONDecodeError as error:
+        return ValueError(f"no JSON: {error.msg}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        return ValueError(str(error))
+
+
+def _text_in(value: object, field: str) -> bytes:
+    """The text of a JSON record; ValueError that says why there is none."""
+    if isinstance(value, ValueError):
+        raise value
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    text = _at(value, field)
+    if text is ABSENT:
+        raise ValueError(f"no {field!r}, but {shortened(_names(value)) or 'nothing'}")
+    if not isinstance(text, str):
+        raise ValueError(f"{field!r} is {json.dumps(text)[:20]}, no text")
+    return text.encode("utf-8", "surrogatepass")
+
+
+ABSENT = object()
+
+
+def _at(value: dict, field: str) -> object:
+    """What ``field`` names: a key, or, where there is no such key, a path as "meta.text"; ABSENT if nothing."""
+    if field in value:
+        return value[field]
+    inner = ((key, item) for key, item in value.items() if isinstance(item, dict) and field.startswith(f"{key}."))
+    found = (_at(item, field[len(key) + 1 :]) for key, item in inner)
+    return next((item for item in found if item is not ABSENT), ABSENT)
+
+
+def _names(value: dict, before: str = "") -> Iterator[str]:
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from _names(item, f"{before}{key}.")
+        else:
+            yield f"{before}{key}"
+
+
+def shortened(names: Iterable[str]) -> str:
+    """The first ten of ``names``, in one line."""
+    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in names]
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes | None]:
+    """Lines without their line feed; None for one that is longer than 64 MiB."""
+    parts: list[bytes] = []
+    size, too_long = 0, False
+    for block in blocks:
+        first, *more = block.split(b"\n")
+        for part, ends in [(first, bool(more))] + [(p, i < len(more) - 1) for i, p in enumerate(more)]:
+            size += len(part)
+            too_long = too_long or size > LONGEST_JSON_LINE
+            if too_long:
+                parts.clear()
+            else:
+                parts.append(part)
+            if ends:
+                yield None if too_long else b"".join(parts)
+                parts, size, too_long = [], 0, False
+    yield None if too_long else b"".join(parts)
+
+
+def _table(blocks: Iterator[bytes], name: str, field: str, tabs: bool, tally: Tally) -> Iterator[Text]:
+    """Rows of the column that the first row names ``field``. In .tsv a quotation mark is a character like others."""
+    rows = _rows(blocks, name, tabs)
+    _, header = next(rows, (1, []))
+    if header and field not in header:
+        raise _no_column(name, field, header)
+    for number, row in rows:
+        if len(row) == len(header):
+            yield row[header.index(field)].encode("utf-8", "surrogateescape"), "line", number
+        else:
+            tally.note("invalid_rows", f"{name}, line {number}: {len(row)} columns, the header has {len(header)}")
+
+
+def _no_column(name: str, field: str, columns: Iterable[str]) -> ValueError:
+    return ValueError(f"{name}: no column {field!r}; its columns are {shortened(columns)}: name one as the text field")
+
+
+def _rows(blocks: Iterator[bytes], name: str, tabs: bool) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, each with the line where it begins; bytes that are not UTF-8 are surrogates."""
+    lines = _text_lines(blocks, name)
+    if tabs:
+        rows = ((number, line.rstrip("\r\n")) for number, line in lines)
+        yield from ((number, row.split("\t")) for number, row in rows if row)
+        return
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_JSON_LINE))  # of the process: raised, never lowered
+    reader = csv.reader((line for _, line in lines), strict=True)
+    while True:
+        begin = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{name}, the row from line {begin} on: {error}") from error
+        if row is None:
+            return
+        if row:
+            yield begin, row
+
+
+def _text_lines(blocks: Iterator[bytes], name: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(_lines(blocks), 1):
+        if line is None:
+            raise ValueError(f"{name}, line {number}: longer than 64 MiB")
+        yield number, (line.removeprefix(BOM) if number == 1 else line).decode("utf-8", "surrogateescape") + "\n"
+
+
+def _parquet(path: Path, name: str, field: str, tally: Tally) -> Iterator[Text]:
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = dict(sorted(_columns(file.schema_arrow), key=lambda item: -len(item[1])))  # whole names win
+            if field not in columns:
+                raise _no_column(name, field, columns)
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
+                column = batch.column(batch.schema.get_field_index(columns[field][0]))
+                if inner := columns[field][1:]:
+                    column = pyarrow.compute.struct_field(column, inner)
+                for value in column.cast(pyarrow.binary()):
+                    number += 1
+                    yield value.as_buffer().to_pybytes() if value.is_valid else b"", "row", number
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+        raise ValueError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
+def _columns(fields: Iterable, before: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The columns of an Arrow schema: of structs what is in them, as "meta.text"."""
+    import pyarrow
+
+    for field in fields:
+        names = (*before, field.name)
+        if pyarrow.types.is_struct(field.type):
+            yield from _columns(field.type, names)
+        else:
+            yield ".".join(names), names
+
+
+def not_utf8(error: UnicodeDecodeError, start: int = 0) -> str:
+    """What is not UTF-8, in words; ``start`` is where counting bytes begins."""
+    before = error.object[max(start, error.start - 20) : error.start].decode("utf-8", "ignore")
+    after = f" after {before!r}" if before else ""
+    return f"not UTF-8 at its byte {error.start - start} (0x{error.object[error.start]:02X}{after})"
