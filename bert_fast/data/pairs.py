@@ -101,18 +101,18 @@ def plan_epoch(
         )
     text = _Text(np.asarray(corpus.sentence_ends), np.asarray(corpus.documents), capacity)
     document = np.arange(len(text.first))
-    sentence, position = np.array(text.first), text.ends[text.first]
+    sentence, position, short = np.array(text.first), text.ends[text.first], int(short_seq_prob * WORD)
     steps: list[tuple[np.ndarray, ...]] = []
     while True:
         active = text.ends[text.last[document]] - position >= least
         document, sentence, position = document[active], sentence[active], position[active]
         if not len(document):
             break
-        words = _draw(seed, len(steps), document, epoch, 0)
-        target = np.where(words[0] < short_seq_prob * WORD, 2 + _below(words[1], capacity - 1), capacity)
+        length_word, *words = _draw(seed, len(steps), document, epoch, 0)
+        # below ``short`` the word is uniform there: one Philox call has all words of a step
+        target = np.where(length_word < short, 2 + length_word * (capacity - 1) // max(short, 1), capacity)
         if nsp:
-            other = _draw(seed, len(steps), document, epoch, 1)
-            *sample, following, sentence = text.pairs(document, sentence, position, target, words[2:], other)
+            *sample, following, sentence = text.pairs(document, sentence, position, target, words)
         else:
             following, sentence = text.filled(position, sentence, text.last[document], target, capacity, 1)
             sample = following, document, following, following, np.full_like(document, NO_LABEL)
@@ -155,17 +155,18 @@ class _Text:
         those do not, or the next one is longer than any sequence, the target divides a sentence.
         """
         ends = self.ends
-        whole = np.clip(np.searchsorted(ends, begin + target, side="right") - 1, sentence, last)
+        whole = np.minimum(np.searchsorted(ends, begin + target, side="right") - 1, last)
         taken = np.maximum(whole, np.minimum(sentence + units, last))
         end = ends[taken]
         too_much = end - begin > room
         goes_on = (ends[np.minimum(taken + 1, last)] - end > self.capacity) & (end - begin < target)
         return np.where(too_much | goes_on, begin + target, end), np.where(too_much, whole, taken)
 
-    def pairs(self, document, sentence, begin, target, words, other) -> tuple[np.ndarray, ...]:
+    def pairs(self, document, sentence, begin, target, words) -> tuple[np.ndarray, ...]:
         """a_end, b_document, b_start, b_end and label of pairs whose A begins at ``begin``; and the next step's place.
 
-        ``words`` are two random words of each pair, ``other`` two for the other document's text.
+        ``words`` are three random words of each pair: for A's end and, by its lowest bit, the label; for another
+        document; and for its text.
         """
         ends, capacity, last = self.ends, self.capacity, self.last[document]
         final = ends[last]
@@ -183,37 +184,38 @@ class _Text:
         inside = begin + 1 + _below(words[0], np.maximum(furthest - begin, 1))
         a_end = np.where(between, ends[a_sentence], inside)
 
-        label = np.where(words[1] < WORD // 2, IS_NEXT, NOT_NEXT)
+        label = words[0] & 1  # IS_NEXT or NOT_NEXT
         next_end = np.where(end == final, end, np.maximum(end, begin + target))
         replaced = np.flatnonzero(label == NOT_NEXT)
         all_of_it = replaced[(final - begin)[replaced] == 2]
         a_end[all_of_it] = final[all_of_it]
         between[all_of_it] = True
-        drawn = self.other_text(
+        texts = self.other_text(
             document[replaced], between[replaced], (next_end - a_end)[replaced], (begin + capacity - a_end)[replaced],
-            [word[replaced] for word in other],
+            words[1][replaced], words[2][replaced],
         )  # fmt: skip
         b_document, b_start, b_end = document.copy(), a_end.copy(), end.copy()
-        for column, values in zip((b_document, b_start, b_end), drawn, strict=True):
+        for column, values in zip((b_document, b_start, b_end), texts, strict=True):
             column[replaced] = values
         end[replaced], after[replaced] = a_end[replaced], a_sentence[replaced]
         return a_end, b_document, b_start, b_end, label, end, after
 
-    def other_text(self, document, whole, target, room, words) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def other_text(self, document, whole, target, room, word, place) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Document, begin and end of text of another document than ``document``, of at most ``room`` tokens.
 
         It begins with any of its sentences, each alike, where ``whole``; else at any of its tokens but the first, and
         then it ends with that token's sentence.
         """
-        other = _below(words[0], len(self.first) - 1)
+        other = _below(word, len(self.first) - 1)
         other = other + (other >= document)
         first, last = self.first[other], self.last[other]
         tokens = self.ends[last] - self.ends[first]
-        sentence = first + _below(words[1], last - first)
-        within = self.ends[first] + np.minimum(1, tokens - 1) + _below(words[1], np.maximum(tokens - 1, 1))
+        sentence = first + _below(place, last - first)
+        within = self.ends[first] + np.minimum(1, tokens - 1) + _below(place, np.maximum(tokens - 1, 1))
         begin = np.where(whole, self.ends[sentence], within)
         sentence = np.searchsorted(self.ends, begin, side="right") - 1
-        end, _ = self.filled(begin, sentence, np.where(whole, last, sentence + 1), np.clip(target, 1, room), room, 1)
+        target = np.minimum(np.maximum(target, 1), room)
+        end, _ = self.filled(begin, sentence, np.where(whole, last, sentence + 1), target, room, 1)
         return other, begin, end
 
 

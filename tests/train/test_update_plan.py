@@ -157,6 +157,31 @@ def test_batches_hold_the_updates_samples_whatever_ranks_and_workers(dataset, pr
         assert sorted(slots) == list(range(batch))
 
 
+def test_a_batch_of_whole_words_has_room_for_as_many_as_are_drawn(prepared):
+    """What was expected of them is a size; a batch that has more gets a larger one, and no mask is lost."""
+    tokenizer = load_tokenizer(prepared / "data" / "tokenizer")
+    whole = PretrainingDataset(open_corpus(prepared / "data"), tokenizer, max_length=SEQ, whole_word=True)
+    sizes = set()
+    works = load_updates(
+        BatchMaker(whole),
+        updates(whole, [phase(40, 5)], 0, Place()),
+        rank=0,
+        ranks=1,
+        tokens=4096,
+        workers=0,
+        pin=False,
+    )
+    for work in works:
+        (batch,) = work.batches
+        made = (batch["masked_labels"] != -100).sum()
+        if work.update.epochs.max() == 0:
+            assert made == whole.predicted(work.update.indices).sum()
+        expected = -(-work.update.masked.sum() // 16) * 16
+        assert len(batch["masked_labels"]) == max(expected, -(-int(made) // 16) * 16)
+        sizes.add(len(batch["masked_labels"]) > expected)
+    assert sizes == {False, True}
+
+
 def test_a_batch_travels_as_one_block(dataset, prepared):
     """Between processes one tensor is handed over, and the batch is what was made: names, dtypes, shapes, numbers."""
     maker = BatchMaker(dataset, prepared / "data")
