@@ -71,18 +71,22 @@ def _owned(weights: Sequence[Tensor]) -> bool:
     return not tracing and torch.is_grad_enabled() and all(id(w) in _in_place for w in weights)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer multiplies ``x`` now."""
-    kind = x.device.type
-    rounded = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves as it is
-    return torch.get_autocast_dtype(kind) if rounded else x.dtype
+    rounded = autocasts(x.device) and x.dtype != torch.float64  # which autocast leaves as it is
+    return torch.get_autocast_dtype(x.device.type) if rounded else x.dtype
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, beside, *weights):
         rows, dtype = [w.shape[0] for w in weights], weights[0].dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        if autocasts(x.device) and dtype != torch.float64:
             dtype = x.dtype
         if len(weights) == 1:
             weight = weights[0].to(dtype)

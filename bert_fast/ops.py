@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from . import choice, dispatch
+from . import choice, dispatch, reference
 from .linear import product_dtype
 
 Tensor = torch.Tensor
@@ -87,8 +87,8 @@ def _differentiate(operator: str, setup_context, backward) -> None:
 
     def double_backward(ctx, *grads):
         raise NotImplementedError(
-            f"bert_fast: {operator} has no second derivative; for double backward (gradient penalties, "
-            "Hessians) run the model of transformers, or bert_fast.reference in place of the operator"
+            f"bert_fast: {operator} has no second derivative; for gradient penalties and Hessians take derivatives by "
+            "torch.func, run the model of transformers, or bert_fast.reference in place of the operator"
         )
 
     torch.library.register_autograd(
@@ -96,8 +96,18 @@ def _differentiate(operator: str, setup_context, backward) -> None:
     )
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is at work. Operators are then the reference's plain
+    PyTorch, which all of them take, and which has derivatives of any order."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def _first_output(operator: str, *inputs) -> Tensor:
     """The first output of ``<operator>_fwd``, differentiable."""
+    if transformed():
+        with torch._C._DisableAutocast():
+            output = getattr(reference, f"{operator}_fwd")(*inputs)
+        return output[0] if isinstance(output, tuple) else output
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         return _nodes[operator].apply(*inputs)
     output = _call(f"{operator}_fwd", *inputs)
@@ -197,6 +207,8 @@ torch.library.register_fake(
 
 def draw_dropout_key(like: Tensor) -> Tensor:
     """One int64 (1,) on ``like``'s device from torch's generator: the key of a forward pass's dropout masks."""
+    if transformed():  # vmap's ``randomness`` says whether all samples have one
+        return _draw_dropout_key(like)
     return torch.ops.bert_fast.draw_dropout_key(like)
 
 
@@ -311,7 +323,7 @@ def one_table_gradient():
 
 
 def _embedded_table() -> list[Tensor] | None:
-    return None if torch.compiler.is_compiling() else _embedded.get()
+    return None if torch.compiler.is_compiling() or transformed() else _embedded.get()
 
 
 def embedding_layernorm(
@@ -462,6 +474,8 @@ def attention(
         bias = bias.reshape(qkv.shape[1:])
     _check_like(name, qkv.device, bias=(bias, tuple(qkv.shape[1:])))
     row_key, rng_key = _dropout_keys(name, p, row_key, rng_key, qkv)
+    if bias is not None and transformed():
+        qkv = qkv + (bias - bias.detach())  # nothing, with the bias's gradient
     return _first_output(
         name, qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, row_key, rng_key,
         qkv.shape[3] ** -0.5 if scale is None else scale, p, site, _contiguous(bias),
@@ -797,7 +811,11 @@ def mlm_loss(
     embedded = _embedded_table()
     if embedded and embedded[0] is word:
         word = embedded[1]
-    with_grads = torch.is_grad_enabled() and (hidden.requires_grad or word.requires_grad or bias.requires_grad)
+    with_grads = (
+        torch.is_grad_enabled()
+        and not transformed()
+        and (hidden.requires_grad or word.requires_grad or bias.requires_grad)
+    )
     return _first_output(
         name, hidden.contiguous(), word.contiguous(), bias.contiguous(), labels.contiguous(), normalizer, ignore_index,
         chunk, with_grads,

@@ -26,10 +26,10 @@ class Layout:
     in the flattened dense batch, None where every place is a row. ``mask`` (B, S) bool says which places are attended,
     None where all are. ``bias`` is what attention adds to its scores (B or 1, heads or 1, S or 1, S) where it cannot be
     said by ``cu_seqlens``: such batches, and those whose attention weights are asked for (``explicit``), compute
-    attention densely. ``blanks``: rows of places that are not attended come out as 0. ``first`` (B,) int64 are the
-    rows that the pooler reads, None for the first of each ``length`` rows. ``packed``: several sequences came in as
-    one, end to end; ``several`` () bool says so where that is not known.
-    ``rng_key`` (1,) int64 is the key of this forward pass's dropout masks, None where nothing is dropped.
+    attention densely. ``shown`` (B, S) bool are the places whose rows come out, the others as 0; None: all do.
+    ``first`` (B,) int64 are the rows that the pooler reads, None for the first of each ``length`` rows. ``packed``:
+    several sequences came in as one, end to end; ``several`` () bool says so where that is not known. ``rng_key`` (1,)
+    int64 is the key of this forward pass's dropout masks, None where nothing is dropped.
     """
 
     batch: int
@@ -41,7 +41,7 @@ class Layout:
     mask: Tensor | None = None
     bias: Tensor | None = None
     explicit: bool = False
-    blanks: bool = False
+    shown: Tensor | None = None
     first: Tensor | None = None
     packed: bool = False
     several: Tensor | None = None
@@ -53,13 +53,18 @@ def unreadable(x: Tensor) -> bool:
     torch.func.vmap ``x`` is one of several at once; or there are no values, on the meta device and in fake tensors."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return True
-    if torch.compiler.is_compiling():  # breaks the graph where a value is read
-        return False
-    while _functorch.is_functorch_wrapped_tensor(x):
+    if torch.compiler.is_compiling():  # breaks the graph where a value is read, which a transform cannot
+        return torch._C._are_functorch_transforms_active()
+    return mapped(x) or x.is_meta or isinstance(x, FakeTensor)
+
+
+def mapped(x: Tensor) -> bool:
+    """Whether ``x`` is one of several tensors at once, under torch.func.vmap."""
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x):
         if _functorch.is_batchedtensor(x):
             return True
         x = _functorch.get_unwrapped(x)
-    return x.is_meta or isinstance(x, FakeTensor)
+    return False
 
 
 def full_layout(batch: int, length: int, device: torch.device, samples: Tensor | None = None) -> Layout:
@@ -81,18 +86,19 @@ def masked_layout(
     attended = mask != 0
     batch, length = mask.shape
     lengths = attended.sum(dim=1)
-    if unreadable(mask):
-        layout = _unpacked_layout(attended, samples)
-        layout.blanks = read is None
-        return layout
     outside = torch.zeros((), dtype=torch.bool, device=mask.device)
     if read is not None:
         outside = outside | (read & ~attended).any()
     if pools and batch and length:
         outside = outside | ~attended[:, 0].all()
-    # The one synchronisation that a mask costs: how many rows there are decides the shapes of everything below.
     longest = lengths.max() if batch else lengths.sum()
-    total, longest, outside = torch.stack([lengths.sum(), longest, outside.long()]).tolist()
+    numbers = torch.stack([lengths.sum(), longest, outside.long()])
+    if unreadable(numbers):
+        layout = _unpacked_layout(attended, samples)
+        layout.shown = attended | outside
+        return layout
+    # The one synchronisation that a mask costs: how many rows there are decides the shapes of everything below.
+    total, longest, outside = numbers.tolist()
     if total == batch * length:
         return full_layout(batch, length, mask.device, samples)
     if outside:
@@ -191,8 +197,8 @@ def pack(layout: Layout, dense: Tensor) -> Tensor:
 
 def unpack(layout: Layout, rows: Tensor) -> Tensor:
     """Rows (T, ...) back in a dense (B, S, ...) that a caller sees, 0 where nothing was attended."""
-    if layout.blanks:
-        rows = rows.where(layout.mask.view(-1, *(1,) * (rows.dim() - 1)), 0)
+    if layout.shown is not None:
+        rows = rows.where(layout.shown.view(-1, *(1,) * (rows.dim() - 1)), 0)
     return spread(layout, rows)
 
 

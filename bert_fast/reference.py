@@ -81,7 +81,8 @@ def embedding_layernorm_fwd(
 
     ``padding_idx`` matters to the backward alone.
     """
-    z = _accumulate(word[ids]) + _accumulate(segment[segments]) + _accumulate(position[positions])
+    words = torch.nn.functional.embedding(ids, word, padding_idx if padding_idx >= 0 else None)
+    z = _accumulate(words) + _accumulate(segment[segments]) + _accumulate(position[positions])
     normalized, mean, rstd = _normalize(z, eps)
     y = normalized * _accumulate(weight) + _accumulate(bias)
     return _drop_hidden(y, row_key, rng_key, p, site).to(out_dtype), mean, rstd

@@ -936,6 +936,142 @@ def _seeded(compiled, model, batch):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# Transforms of torch.func, tensors without values
+
+
+def functional(model):
+    """(parameters, loss of them and a batch), as torch.func wants a model."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return parameters, lambda p, batch: loss_of(torch.func.functional_call(model, p, (), batch))
+
+
+def gradients_by_backward(model, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss_of(model(**batch)).backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "holes", "left"])
+@pytest.mark.parametrize("name", HEADS)
+def test_gradients_of_each_sample(name, kind):
+    """vmap(grad(...)): a loop over the samples. grad alone: the batch's."""
+    _, ours = pair(name, **qa(name))
+    batch = inputs_of(name, mask_of(kind))
+    parameters, loss = functional(ours)
+    for training in (True, False):
+        ours.train(training)
+        whole = torch.func.grad(loss)(parameters, batch)
+        each = torch.func.vmap(
+            torch.func.grad(lambda p, sample: loss(p, {k: v[None] for k, v in sample.items()})), in_dims=(None, 0)
+        )(parameters, batch)
+        assert_same_run((0.0, whole), (0.0, gradients_by_backward(ours, batch)))
+        for row in range(len(batch["input_ids"])):
+            alone = gradients_by_backward(ours, {k: v[row : row + 1] for k, v in batch.items()})
+            assert_same_run((0.0, {n: g[row] for n, g in each.items()}), (0.0, alone), atol=2e-5, rtol=1e-4)
+
+
+def test_outputs_under_vmap_are_those_of_each_sample():
+    """Also at padding, which is no row of a batch whose mask can be read."""
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    for name in ("BertModel", "BertForPreTraining", "BertForTokenClassification", "BertForQuestionAnswering"):
+        ours = getattr(bert_fast, name)(config(**qa(name))).to(DEVICE).eval()
+        batch = inputs_of("BertModel", mask_of("right"))
+        expected = ours(**batch, **wanted)
+        each = torch.func.vmap(lambda sample, ours=ours: {**ours(**{k: v[None] for k, v in sample.items()}, **wanted)})
+        for key, got in each(batch).items():
+            for mine, whole in zip(*((t,) if torch.is_tensor(t) else t for t in (got, expected[key])), strict=True):
+                torch.testing.assert_close(mine.flatten(0, 1), whole, **TOLERANCE)
+
+
+def test_models_of_several_weights_at_once():
+    ours = bert_fast.BertForSequenceClassification(config()).to(DEVICE).eval()
+    several = [bert_fast.BertForSequenceClassification(config()).to(DEVICE).eval() for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state(several)
+    batch = inputs_of("BertModel", mask_of("holes"))
+    with torch.no_grad():
+        got = torch.func.vmap(lambda p: torch.func.functional_call(ours, p, (), batch).logits)(stacked)
+        torch.testing.assert_close(got, torch.stack([m(**batch).logits for m in several]), **TOLERANCE)
+
+
+def test_dropout_under_vmap_is_as_its_randomness_says():
+    ours = bert_fast.BertForMaskedLM(config(**DROPOUT)).to(DEVICE).train()
+    parameters, loss = functional(ours)
+    batch = {k: v[:1].expand(B, S) for k, v in inputs_of("BertForMaskedLM").items()}
+
+    def losses(randomness):
+        each = torch.func.vmap(loss, in_dims=(None, 0), randomness=randomness)
+        return each(parameters, {k: v[:, None] for k, v in batch.items()})
+
+    same, different = losses("same"), losses("different")
+    torch.testing.assert_close(same, same[:1].expand(B), **TOLERANCE)
+    assert len(different.unique()) == B
+    with pytest.raises(RuntimeError, match="randomness"):
+        losses("error")
+    torch.manual_seed(3)
+    first = torch.func.grad(loss)(parameters, batch)
+    torch.manual_seed(3)
+    assert_same_run((0.0, first), (0.0, gradients_by_backward(ours, batch)))
+
+
+def test_other_derivatives():
+    """Jacobians by either mode, and second derivatives, which no operator has outside torch.func."""
+    _, ours = pair("BertForPreTraining")
+    ours.double().eval()
+    parameters, loss = functional(ours)
+    batch = inputs_of("BertForPreTraining", mask_of("holes"))
+    name = "bert.encoder.layer.0.output.LayerNorm.bias"
+
+    def of_one(value):
+        return loss({**parameters, name: value}, batch)
+
+    value = parameters[name]
+    by_hand = gradients_by_backward(ours, batch)[name]
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(of_one)(value), by_hand)
+    second, step = torch.func.hessian(of_one)(value), 1e-5
+    moved = torch.zeros_like(value)
+    moved[3] = step
+    gradient = torch.func.grad(of_one)
+    torch.testing.assert_close(
+        second[3], (gradient(value + moved) - gradient(value - moved)) / (2 * step), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_packed_input_that_differs_by_sample_is_refused_under_vmap():
+    ours = bert_fast.BertModel(config()).to(DEVICE)
+    cu = torch.tensor([[0, 4, S], [0, 2, S]], dtype=torch.int32, device=DEVICE)
+    each = torch.func.vmap(lambda ids, cu: ours(ids[None], cu_seq_lens_q=cu, max_length_q=S)[0])
+    with pytest.raises(ValueError, match="cu_seq_lens_q differs from sample to sample"):
+        each(_long(2, S), cu)
+
+
+@pytest.mark.parametrize("kind", ["none", "right"])
+@pytest.mark.parametrize("name", HEADS)
+def test_tensors_without_values_have_shapes(name, kind):
+    """On the meta device and in FakeTensorMode: shapes and dtypes as of real tensors, backward too."""
+    ours = getattr(bert_fast, name)(config(**qa(name)))
+    batch = {k: v.cpu() for k, v in inputs_of(name, mask_of(kind)).items()}
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+
+    def described(model, batch):
+        found = []
+        for training in (False, True):
+            output = model.train(training)(**batch, **(wanted if not training else {}))
+            loss_of(output).backward()
+            tensors = [t for o in output.values() for t in (o if isinstance(o, tuple) else (o,)) if t is not None]
+            found.append([(t.shape, t.dtype) for t in tensors])
+        return found + [p.grad is not None for p in model.parameters()]
+
+    expected = described(ours, batch)
+    with torch.device("meta"):
+        model = getattr(bert_fast, name)(config(**qa(name)))
+        assert described(model, {k: v.to("meta") for k, v in batch.items()}) == expected
+    with torch._subclasses.FakeTensorMode() as mode:
+        model = getattr(bert_fast, name)(config(**qa(name)))
+        assert described(model, {k: mode.from_tensor(v) for k, v in batch.items()}) == expected
+
+
+# --------------------------------------------------------------------------------------------------------------
 # Bad input
 
 

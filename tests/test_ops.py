@@ -316,6 +316,32 @@ def test_autocast_rounds_nothing_inside(operator, backend):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
+def test_transforms_of_torch_func_give_the_same_derivatives(operator):
+    """All of one call, and of each of several weights at once; no gradient of a row of padding."""
+    changes = {"padding_idx": 0} if operator == "embedding_layernorm" else {}
+    inputs, wanted = differentiable(operator)
+    names = [name for name, t in inputs.items() if any(t is w for w in wanted)]
+
+    def loss(values):
+        return getattr(ops, operator)(**{**inputs, **changes, **values}).square().sum()
+
+    expected = dict(zip(names, torch.autograd.grad(loss({}), wanted), strict=True))
+    given = {name: inputs[name].detach() for name in names}
+    got = torch.func.grad(loss)(given)
+    several = {name: torch.stack([torch.randn_like(t), t]) for name, t in given.items()}
+    each = torch.func.vmap(torch.func.grad(loss))(several)
+    for name in names:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(each[name][1], expected[name], atol=1e-5, rtol=1e-4)
+    assert any(t.any() for t in got.values())
+    moved = {name: torch.randn_like(t) for name, t in given.items()}
+    if changes:  # of which forward mode knows nothing, as in torch.nn.functional.embedding
+        moved["word"][0] = 0
+    _, along = torch.func.jvp(loss, (given,), (moved,))
+    torch.testing.assert_close(along, sum((got[name] * moved[name]).sum() for name in names), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_there_is_no_second_derivative_and_it_is_said(operator):
     inputs, wanted = differentiable(operator)
     out = call(operator, **inputs)

@@ -13,6 +13,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops, packing, random
+from ..linear import autocasts
 from ..packing import Layout
 from . import exchange, layers
 
@@ -289,7 +290,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
     def _checked_dtype(self, hidden_dtype: torch.dtype | None, source: Tensor) -> torch.dtype | None:
         kind = source.device.type
-        products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        products = torch.get_autocast_dtype(kind) if autocasts(source.device) else self.dtype
         if hidden_dtype not in (None, self.dtype, products):
             raise ValueError(
                 f"hidden_dtype={hidden_dtype} is neither the parameters' dtype nor that of their products, "
@@ -359,6 +360,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _packed(self, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor, samples, kwargs: dict) -> Layout:
         if source.shape[0] != 1:
             raise ValueError(f"packed input (cu_seq_lens_q) has a batch of 1, but this one has {source.shape[0]}")
+        if packing.mapped(cu_seqlens):
+            raise ValueError("cu_seq_lens_q differs from sample to sample of torch.func.vmap: pass padded input to it")
         if mask is not None:
             raise ValueError("packed input (cu_seq_lens_q) takes no attention_mask: leave out padding instead")
         if kwargs.get("max_length_q") is None:

@@ -19,6 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops, packing
+from ..linear import autocasts
 from ..reference import divisor
 from .base import BertModel, BertPreTrainedModel, Rows, nothing_packed
 from .layers import BertPredictionHeadTransform, plain, row_wise, untouched
@@ -59,9 +60,12 @@ def _masked_positions(labels: Tensor | None, kwargs: dict) -> tuple[Tensor | Non
     if (places is None) != (targets is None):
         raise ValueError("masked_positions and masked_labels go together: one of them is missing")
     if places is None and labels is not None:
+        targets = labels.reshape(-1).long()
+        if packing.unreadable(labels):
+            return torch.arange(targets.shape[0], device=labels.device), targets
         # The one synchronisation that labels cost: how many positions are masked decides the shapes below.
-        places = (labels.reshape(-1) != -100).nonzero()[:, 0]
-        targets = labels.reshape(-1).index_select(0, places).long()
+        places = (targets != -100).nonzero()[:, 0]
+        targets = targets.index_select(0, places)
     return places, targets
 
 
@@ -135,11 +139,11 @@ def _masked_language_modelling(
         if plain(head.decoder, nn.Linear) and head.decoder.bias is not None:
             normalizer = as_tensor(count, transformed)
             loss = ops.mlm_loss(transformed, head.decoder.weight, head.decoder.bias, targets, normalizer=normalizer)
-            if not torch.is_autocast_enabled(hidden.device.type):
+            if not autocasts(hidden.device):
                 loss = loss.to(transformed.dtype)  # as transformers' loss, in the dtype of the logits
         else:
             loss = cross_entropy(head.decoder(transformed), targets, count)
-    if loss is not None and torch.is_autocast_enabled(hidden.device.type) and loss.dtype != torch.float64:
+    if loss is not None and autocasts(hidden.device) and loss.dtype != torch.float64:
         loss = loss.float()
     return loss, logits
 

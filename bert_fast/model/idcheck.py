@@ -3,7 +3,7 @@
 On a CPU the operator checks ids itself. On a GPU reading them would stop the queue, so the embedding kernel
 writes NaN for such a row, and a one-byte answer is copied to pinned memory behind it; the next forward pass (or
 the end of the process) looks at the answers that have arrived and raises. Skipped while a model is being compiled
-or a CUDA graph captured.
+or a CUDA graph captured, and where ids have no values to read.
 """
 
 import atexit
@@ -11,12 +11,14 @@ import sys
 
 import torch
 
+from ..packing import unreadable
+
 _pending: list[tuple[torch.Tensor, torch.cuda.Event, int]] = []
 
 
 def check_later(ids: torch.Tensor, size: int) -> None:
     """Ask the GPU whether an id is outside 0 .. size-1, and raise for an earlier batch that had one."""
-    if not ids.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if not ids.is_cuda or torch.compiler.is_compiling() or unreadable(ids) or torch.cuda.is_current_stream_capturing():
         return
     raise_if_bad()
     bad = ((ids < 0) | (ids >= size)).any()

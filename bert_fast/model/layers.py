@@ -18,7 +18,7 @@ from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
 from .. import ops, packing, random
-from ..linear import linear, linear_beside
+from ..linear import autocasts, linear, linear_beside
 from ..packing import Layout
 from . import idcheck
 
@@ -146,8 +146,8 @@ def linears_side_by_side(
     for the residual, see ``linear_beside``; and None or, where ``bias_apart`` and it needs a gradient, the bias (N,):
     it was added detached, and the operator that reads the outputs makes its gradient."""
     biases = None if linears[0].bias is None else [m.bias for m in linears]
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if x.device.type == "cpu" and not recorded and not torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.transformed()
+    if x.device.type == "cpu" and not recorded and not autocasts(x.device) and x.dtype == torch.float32:
         # Each writes its own columns: no copy of the weights, which for a short batch costs as much as the product.
         out = x.new_empty(x.shape[0], sum(m.weight.shape[0] for m in linears))
         for m, columns in zip(linears, out.chunk(len(linears), dim=1), strict=True):
@@ -267,9 +267,9 @@ def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, wher
     dense = packing.spread(layout, qkv)  # (B, S, 3, A, D)
     total = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     # transformers' weights are float32 under autocast where softmax is (CUDA) or where a float32 mask was added
-    autocast = torch.is_autocast_enabled(qkv.device.type)
+    autocast = autocasts(qkv.device)
     shown = total if autocast and (qkv.is_cuda or layout.bias is not None) else qkv.dtype
-    with torch.autocast(qkv.device.type, enabled=False):
+    with torch.autocast(qkv.device.type, enabled=False) if autocast else contextlib.nullcontext():
         q, k, v = dense.to(total).permute(2, 0, 3, 1, 4)  # each (B, A, S, D)
         scores = scale * (q @ k.transpose(2, 3))
         if layout.bias is None:
@@ -284,10 +284,11 @@ def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, wher
             column = (row_key & random.MASK32).clamp(max=layout.length - 1)[:, None, None, :]
             keep = keep.gather(3, column.expand_as(keep))
             weights = torch.where(keep, weights * random.dropout_scale(p), 0.0)
-        if layout.indices is not None or layout.blanks:  # queries that are not attended are no rows, or not to be seen
-            weights = weights * layout.mask[:, None, :, None]
         weights = weights.to(shown)
         out = (weights.to(total) @ v).transpose(1, 2).reshape(layout.batch, layout.length, heads * size)
+        seen = layout.mask if layout.indices is not None else layout.shown
+        if seen is not None:  # weights of other queries come out as 0
+            weights = weights * seen[:, None, :, None]
     return packing.pack(layout, out.to(qkv.dtype)), weights
 
 

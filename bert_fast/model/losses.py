@@ -36,10 +36,15 @@ def elementwise(loss, prediction: Tensor, target: Tensor, count=None) -> Tensor:
 
 
 class _WithZeroGradients(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, loss, *parameters):
-        ctx.save_for_backward(*parameters)
+    def forward(loss, *parameters):
         return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad_loss):
