@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
                 bar.advance()
 
         found = evaluate(model, counted(), precision=options.precision)
-    if not math.isfinite(found["mlm_loss"] + (found["nsp_loss"] or 0)):
+    if not math.isfinite((found["mlm_loss"] or 0) + (found["nsp_loss"] or 0)):
         raise ValueError(f"the loss is MLM {found['mlm_loss']}, NSP {found['nsp_loss']}: the model overflows")
     counts = token_counts(baseline, dataset.vocab_size)
     found["unigram_loss"] = unigram_loss(counts, data.packed_loader(batches, workers=0), dataset.vocabulary)

@@ -409,6 +409,24 @@ def test_evaluate_measures_what_the_evaluation_says(run, folder):
     assert any(line["kind"] == "progress" for line in done.lines)
 
 
+def test_evaluate_of_sequences_without_a_masked_word_says_so(run, folder, tmp_path):
+    """Of a text of one word of many pieces most draws of whole words predict nothing."""
+    tokenizer = data.load_tokenizer(folder / "tok")
+    (tmp_path / "words.txt").write_text("\n\n".join(letter * 90 for letter in "abcdefgh"), encoding="utf-8")
+    data.prepare(tmp_path / "words.txt", tokenizer, tmp_path / "words", workers=1)
+    masked = set()
+    for seed in range(12):
+        argv = ("--data", tmp_path / "words", "--seq", 32, "--whole-word", "--max-sequences", 1, "--seed", seed)
+        found = (done := run("evaluate", folder / "model", *argv, "--json")).result
+        assert done.code == 0, done.err
+        assert (found["mlm_loss"] is None) == (found["unigram_loss"] is None) == (found["masked"] == 0)
+        assert found["nsp_loss"] > 0
+        masked.add(found["masked"] > 0)
+        if found["masked"] == 0 and len(masked) == 1:
+            assert "no token is masked, so there is no MLM loss" in run("evaluate", folder / "model", *argv).out
+    assert masked == {False, True}
+
+
 def test_evaluate_of_a_run_takes_the_documents_that_it_held_out(run, folder, run_folder):
     done = run("evaluate", run_folder, "--data", folder / "data", "--json")
     assert any("held out" in line.get("text", "") for line in done.lines if line["kind"] == "note")
