@@ -53,19 +53,19 @@ def located_documents(
     """:func:`stream_documents` with the place of each, ("FILE, line", 3); the file is called ``name``."""
     name = str(path) if name is None else name
     empty = True
-    for text, place, number in texts_of(path, name, tally, **reading):
+    for text, within, number in texts_of(path, name, tally, **reading):
         document = text.strip()
         if not document:
-            tally.note("empty_texts", f"{name}, {place} {number}")
+            tally.note("empty_texts", f"{within} {number}")
             continue
         empty = False
         while len(document) > LONGEST_DOCUMENT:
-            tally.note("documents_cut", f"{name}, {place} {number}")
+            tally.note("documents_cut", f"{within} {number}")
             cut = where_to_cut(document)
-            yield document[:cut], f"{name}, {place}", number
+            yield document[:cut], within, number
             document = document[cut:].lstrip()
         if document:
-            yield document, f"{name}, {place}", number
+            yield document, within, number
     if empty:
         tally.note("files_without_text", name)
 

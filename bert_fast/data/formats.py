@@ -9,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,7 +37,7 @@ NO_TEXT_BEGINS = {
 }
 PARQUET = b"PAR1"
 
-BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n\s*")
+BLANK_LINE = re.compile(rb"(\n[ \t\r\f\v]*\n\s*)")
 BLOCK = 1 << 20
 HEAD = 1 << 16
 # The longest document (bytes of UTF-8) that stays one: a longer one is cut, which bounds memory.
@@ -51,7 +51,7 @@ LINE_ENDS = {b"\xc2\x85": "U+0085", b"\xe2\x80\xa8": "U+2028", b"\xe2\x80\xa9": 
 SPACES = "\xa0\u1680\u2000-\u200f\u202f\u205f\u2060\u3000\ufeff"
 LOOKS_BLANK = re.compile(rf"\n[ \t\r\f\v]*([{SPACES}])[ \t\r\f\v{SPACES}]*\n")
 
-Text = tuple[bytes, str, int]  # a text, in UTF-8 unless the file is not, and its place: "line" or "row", and number
+Text = tuple[bytes, str, int]  # in UTF-8 unless the file is not, and its place: ("FILE, line", 3), row or element
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def texts_of(
     """The texts of a file, in order, perhaps blank. ``tally`` gets what is left out or doubtful; see ``opened``."""
     with opened(path, name, file_format) as (stream, found):
         if found == "parquet":
-            yield from _parquet(path, name, text_field, tally)
+            yield from _parquet(path, name, text_field)
         elif found == "jsonl":
             yield from _json(_blocks(stream), name, text_field, tally)
         elif found == "text":
@@ -168,42 +168,47 @@ def _blocks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _text(blocks: Iterator[bytes], name: str, one_per_file: bool, tally: Tally) -> Iterator[Text]:
-    first, doubted = True, one_per_file
-    for piece, line in _between_blank_lines(blocks, None if one_per_file else BLANK_LINE, name, tally):
-        if piece[:1].isspace():
-            text = piece.lstrip()
-            line += piece.count(b"\n", 0, len(piece) - len(text))
-            piece = text
-        if not piece:
-            continue
-        if not doubted and (doubt := _doubt(piece, first)):
-            tally.note("doubtful_files", f"{name}, line {line}: {len(piece) / 1e6:,.1f} MB in one document; {doubt}")
-            doubted = True
-        first = False
-        yield piece, "line", line
+    within, first, doubted = f"{name}, line", True, one_per_file
+    for pieces, lines in _between_blank_lines(blocks, None if one_per_file else BLANK_LINE, within, tally):
+        for piece, line in zip(pieces, lines, strict=True) if not doubted else ():
+            if (first or len(piece) >= LONG_DOCUMENT) and (doubt := _doubt(piece, first)):
+                tally.note("doubtful_files", f"{within} {line}: {len(piece) / 1e6:,.1f} MB in one document; {doubt}")
+                doubted = True
+                break
+            first = False
+        yield from zip(pieces, repeat(within), lines)
 
 
 def _between_blank_lines(
-    blocks: Iterator[bytes], separator: re.Pattern | None, name: str, tally: Tally
-) -> Iterator[tuple[bytes, int]]:
-    """What lies between separators, and the line where it begins; cut where it is too long."""
+    blocks: Iterator[bytes], separator: re.Pattern | None, within: str, tally: Tally
+) -> Iterator[tuple[list[bytes], list[int]]]:
+    """Documents, cut where they are too long, and the lines where they begin: as many as end in a block."""
     rest, line = b"", 1
     for block in blocks:
         rest += block
         if separator is not None:
-            start = 0
-            for match in separator.finditer(rest):
-                yield rest[start : match.start()], line
-                line += rest.count(b"\n", start, match.end())
-                start = match.end()
-            rest = rest[start:]
+            parts = separator.split(rest)  # with what separates them
+            lines = list(accumulate((part.count(b"\n") for part in parts), initial=line))
+            *whole, rest = parts[::2]
+            yield _begun_with_text(whole, lines[:-2:2])
+            line = lines[-2]
         while len(rest) > LONGEST_DOCUMENT + BLOCK:
-            tally.note("documents_cut", f"{name}, line {line}")
+            tally.note("documents_cut", f"{within} {line}")
             cut = where_to_cut(rest)
-            yield rest[:cut], line
+            yield _begun_with_text([rest[:cut]], [line])
             line += rest.count(b"\n", 0, cut)
             rest = rest[cut:]
-    yield rest, line
+    yield _begun_with_text([rest], [line])
+
+
+def _begun_with_text(pieces: list[bytes], lines: list[int]) -> tuple[list[bytes], list[int]]:
+    """The same without the white space, perhaps lines of it, before the first, and without the first if it is blank."""
+    if pieces and not (text := pieces[0].lstrip()):
+        return pieces[1:], lines[1:]
+    if pieces and len(text) < len(pieces[0]):
+        lines[0] += pieces[0].count(b"\n", 0, len(pieces[0]) - len(text))
+        pieces[0] = text
+    return pieces, lines
 
 
 def where_to_cut(document: bytes) -> int:
@@ -246,13 +251,14 @@ def _is_object(line: bytes) -> bool:
 
 
 def _json(blocks: Iterator[bytes], name: str, field: str, tally: Tally) -> Iterator[Text]:
+    within = {place: f"{name}, {place}" for place in ("line", "element")}
     for place, number, value in _json_values(blocks):
         try:
             text = _text_in(value, field)
         except ValueError as error:
-            tally.note("invalid_json", f"{name}, {place} {number}: {error}")
+            tally.note("invalid_json", f"{within[place]} {number}: {error}")
         else:
-            yield text, place, number
+            yield text, within[place], number
 
 
 def _json_values(blocks: Iterator[bytes]) -> Iterator[tuple[str, int, object]]:
@@ -348,14 +354,14 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes | None]:
 def _table(blocks: Iterator[bytes], name: str, field: str, tabs: bool, tally: Tally) -> Iterator[Text]:
     """Rows of the column that the first row names ``field``. In .tsv a quotation mark is a character like others."""
     rows = _rows(blocks, name, tabs)
-    _, header = next(rows, (1, []))
+    within, (_, header) = f"{name}, line", next(rows, (1, []))
     if header and field not in header:
         raise _no_column(name, field, header)
     for number, row in rows:
         if len(row) == len(header):
-            yield row[header.index(field)].encode("utf-8", "surrogateescape"), "line", number
+            yield row[header.index(field)].encode("utf-8", "surrogateescape"), within, number
         else:
-            tally.note("invalid_rows", f"{name}, line {number}: {len(row)} columns, the header has {len(header)}")
+            tally.note("invalid_rows", f"{within} {number}: {len(row)} columns, the header has {len(header)}")
 
 
 def _no_column(name: str, field: str, columns: Iterable[str]) -> ValueError:
@@ -390,12 +396,12 @@ def _text_lines(blocks: Iterator[bytes], name: str) -> Iterator[tuple[int, str]]
         yield number, (line.removeprefix(BOM) if number == 1 else line).decode("utf-8", "surrogateescape") + "\n"
 
 
-def _parquet(path: Path, name: str, field: str, tally: Tally) -> Iterator[Text]:
+def _parquet(path: Path, name: str, field: str) -> Iterator[Text]:
     import pyarrow
     import pyarrow.compute
     import pyarrow.parquet
 
-    number = 0
+    within, number = f"{name}, row", 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = dict(sorted(_columns(file.schema_arrow), key=lambda item: -len(item[1])))  # whole names win
@@ -407,7 +413,7 @@ def _parquet(path: Path, name: str, field: str, tally: Tally) -> Iterator[Text]:
                     column = pyarrow.compute.struct_field(column, inner)
                 for value in column.cast(pyarrow.binary()):
                     number += 1
-                    yield value.as_buffer().to_pybytes() if value.is_valid else b"", "row", number
+                    yield value.as_buffer().to_pybytes() if value.is_valid else b"", within, number
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet: {error}") from error
 
