@@ -186,7 +186,10 @@ def _same_text(path: Path, digest: str, files: list[Path]) -> Counter:
     if before != digest:
         made = path.stat().st_mtime_ns
         changed = [file for file in files if is_pipe(file) or file.stat().st_mtime_ns >= made] or files
-        raise ValueError(f"{_some(changed)} changed since shard {path} was made from it: use another folder")
+        raise ValueError(
+            f"{_some(changed)} changed since shard {path} was made from it, or an earlier version of bert_fast read it "
+            "otherwise: use another folder"
+        )
     return counts
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_fast.data import expand_paths
+from bert_fast.data import expand_paths, prepare, read_documents
 
 
 @contextmanager
@@ -67,6 +67,21 @@ def test_a_folder_that_may_not_be_read_is_an_error_that_names_it(pattern, closed
             expand_paths(corpus / pattern)
         assert error.value.filename == str(corpus / closed)
         (corpus / closed).chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl.gz", "b.parquet"])
+def test_a_file_that_may_not_be_read_is_an_error_that_names_it(tokenizer, name):
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
+        corpus = Path(top, "corpus")
+        corpus.mkdir()
+        (corpus / "a.txt").write_text("Readable.")
+        (corpus / name).touch(0o000)
+        for read in (read_documents, lambda corpus: prepare(corpus, tokenizer, Path(top, "out"), workers=1)):
+            with not_root(), pytest.raises(PermissionError) as error:
+                read(corpus)
+            assert error.value.filename == str(corpus / name)
+        assert not Path(top, "out").exists()
 
 
 @pytest.mark.parametrize("pattern", ["", "**", "*"])
