@@ -409,12 +409,16 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _drops(self) -> bool:
         if layers.dropout_p(self.embeddings.dropout) > 0:
             return True
-        return any(
-            (layer.attention.self.training and getattr(layer.attention.self.dropout, "p", 0.0) > 0)
-            or layers.dropout_p(layer.attention.output.dropout) > 0
-            or layers.dropout_p(layer.output.dropout) > 0
-            for layer in self.encoder.layer
-        )
+        for layer in self.encoder.layer:
+            parts, attention = layer._modules, layer._modules["attention"]._modules
+            weights = attention["self"]
+            if (
+                (weights.training and getattr(weights.dropout, "p", 0.0) > 0)
+                or layers.dropout_p(attention["output"].dropout) > 0
+                or layers.dropout_p(parts["output"].dropout) > 0
+            ):
+                return True
+        return False
 
     def _rows_read(self, asked: Tensor, layout: Layout) -> Tensor | None:
         """The rows that a head and the pooler read, in this order; None where the last layer has to make all: it is
