@@ -41,7 +41,7 @@ class Rows:
 
     def fill(self, layout: Layout, dense: Tensor, pooled: Tensor | None) -> None:
         """The answer from outputs, dense (B, S, H) and pooled (B, H), in which each place of ``layout`` is a row."""
-        self.layout, self.pooled = dataclasses.replace(layout, indices=None, blanks=False), pooled
+        self.layout, self.pooled = dataclasses.replace(layout, indices=None, shown=None), pooled
         self.hidden = dense.flatten(0, 1) if self.places is None else dense.flatten(0, 1).index_select(0, self.places)
 
     def dense(self) -> Tensor:
