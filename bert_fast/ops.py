@@ -178,16 +178,29 @@ def _check_range(operator: str, name: str, values: Tensor, size: int, ignore: in
     if values.numel() == 0:
         return
     if int(values.min()) < 0 or int(values.max()) >= size:
-        bad = (values < 0) | (values >= size)
-        if ignore is not None:
-            bad &= values != ignore
-        if bad.any():
-            where = int(bad.nonzero()[0, 0])
-            allowed = f"0 .. {size - 1}" + ("" if ignore is None else f" or {ignore}")
-            raise IndexError(
-                f"bert_fast.{operator}: {name}[{where}] is {int(values[where])}, allowed is {allowed} "
-                f"({int(bad.sum())} of {values.numel()} are out of range)"
-            )
+        error = out_of_range(f"bert_fast.{operator}: {name}", values, size, ignore)
+        if error is not None:
+            raise error
+
+
+def out_of_range(
+    name: str, values: Tensor, size: int, ignore: int | None = None, among: Tensor | None = None
+) -> IndexError | None:
+    """The error that names the first of ``values`` (of any shape) outside 0 .. size-1 (and not ``ignore``), where
+    ``among`` (bool, of that shape) is true; None where there is none."""
+    bad = (values < 0) | (values >= size)
+    if ignore is not None:
+        bad &= values != ignore
+    if among is not None:
+        bad &= among
+    if not bad.any():
+        return None
+    place = bad.nonzero()[0].tolist()
+    allowed = f"0 .. {size - 1}" + ("" if ignore is None else f" or {ignore}")
+    return IndexError(
+        f"{name}[{', '.join(map(str, place))}] is {int(values[tuple(place)])}, allowed is {allowed} "
+        f"({int(bad.sum())} of {values.numel()} are out of range)"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import io
 import pathlib
+import re
 
 import pytest
 import torch
@@ -1113,18 +1114,106 @@ def test_bad_input_is_named(error, message, batch):
         ours(**{k: _long(*shape) for k, shape in batch.items()})
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on a CPU only")
-def test_values_out_of_range_raise_on_a_cpu():
-    ours = bert_fast.BertForPreTraining(config()).train()
-    for name, value in (("input_ids", V), ("input_ids", -1), ("token_type_ids", 2), ("labels", V), ("labels", -1)):
-        batch = inputs_of("BertForPreTraining")
-        batch[name][1, 2] = value
-        with pytest.raises(IndexError):
-            ours(**batch)
-    with pytest.raises(IndexError, match="positions"):
-        ours(_long(B, S), position_ids=torch.full((B, S), 16))
-    with pytest.raises(TypeError, match="dtype"):
-        ours(torch.zeros(B, S))
+ON_CPU = pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on a CPU only")
+BAD_VALUES = [("input_ids", V), ("input_ids", -1), ("token_type_ids", 2), ("position_ids", 16), ("labels", 99)]
+
+
+@ON_CPU
+@pytest.mark.parametrize("kind", ["none", "right", "holes", "left", "packed"])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_value_out_of_range_is_named_by_its_place(name, kind):
+    """In the batch as the caller gave it, in training and evaluation."""
+    ours = getattr(bert_fast, name)(config(**qa(name))).to(DEVICE)
+    mask, lengths = None if kind == "packed" else mask_of(kind), [2, 7]
+    attended = torch.ones(B, S) if mask is None else mask
+    for argument, value in BAD_VALUES:
+        if kind == "packed" and name != "BertForMultipleChoice":
+            batch, _ = flattened_of(name, lengths)
+            cu = torch.tensor([0, 2, 9], dtype=torch.int32)
+            batch |= {"cu_seq_lens_q": cu, "max_length_q": 7}
+            place = (0, 5)
+        else:
+            batch = inputs_of(name, mask) | {"position_ids": torch.arange(S).expand(B, S).clone()}
+            row = 3 if kind != "holes" else 1
+            place = (row, int(attended[row].nonzero()[1]))
+            if name == "BertForMultipleChoice":
+                batch["position_ids"] = batch["position_ids"].view(2, 2, S)
+                place = (*divmod(place[0], 2), place[1])
+        if argument not in batch:
+            continue
+        if argument == "labels" and batch["labels"].dim() == 1:
+            place = (1,)
+        batch[argument][place] = value
+        where = re.escape(f"{argument}[{', '.join(map(str, place))}] is {value}, allowed is 0 .. ")
+        for training in (False, True):
+            for extra in ({}, {"return_dict": False}):
+                with pytest.raises(IndexError, match=f"^{where}"):
+                    ours.train(training)(**batch, **extra)
+
+
+@ON_CPU
+def test_ids_that_no_mask_attends_are_not_checked():
+    ours = bert_fast.BertModel(config()).eval()
+    batch = inputs_of("BertModel", mask_of("right"))
+    expected = ours(**batch).last_hidden_state
+    batch["input_ids"][batch["attention_mask"] == 0] = V + 7
+    assert torch.equal(ours(**batch).last_hidden_state, expected)
+    batch["input_ids"][3, 6] = -2
+    with pytest.raises(IndexError, match=r"^input_ids\[3, 6\] is -2.* \(1 of 36 are out of range\)"):
+        ours(**batch)
+
+
+@ON_CPU
+def test_other_places():
+    """Of labels beside them, of packed labels, of positions for all rows, of ids that a hooked table looks up."""
+    ours = bert_fast.BertForPreTraining(config())
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    order = batch["next_sentence_label"].clone()
+    order[3] = 2
+    shared = torch.arange(S).clamp(max=8)
+    shared[4] = 40
+    packed = capacity_batch(inputs_of("BertForPreTraining"), MASKS["right"], tokens=30, sequences=6, masked=30)
+    packed["masked_labels"][2] = V + 5
+    long = torch.tensor([0, 2, 20], dtype=torch.int32)
+    cases = [
+        (batch | {"next_sentence_label": order}, r"^next_sentence_label\[3\] is 2, allowed is 0 .. 1 or -100"),
+        (batch | {"position_ids": shared}, r"^position_ids\[4\] is 40, allowed is 0 .. 15"),
+        (batch | {"position_ids": shared[None]}, r"^position_ids\[0, 4\] is 40"),
+        (packed, rf"^masked_labels\[2\] is {V + 5}, allowed is 0 .. {V - 1} or -100"),
+        ({"input_ids": _long(1, 20), "cu_seq_lens_q": long, "max_length_q": 18},
+         r"^sequence 1 of cu_seq_lens_q has 18 tokens, the model's table of positions 16"),
+    ]  # fmt: skip
+    for given, message in cases:
+        for training in (False, True):
+            with pytest.raises(IndexError, match=message):
+                ours.train(training)(**given)
+    handle = ours.get_input_embeddings().register_forward_hook(lambda *_: None)
+    batch["input_ids"][2, 1] = V
+    with pytest.raises(IndexError, match=rf"^input_ids\[2, 1\] is {V}"):
+        ours(**batch)
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_dtypes_and_shapes_of_arguments_are_named(name):
+    ours = getattr(bert_fast, name)(config(**qa(name))).to(DEVICE)
+    batch = inputs_of(name, mask_of("right"))
+    batch["position_ids"] = torch.arange(S, device=DEVICE).expand(batch["input_ids"].shape)
+    for argument in batch:
+        if argument == "attention_mask" or (name, argument) == ("BertForSequenceClassification", "labels"):
+            continue
+        for training in (False, True):
+            with pytest.raises(TypeError, match=f"{argument} has dtype torch.float32, expected int64"):
+                ours.train(training)(**batch | {argument: batch[argument].float()})
+            if argument != "input_ids":  # what the others' shapes are compared with
+                with pytest.raises(ValueError, match=f"{argument} has shape"):
+                    ours(**batch | {argument: batch[argument][..., :-1]})
+    if name == "BertForSequenceClassification":
+        with pytest.raises(ValueError, match="labels has shape"):
+            ours(**batch | {"labels": batch["labels"][1:]})
+        ours.config.problem_type = "regression"
+        with pytest.raises(ValueError, match="labels has 4 elements, expected 12"):
+            ours(**batch | {"labels": batch["labels"].float()})
 
 
 def test_an_empty_batch():

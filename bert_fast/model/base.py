@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from .. import ops, packing, random
 from ..linear import autocasts
 from ..packing import Layout
-from . import exchange, layers
+from . import exchange, idcheck, layers
 
 Tensor = torch.Tensor
 RECOMPUTED = ("nothing", "gelu", "layers")
@@ -198,7 +198,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             layout.rng_key = ops.draw_dropout_key(layout.row_key)
         word = self.embeddings.word_embeddings
         if input_ids is not None and not layers.plain_table(word):
-            inputs_embeds, input_ids = word(input_ids), None
+            with idcheck.naming(lambda: idcheck.misplaced(self.config, None, input_ids)):
+                inputs_embeds = word(input_ids)
+            input_ids = None
         ids = None if input_ids is None else packing.pack(layout, input_ids).long()
         if inputs_embeds is not None and layout.mask is not None and layout.indices is None:
             # keys that nobody attends have weights of 0, which NaN and infinity would outlive
@@ -207,7 +209,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
         hidden_states = [] if wants["output_hidden_states"] is not False else None
         attentions = [] if wants["output_attentions"] else None
-        x = self.embeddings(ids, positions, segments, embeds, layout, hidden_dtype)
+        with idcheck.naming(lambda: self._misplaced(layout, input_ids, token_type_ids, position_ids)):
+            x = self.embeddings(ids, positions, segments, embeds, layout, hidden_dtype)
         if hidden_states is not None:
             hidden_states.append(packing.unpack(layout, x))
             x = packing.pack(layout, hidden_states[-1])
@@ -404,7 +407,22 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             return torch.zeros_like(positions)
         if tuple(token_type_ids.shape) not in ((batch, length), (1, length)):
             raise ValueError(f"token_type_ids has shape {tuple(token_type_ids.shape)}, expected {(batch, length)}")
+        if token_type_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"token_type_ids has dtype {token_type_ids.dtype}, expected int64 or int32")
         return packing.pack(layout, token_type_ids.expand(batch, length)).long()
+
+    def _misplaced(self, layout: Layout, input_ids, token_type_ids, position_ids) -> IndexError | None:
+        """The error for what the caller gave, where the embedding found an index out of range."""
+        attended = None if layout.indices is None else layout.mask
+        error = idcheck.misplaced(self.config, attended, input_ids, token_type_ids, position_ids)
+        lengths, table = layout.cu_seqlens.diff(), self.config.max_position_embeddings
+        if error is not None or not layout.packed or not (lengths > table).any():
+            return error
+        longest = int(lengths.argmax())
+        return IndexError(
+            f"sequence {longest} of cu_seq_lens_q has {int(lengths[longest])} tokens, the model's table of positions "
+            f"{table} (config.max_position_embeddings): cut it"
+        )
 
     def _drops(self) -> bool:
         if layers.dropout_p(self.embeddings.dropout) > 0:

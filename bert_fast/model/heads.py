@@ -22,8 +22,9 @@ from .. import ops, packing
 from ..linear import autocasts
 from ..reference import divisor
 from .base import BertModel, BertPreTrainedModel, Rows, nothing_packed
+from .idcheck import misplaced, naming
 from .layers import BertPredictionHeadTransform, plain, row_wise, untouched
-from .losses import as_tensor, cross_entropy, elementwise, with_zero_gradients
+from .losses import as_tensor, check_labels, cross_entropy, elementwise, with_zero_gradients
 from .outputs import BertForPreTrainingOutputWithoutLogits, MaskedLMOutputWithoutLogits
 
 Tensor = torch.Tensor
@@ -38,10 +39,7 @@ def _labelled(labels: Tensor | None, source: Tensor) -> Tensor | None:
     """Bool (B, S): where ``labels`` (B, S) are not -100."""
     if labels is None:
         return None
-    if labels.numel() != source.shape[0] * source.shape[1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(source.shape[:2])}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels has dtype {labels.dtype}, expected int64")
+    check_labels("labels", labels, source.shape[:2])
     return labels.reshape(source.shape[:2]) != -100
 
 
@@ -59,6 +57,8 @@ def _masked_positions(labels: Tensor | None, kwargs: dict) -> tuple[Tensor | Non
     places, targets = kwargs.get("masked_positions"), kwargs.get("masked_labels")
     if (places is None) != (targets is None):
         raise ValueError("masked_positions and masked_labels go together: one of them is missing")
+    if places is not None:
+        check_labels("masked_labels", targets, places.shape)
     if places is None and labels is not None:
         targets = labels.reshape(-1).long()
         if packing.unreadable(labels):
@@ -115,34 +115,36 @@ def _predicts_rows(cls: nn.Module, kind: type) -> bool:
 
 
 def _masked_language_modelling(
-    model: nn.Module, rows: Rows, places: Tensor | None, targets: Tensor | None, want_logits: bool, kwargs: dict,
-    logits: Tensor | None = None,
+    model: nn.Module, rows: Rows, labels: Tensor | None, places: Tensor | None, targets: Tensor | None,
+    want_logits: bool, kwargs: dict, logits: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(loss, dense logits) of the MLM head ``model.cls.predictions``, run on masked positions alone unless
     ``want_logits``: then ``rows`` holds every output, and else those at ``places``. Where ``model.cls`` itself was
     called, of its dense ``logits``."""
     layout, hidden = rows.layout, rows.hidden
     head = model.cls.predictions if logits is None else None
-    count = kwargs.get("num_items_in_batch")
+    count, packed = kwargs.get("num_items_in_batch"), kwargs.get("masked_labels")
+    named = {"name": "labels", "given": labels} if packed is None else {"name": "masked_labels", "given": packed}
 
     loss = None
     if logits is not None:
         if places is not None:
-            loss = cross_entropy(logits.flatten(0, 1).index_select(0, places), targets, count)
+            loss = cross_entropy(logits.flatten(0, 1).index_select(0, places), targets, count, **named)
     elif want_logits:
         scores = head.decoder(head.transform(hidden))
         logits = packing.unpack(layout, scores)
         if places is not None:
-            loss = cross_entropy(scores.index_select(0, packing.rows_of(layout, places)), targets, count)
+            loss = cross_entropy(scores.index_select(0, packing.rows_of(layout, places)), targets, count, **named)
     elif places is not None:
         transformed = head.transform(hidden)
         if plain(head.decoder, nn.Linear) and head.decoder.bias is not None:
             normalizer = as_tensor(count, transformed)
-            loss = ops.mlm_loss(transformed, head.decoder.weight, head.decoder.bias, targets, normalizer=normalizer)
+            with naming(lambda: ops.out_of_range(*named.values(), head.decoder.weight.shape[0], -100)):
+                loss = ops.mlm_loss(transformed, head.decoder.weight, head.decoder.bias, targets, normalizer=normalizer)
             if not autocasts(hidden.device):
                 loss = loss.to(transformed.dtype)  # as transformers' loss, in the dtype of the logits
         else:
-            loss = cross_entropy(head.decoder(transformed), targets, count)
+            loss = cross_entropy(head.decoder(transformed), targets, count, **named)
     if loss is not None and autocasts(hidden.device) and loss.dtype != torch.float64:
         loss = loss.float()
     return loss, logits
@@ -208,12 +210,12 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
                 position_ids=position_ids, inputs_embeds=inputs_embeds,
             )  # fmt: skip
             logits, nsp_logits = (None, None) if by_rows else self.cls(rows.dense(), rows.pooled)
-            loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs, logits)
+            loss, logits = _masked_language_modelling(self, rows, labels, places, targets, want_logits, kwargs, logits)
         if by_rows:
             nsp_logits = self.cls.seq_relationship(rows.pooled)
         if next_sentence_label is not None:
             count = kwargs.get("num_sequences_in_batch")
-            nsp = cross_entropy(nsp_logits.view(-1, 2), next_sentence_label.view(-1), count)
+            nsp = cross_entropy(nsp_logits.view(-1, 2), next_sentence_label, count, name="next_sentence_label")
             items = kwargs.get("num_items_in_batch")
             if count is None and items is not None and targets is not None:
                 nsp = (nsp * ((targets != -100).sum() / divisor(as_tensor(items, nsp)))).to(nsp.dtype)
@@ -263,7 +265,7 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
                 encoder_attention_mask=encoder_attention_mask,
             )  # fmt: skip
             logits = None if by_rows else self.cls(rows.dense())
-            loss, logits = _masked_language_modelling(self, rows, places, targets, want_logits, kwargs, logits)
+            loss, logits = _masked_language_modelling(self, rows, labels, places, targets, want_logits, kwargs, logits)
         kind = _output_type(logits, MaskedLMOutputWithoutLogits, MaskedLMOutput)
         output = kind(loss=loss, logits=logits, **_extras(outputs))
         return output if _returns_dict(self, kwargs) else output.to_tuple()
@@ -293,7 +295,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentenceP
         logits = self.cls(rows.pooled)
         loss = None
         if labels is not None:
-            loss = cross_entropy(logits.view(-1, 2), labels.view(-1), kwargs.get("num_items_in_batch"))
+            loss = cross_entropy(logits.view(-1, 2), labels, kwargs.get("num_items_in_batch"))
         return NextSentencePredictorOutput(loss=loss, logits=logits, **_extras(outputs))
 
 
@@ -335,7 +337,7 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
                 return elementwise(F.mse_loss, logits.squeeze(), labels.squeeze(), count)
             return elementwise(F.mse_loss, logits, labels, count)
         if self.config.problem_type == "single_label_classification":
-            return cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long(), count)
+            return cross_entropy(logits.view(-1, self.num_labels), labels, count)
         return elementwise(F.binary_cross_entropy_with_logits, logits, labels, count)
 
 
@@ -358,15 +360,18 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         source = input_ids if input_ids is not None else inputs_embeds
         choices = source.shape[1]
+        given = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        mask = attention_mask
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
             None if t is None else t.flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         rows = Rows(places=_nowhere(source))
-        outputs = _encode(
-            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
-            position_ids=position_ids, inputs_embeds=inputs_embeds,
-        )  # fmt: skip
+        with naming(lambda: misplaced(self.config, mask, **given)):
+            outputs = _encode(
+                self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
+                position_ids=position_ids, inputs_embeds=inputs_embeds,
+            )  # fmt: skip
         logits = self.classifier(self.dropout(rows.pooled)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         return MultipleChoiceModelOutput(loss=loss, logits=logits, **_extras(outputs))
@@ -399,20 +404,20 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
         loss = None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")
-            loss = cross_entropy(logits.reshape(-1, self.num_labels), labels.reshape(-1), count)
+            loss = cross_entropy(logits.reshape(-1, self.num_labels), labels, count)
         return TokenClassifierOutput(loss=loss, logits=logits, **_extras(outputs))
 
 
-def _place_loss(scores: Tensor, positions: Tensor, layout: packing.Layout) -> Tensor:
+def _place_loss(name: str, scores: Tensor, positions: Tensor, layout: packing.Layout) -> Tensor:
     """Cross-entropy of one of the ``scores`` (B, S) of each sequence against its ``positions`` (B,) or (B, 1); those
     past its end are ignored."""
-    positions = positions.squeeze(-1) if positions.dim() > 1 else positions
     length = scores.shape[1]
     if layout.packed:
         scores, length = packing.by_sequence(layout, scores[0], torch.finfo(scores.dtype).min), layout.cu_seqlens.diff()
-    outside = scores.shape[1]
+    check_labels(name, positions, scores.shape[:1])
+    positions, outside = positions.reshape(-1), scores.shape[1]
     positions = positions.clamp(min=0).where(positions < length, outside)
-    return cross_entropy(scores, positions, None, outside)
+    return cross_entropy(scores, positions, None, outside, name=name)
 
 
 class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering):
@@ -447,8 +452,8 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         start, end = (scores.squeeze(-1).contiguous() for scores in logits.split(1, dim=-1))
         loss = None
         if has_loss:
-            loss = _place_loss(start, start_positions, rows.layout) + _place_loss(end, end_positions, rows.layout)
-            loss = loss / 2
+            of_starts = _place_loss("start_positions", start, start_positions, rows.layout)
+            loss = (of_starts + _place_loss("end_positions", end, end_positions, rows.layout)) / 2
         real = packing.attended(rows.layout)
         if real is not None:
             start, end = (t.masked_fill(~real, torch.finfo(t.dtype).min) for t in (start, end))

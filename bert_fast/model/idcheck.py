@@ -1,19 +1,58 @@
-"""Ids out of range on a GPU, noticed without waiting for it.
+"""Ids and labels out of range: named by their place in the caller's batch, and on a GPU without waiting for it.
 
-On a CPU the operator checks ids itself. On a GPU reading them would stop the queue, so the embedding kernel
-writes NaN for such a row, and a one-byte answer is copied to pinned memory behind it; the next forward pass (or
-the end of the process) looks at the answers that have arrived and raises. Skipped while a model is being compiled
-or a CUDA graph captured, and where ids have no values to read.
+On a CPU the operators check what they are given, which is packed; :func:`naming` puts the caller's place in their
+errors. On a GPU reading ids would stop the queue, so the embedding kernel writes NaN for such a row, and a one-byte
+answer is copied to pinned memory behind it; the next forward pass (or the end of the process) looks at the answers that
+have arrived and raises. Skipped while a model is being compiled or a CUDA graph captured, and where ids have no values
+to read.
 """
 
 import atexit
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 
 import torch
 
+from ..ops import out_of_range, transformed
 from ..packing import unreadable
 
 _pending: list[tuple[torch.Tensor, torch.cuda.Event, int]] = []
+
+
+def naming(find: Callable[[], IndexError | None]) -> contextlib.AbstractContextManager:
+    """Around what raises IndexError for a value out of range: the error that ``find`` gives is raised in its stead, if
+    it gives one. Nothing is done where values cannot be read, in a forward that is compiled or transformed."""
+    hidden = torch.compiler.is_compiling() or transformed()
+    return contextlib.nullcontext() if hidden else _naming(find)
+
+
+@contextlib.contextmanager
+def _naming(find: Callable[[], IndexError | None]) -> Iterator[None]:
+    try:
+        yield
+    except IndexError as error:
+        raise find() or error from None
+
+
+def misplaced(
+    config, mask: torch.Tensor | None, input_ids=None, token_type_ids=None, position_ids=None
+) -> IndexError | None:
+    """The error that names the first value out of range in one of these, of the caller's shapes, where ``mask``, if it
+    is given, attends."""
+    for name, values, size in (
+        ("input_ids", input_ids, config.vocab_size),
+        ("position_ids", position_ids, config.max_position_embeddings),
+        ("token_type_ids", token_type_ids, config.type_vocab_size),
+    ):
+        if values is None:
+            continue
+        among = None if mask is None else mask != 0
+        if among is not None and values.shape != among.shape:  # positions of all sequences
+            among = among.flatten(0, -2).any(dim=0).expand(values.shape)
+        if (error := out_of_range(name, values, size, among=among)) is not None:
+            return error
+    return None
 
 
 def check_later(ids: torch.Tensor, size: int) -> None:

@@ -1,9 +1,14 @@
 """Losses as transformers computes them, and right under gradient accumulation too."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
+from ..ops import out_of_range
 from ..reference import divisor
+from .idcheck import naming
 
 Tensor = torch.Tensor
 
@@ -16,19 +21,37 @@ def as_tensor(count, like: Tensor) -> Tensor | None:
     return torch.as_tensor(count, device=like.device).to(dtype).reshape(())
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, count=None, ignore_index: int = -100) -> Tensor:
-    """Cross-entropy of logits (N, C) and labels (N,): the sum over labels != ignore_index divided by ``count``.
+def check_labels(name: str, labels: Tensor, expected: Sequence[int]) -> None:
+    """Raise TypeError for labels that are no integers, ValueError for another number than a shape ``expected`` has."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {labels.dtype}, expected int64")
+    if labels.numel() != math.prod(expected):
+        raise ValueError(f"{name} has shape {tuple(labels.shape)}, expected {tuple(expected)}")
 
-    ``count`` (int or tensor) defaults to their number; a count of 0 gives 0, not NaN.
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, count=None, ignore_index: int = -100, *, name: str = "labels",
+    given: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy of logits (N, C) and labels, N of them: the sum over labels != ignore_index divided by ``count``.
+
+    ``count`` (int or tensor) defaults to their number; a count of 0 gives 0, not NaN. Errors speak of ``name``, and of
+    places in ``given`` where labels are only a part of what the caller gave.
     """
-    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    given = labels if given is None else given
+    check_labels(name, labels, logits.shape[:1])
+    labels = labels.reshape(-1).long()
+    with naming(lambda: out_of_range(name, given, logits.shape[1], ignore_index)):
+        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     items = (labels != ignore_index).sum() if count is None else as_tensor(count, logits)
     return (total / divisor(items)).to(total.dtype)
 
 
 def elementwise(loss, prediction: Tensor, target: Tensor, count=None) -> Tensor:
     """``loss`` (mse_loss, binary_cross_entropy_with_logits) averaged over its elements, or divided by ``count``; 0
-    where there is none."""
+    where there is none. ValueError where one has more elements than the other."""
+    if prediction.numel() != target.numel():
+        raise ValueError(f"labels has {target.numel()} elements, expected {prediction.numel()}, those of the logits")
     if count is None and prediction.numel():
         return loss(prediction, target)
     total = loss(prediction, target, reduction="sum")
