@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-PACKED_SUFFIXES = {".gz", ".bz2", ".zst", ".zstd", ".parquet"}
-
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """CORPUS..., --one-per-file, --text-field and --format."""
@@ -54,9 +52,10 @@ def corpus_files(options: argparse.Namespace, *, without: Iterable[Path] = ()) -
 
 def corpus_bytes(files: list[Path]) -> int | None:
     """The bytes of text that ``files`` hold, None where only reading would tell."""
+    from bert_fast.data.formats import COMPRESSED
     from bert_fast.data.paths import is_pipe
 
-    if any(path.suffix.lower() in PACKED_SUFFIXES or is_pipe(path) for path in files):
+    if any(path.suffix.lower() in {*COMPRESSED, ".parquet"} or is_pipe(path) for path in files):
         return None
     return sum(path.stat().st_size for path in files)
 

@@ -59,7 +59,7 @@ def opened(path: Path, name: str, file_format: str | None = None) -> Iterator[tu
     """The content of a file from its beginning, decompressed, and its format: one of :data:`FORMATS`.
 
     What it begins with tells whether it is compressed, and Parquet; else its ``name`` tells, where ``file_format`` does
-    not. ValueError where it is no text in UTF-8 (archives, programs, UTF-16) or damaged.
+    not. ValueError where it is no text in UTF-8 (archives, UTF-16) or damaged.
     """
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     with nullcontext(sys.stdin.buffer) if path == STDIN else path.open("rb") as file:
