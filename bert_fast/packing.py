@@ -129,13 +129,15 @@ def packed_layout(
     return Layout(1, tokens, cu_seqlens, max_seqlen, row_key, first=first, packed=True)
 
 
-def flattened_layout(positions: Tensor, samples: Tensor | None = None) -> Layout | None:
-    """The layout of sequences that nothing but ``positions`` (T,) parts: each begins at the same position and goes up
-    by one. None where the positions do not say that there are several, or go up nowhere.
+def flattened_layout(positions: Tensor | None, batch: int, samples: Tensor | None = None) -> Layout | None:
+    """The layout of sequences that nothing but ``positions`` (T,) or (1, T), of a batch of 1, parts: each begins at the
+    same position and goes up by one. None where they do not say that there are several, or go up nowhere.
 
     Source: transformers' DataCollatorWithFlattening, and what its flash attention makes of such positions.
     """
-    tokens = positions.shape[0]
+    if positions is None or batch != 1 or positions.numel() < 2:
+        return None
+    tokens, positions = positions.numel(), positions.reshape(-1)
     positions = positions - positions[:1]
     begins, longest = positions == 0, positions.amax() + 1
     several = (begins[1:] | (positions.diff() == 1)).all() & begins[1:].any() & (longest > 1)

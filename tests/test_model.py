@@ -428,6 +428,9 @@ def test_positions_alone_part_sequences(name, lengths):
     assert all(torch.equal(got[key], told[key]) for key in got)
     shown = ours(**batch, output_attentions=True, output_hidden_states=True)
     torch.testing.assert_close(shown[0], got[0], **TOLERANCE)
+    watched = copy.deepcopy(ours)
+    watched.base_model.register_forward_hook(lambda *_: None)
+    assert_same_outputs(watched(**batch), got)
     apart = batch["position_ids"].new_tensor([i for i, n in enumerate(lengths) for _ in range(n)])
     assert not shown.attentions[0][..., apart[:, None] != apart].any()
     if name == "BertModel":

@@ -80,6 +80,23 @@ def test_packed_layout_with_room_to_spare():
     assert not same[3:5, 5:].any()
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(0, 3), st.sampled_from([torch.int32, torch.int64])
+)
+def test_positions_that_begin_again_part_sequences(lengths, start, dtype):
+    positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(DEVICE, dtype)
+    layout = packing.flattened_layout(positions[None], 1)
+    if len(lengths) == 1 or max(lengths) == 1:
+        assert layout is None
+        return
+    assert layout.packed
+    assert layout.cu_seqlens.diff().tolist() == lengths
+    assert layout.cu_seqlens.dtype == torch.int32
+    assert layout.max_seqlen == max(lengths)
+    assert packing.flattened_layout(positions[None], 2) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
 def test_a_mask_of_ones_is_the_full_layout(dtype):
     layout = packing.masked_layout(torch.ones(2, 3, dtype=dtype, device=DEVICE))

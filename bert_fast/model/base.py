@@ -334,9 +334,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         elif alone and position_ids is None:
             raise ValueError(f"{alone[0]} alone does not part sequences: pass position_ids, or cu_seq_lens_q")
         elif mask is None:
-            layout = None
-            if position_ids is not None and batch == 1 and length > 1:
-                layout = packing.flattened_layout(position_ids.reshape(-1), samples)
+            layout = packing.flattened_layout(position_ids, batch, samples)
             layout = layout or packing.full_layout(batch, length, source.device, samples)
         elif mask.dim() == 2:
             if tuple(mask.shape) != (batch, length):

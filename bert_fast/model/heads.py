@@ -81,7 +81,8 @@ def _encode(model: nn.Module, rows: Rows, input_ids: Tensor | None, kwargs: dict
     if kwargs.get("cu_seq_lens_q") is not None:
         layout = packing.packed_layout(kwargs["cu_seq_lens_q"].int(), kwargs["max_length_q"], states.shape[1])
     else:
-        layout = packing.full_layout(*states.shape[:2], states.device)
+        layout = None if mask is not None else packing.flattened_layout(inputs["position_ids"], states.shape[0])
+        layout = layout or packing.full_layout(*states.shape[:2], states.device)
         layout.mask = mask != 0 if mask is not None and mask.dim() == 2 else None
     rows.fill(layout, states, outputs[1] if len(outputs) > 1 else None)
     return outputs
