@@ -335,6 +335,18 @@ def test_embeddings_positions_states_and_attentions(kind):
     assert_same_gradients(ours, reference)
 
 
+@pytest.mark.parametrize("kind", ["none", "right", "left"])
+def test_states_and_attentions_that_are_given_are_those_that_were_used(kind):
+    """Gradients reach them, as for who explains a prediction by them."""
+    ours = bert_fast.BertModel(config()).to(DEVICE)
+    got = ours(**inputs_of("BertModel", mask_of(kind)), output_hidden_states=True, output_attentions=True)
+    given = [*got.hidden_states, *got.attentions]
+    for tensor in given:
+        tensor.retain_grad()
+    loss_of(got).backward()
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in given)
+
+
 def test_what_stands_at_padding_does_not_leak():
     """Embeddings that are NaN where the mask says so, packed or not; with them all of transformers' are NaN."""
     for name in HEADS:

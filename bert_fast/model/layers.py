@@ -284,11 +284,11 @@ def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, wher
             column = (row_key & random.MASK32).clamp(max=layout.length - 1)[:, None, None, :]
             keep = keep.gather(3, column.expand_as(keep))
             weights = torch.where(keep, weights * random.dropout_scale(p), 0.0)
+        seen = layout.mask if layout.indices is not None else layout.shown
+        if seen is not None:  # other queries are no rows, or are not read: their weights are 0
+            weights = weights * seen[:, None, :, None]
         weights = weights.to(shown)
         out = (weights.to(total) @ v).transpose(1, 2).reshape(layout.batch, layout.length, heads * size)
-        seen = layout.mask if layout.indices is not None else layout.shown
-        if seen is not None:  # weights of other queries come out as 0
-            weights = weights * seen[:, None, :, None]
     return packing.pack(layout, out.to(qkv.dtype)), weights
 
 
