@@ -5,7 +5,9 @@ many threads as torch, and are called with the padded batch that transformers' v
 library recommends for BERT: ONNX Runtime's dynamic quantisation, OpenVINO's post-training quantisation by NNCF.
 """
 
+import contextlib
 import importlib.util
+import io
 import tempfile
 import warnings
 from pathlib import Path
@@ -18,7 +20,7 @@ Tensor = torch.Tensor
 
 PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "onnxruntime-int8": ("onnx", "onnxruntime"),
             "openvino": ("openvino",), "openvino-int8": ("openvino", "nncf")}  # fmt: skip
-CALIBRATION = 32  # random sequences of 128 tokens
+CALIBRATION = 32  # random sequences
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "pooler_output")
 
@@ -97,10 +99,15 @@ class OnnxRuntime:
                 raise RuntimeError(f"ONNX Runtime's optimiser did not fuse all of {layers} layers, it fused {short}")
             graph.save_model_to_file(str(fused))
             if dtype == torch.int8:
+                from onnx import TensorProto
                 from onnxruntime.quantization import QuantType, quantize_dynamic
 
                 whole, fused = fused, fused.with_name("int8.onnx")
-                quantize_dynamic(str(whole), str(fused), weight_type=QuantType.QInt8, per_channel=True)
+                # the fused operators' results, whose type ONNX cannot infer
+                types = {"DefaultTensorType": TensorProto.FLOAT}
+                quantize_dynamic(
+                    str(whole), str(fused), weight_type=QuantType.QInt8, per_channel=True, extra_options=types
+                )
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
             # else its threads wait for the next run for so long, busy, that they slow whoever comes next
@@ -131,11 +138,14 @@ class OpenVino:
         if dtype == torch.int8:  # the products; what is between them stays in float32
             import nncf
 
-            ids = torch.randint(5, model.config.vocab_size, (CALIBRATION, 1, 128)).numpy()
+            tokens = min(128, model.config.max_position_embeddings)
+            ids = torch.randint(5, model.config.vocab_size, (CALIBRATION, 1, tokens)).numpy()
             inputs = [dict(zip(INPUTS, (x, 0 * x, 0 * x + 1), strict=True)) for x in ids]
-            self.graph = nncf.quantize(
-                self.graph, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION
-            )
+            nncf.set_log_level("ERROR")
+            with contextlib.redirect_stdout(io.StringIO()):  # its progress
+                self.graph = nncf.quantize(
+                    self.graph, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION
+                )
         self.requests = {}
 
     def compile_for(self, shape: tuple[int, int]) -> None:
