@@ -9,6 +9,7 @@ ran to its end, 1 where one failed, 2 for bad arguments. --smoke runs all of the
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a ch
 
 import torch
 
-from benchmarks import device_tests, limits, operators, optimizers, parity, report, results, steps, tables, tune
+from benchmarks import clock, device_tests, limits, operators, optimizers, parity, report, results, steps, tables, tune
 from benchmarks.clock import Clock
 from benchmarks.contenders import CANDIDATES, CONTENDERS, REFERENCES, Setting, build, capability, why_unavailable
 from benchmarks.curves import curve
@@ -32,9 +33,21 @@ from benchmarks.profiling import kernels_of
 from benchmarks.results import ROOT, Results
 from benchmarks.supervise import Case, supervise, work
 from benchmarks.workload import TOKENS, lengths_of, masked_positions, model_config, random_batch, wikipedia_quantiles
+from bert_fast import dispatch
 
 BF16 = torch.bfloat16
 SMALL = "8 full"  # lengths of a batch so small that launches count
+
+
+class Heartbeat(tables.Bar):
+    """Progress that the supervisor sees, too: a table may take longer than it waits for a word."""
+
+    def __init__(self, found: Results):
+        self.found = found
+
+    def phase(self, text: str, total: int | None = None) -> None:
+        super().phase(text, total)
+        self.found.save()
 
 
 class Run:
@@ -44,6 +57,7 @@ class Run:
         self.smoke, self.until, self.device = smoke, until, "cpu" if smoke else "cuda"
         self.dtype = torch.float32 if smoke else BF16  # Triton's interpreter is slow in 16 bits
         self.models, self.tokens, self.rounds = (("micro",), 96, 1) if smoke else (("large", "base"), TOKENS, 7)
+        self.lengths = (512,) if smoke else (512, 128)
 
     def cases(self) -> list[Case]:
         """In the order of what is to be known first; what falls off the end is what matters least."""
@@ -68,10 +82,10 @@ class Run:
             *(self.table("16-bit weights and LAMB", 30, large, 512, kind, "bert_fast-16bit", optimizer="lamb")
               for kind in both),
             *(self.table("all references", 90, model, seq, kind, *REFERENCES)
-              for model in self.models for seq in (512, 128) for kind in both),
+              for model in self.models for seq in self.lengths for kind in both),
             *(Case(f"operators, {model} {seq} {kind}", 45, partial(
                 self.measure_operators, model, seq, kind, operators.OPERATORS, compiled=kind == "full"
-            )) for model in self.models for seq in (512, 128) for kind in both),
+            )) for model in self.models for seq in self.lengths for kind in both),
             Case("the step in float32 against float64", 20, partial(self.whole_model, torch.float32)),
             *(Case(f"products of {model}'s step", 20, partial(self.products, model)) for model in self.models),
             *(Case(f"loss curve of {who}", 40, partial(self.curve, who)) for who in ("bert_fast", "hf-sdpa")),
@@ -97,6 +111,11 @@ class Run:
         return random_batch(lengths, masked_positions(lengths), seq, self.device, nsp=True,
                             vocabulary=model_config(model, dropout=0.0).vocab_size)  # fmt: skip
 
+    def launchers(self):
+        """In a trial operators alone have the launchers that a GPU would run, under Triton's interpreter."""
+        interpreted = self.smoke and dispatch.why_unavailable("triton") is None
+        return dispatch.use_backend("triton") if interpreted else contextlib.nullcontext()
+
     # what each case does
 
     def versions(self, found: Results) -> None:
@@ -119,9 +138,13 @@ class Run:
         model = self.models[-1]
         seq, lengths = (24, [24, 9]) if self.smoke else (512, [512, 84, 301, 512])
         for operator in (*operators.OPERATORS, "feed_forward"):
-            names = ["bert_fast", *(c for c in CANDIDATES if why_unavailable(c, self.setting()) is None)]
-            rows = parity.operator_rows(operator, self.device, self.dtype, model=model, seq=seq, lengths=lengths,
-                                        contenders=names)  # fmt: skip
+            names = ["bert_fast", *(
+                name for name in CANDIDATES if why_unavailable(name, self.setting()) is None
+                and any(kernel.startswith(operator) for kernel in CONTENDERS[name].ours.choices)
+            )]  # fmt: skip
+            with self.launchers():
+                rows = parity.operator_rows(operator, self.device, self.dtype, model=model, seq=seq, lengths=lengths,
+                                            contenders=names)  # fmt: skip
             found.add("parity", {"what": operator, "dtype": limits.NAMES[self.dtype]} | parity.summary(rows))
         self.whole_model(self.dtype, found)
         if wrong := [x["what"] for x in found.data["parity"] if not x["passed"]]:
@@ -149,10 +172,11 @@ class Run:
         real, lengths = self.sizes(seq, kind)
         config = model_config(model, dropout=dropout)
         for name in names:
-            rows = operators.measure(
-                own, name, self.dtype, model=model, seq=real, lengths=lengths, kind=kind, limits=measured,
-                rounds=self.rounds, dropout=dropout, parameters=self.dtype, compiled=compiled and not self.smoke,
-            )  # fmt: skip
+            with self.launchers():
+                rows = operators.measure(
+                    own, name, self.dtype, model=model, seq=real, lengths=lengths, kind=kind, limits=measured,
+                    rounds=self.rounds, dropout=dropout, parameters=self.dtype, compiled=compiled and not self.smoke,
+                )  # fmt: skip
             for x in rows:
                 if x["contender"] == "bert_fast":
                     x["predicted_ms"] = 1e3 * operator_seconds(
@@ -175,6 +199,8 @@ class Run:
         entries, refused, differs = [], [], {}
         for name in names:
             why = why_unavailable(name, setting)
+            if self.smoke and name == "hf-compile":
+                why = "a trial compiles nothing"
             try:
                 if why is None and name in CANDIDATES:
                     differs[name] = parity.same_step(
@@ -187,13 +213,15 @@ class Run:
                                 "sequences": 0, "dtype": limits.NAMES[self.dtype], "optimizer": optimizer})  # fmt: skip
                 continue
             ours = CONTENDERS[name].ours
-            entries += [(name, "packed")] if ours else [(name, "padded"), (name, "longest")][: 1 + (kind != "full")]
+            paddings = ["packed"] if ours else ["padded", "longest"] if kind == "wikipedia" else ["padded"]
+            # each compiles for a minute: the faster one
+            entries += [(name, padding) for padding in (paddings[-1:] if name == "hf-compile" else paddings)]
         plan = steps.Plan(
             model=model, lengths=kind, sequences=len(lengths), batch_of=partial(self.batch, model, real, kind),
             setting=setting, limits=found.data.get("limits", {"matmul_tflops": {}}), rounds=self.rounds, halve=True,
             with_memory=not self.smoke,
         )  # fmt: skip
-        with tables.Bar() as bar:
+        with Heartbeat(found) as bar:
             rows = steps.measure(plan, entries, bar, f"{model} {real} {kind}")
         for x in rows:
             if "failed" not in x and CONTENDERS[x["contender"]].ours:
@@ -225,21 +253,23 @@ class Run:
 
     def tests(self, found: Results) -> None:
         files = [ROOT / "tests" / "test_packing.py"] if self.smoke else device_tests.files()
-        device_tests.run(found, files, min(self.until, time.time() + 600))
+        last = max(time.time() + 70, self.until - 60)  # what the next case asks for is left
+        device_tests.run(found, files, min(last, time.time() + 600))
 
     def tune(self, first: int, last: int | None, found: Results) -> None:
         names = tune.furthest(found.data.get("operators", []))[first:last]
+        until = min(self.until, time.time() + 180) if last else self.until
         options = {"choices": [{"num_warps": 2}], "dtype": self.dtype, "tokens": 48, "repeat": 1} if self.smoke else {}
         for seq in (24,) if self.smoke else (512, 128):
             wanted = [n for n in names if seq != 128 or n == "attention"]  # the row operators know no sequences
-            tune.sweeps(found, [n for n in wanted if n != "feed_forward" or capability(self.device) in (90, 100)],
-                        device=self.device, model=self.models[0], seq=seq, until=self.until, **options)  # fmt: skip
+            wanted = [n for n in wanted if n != "feed_forward" or capability(self.device) in (90, 100)]
+            with self.launchers():
+                tune.sweeps(found, wanted, device=self.device, model=self.models[0], seq=seq, until=until, **options)
 
     def products(self, model: str, found: Results) -> None:
-        rows = limits.products_of_a_step(
-            Clock(self.device), model_config(model, dropout=0.0), 64 if self.smoke else TOKENS, repeat=2 + 8 * (
-                not self.smoke)
-        )  # fmt: skip
+        tokens, repeat = (64, 1) if self.smoke else (TOKENS, 10)
+        config = model_config(model, dropout=0.0)
+        rows = limits.products_of_a_step(Clock(self.device), config, tokens, repeat=repeat)
         found.add("products", *({"model": model} | x for x in rows))
 
     def curve(self, name: str, found: Results) -> None:
@@ -285,12 +315,7 @@ def worker(options: argparse.Namespace) -> int:
     """What runs in a process of its own: exit status 0 where all is done."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if options.smoke:
-        from benchmarks import clock
-        from bert_fast import dispatch
-
         clock.CACHE_BYTES["cpu"] = 1 << 16
-        if dispatch.why_unavailable("triton") is None:
-            dispatch.set_backend("triton")  # under Triton's interpreter: the launchers that a GPU would run
     run = Run(options.smoke, options.until)
     return work([case for case in run.cases() if case.name in options.cases], Results(options.file), options.until)
 

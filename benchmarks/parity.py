@@ -65,7 +65,7 @@ def compare(config, batch: Batch, setting: Setting, *, name: str = "bert_fast",
     exact = replace(setting, dtype=torch.float32)
     for who, contender, asked in (("truth", "hf-eager", exact), ("reference", "hf-eager", setting),
                                   ("ours", name, setting)):  # fmt: skip
-        progress(f"parity: {'the reference in float64' if who == 'truth' else who}")
+        progress(f"parity: {'the reference in float64' if who == 'truth' else contender}")
         built = build(contender, config, replace(asked, dtype=torch.float32) if bits16 else asked, weights=weights)
         if weights is None:
             if bits16:  # what all three have alike
@@ -78,7 +78,8 @@ def compare(config, batch: Batch, setting: Setting, *, name: str = "bert_fast",
             hidden_states_of_16_bits(built.model)
         found[who] = built.gradients(batch)
         del built
-    return rows_of(found["truth"], found["reference"], found["ours"], FLOOR[setting.dtype])
+    rows = rows_of(found["truth"], found["reference"], found["ours"], FLOOR[setting.dtype])
+    return rows if name == "bert_fast" else [x | {"contender": name} for x in rows]
 
 
 def hidden_states_of_16_bits(model: torch.nn.Module) -> None:

@@ -20,7 +20,7 @@ import transformers
 
 from benchmarks import limits, operators, options, parity, results, steps, tables
 from benchmarks.clock import Clock
-from benchmarks.workload import Workload, model_config
+from benchmarks.workload import Batch, Workload, model_config
 
 say = tables.console.print
 
@@ -37,31 +37,23 @@ def main(argv: list[str] | None = None) -> int:
     suffix = "-".join(filter(None, (str(asked.seq), asked.mode if asked.mode != "train" else "")))
     path = results.new_path(found, suffix) if asked.save else Path(asked.json) if asked.json else None
     file = results.Results(path, found)
-    introduce(found, asked.device)
+    tables.introduce(found, asked.device)
     if asked.kernels:
         file.put("operators", kernels(asked, found["limits"]))
         tables.operators(found["operators"]).show()
         say(operators.NOTE)
         return 0
     try:
-        status = compare(asked, file)
+        with tables.Bar() as bar:
+            bar.phase("reading the corpus and training its tokenizer")
+            work = Workload(asked.corpus, nsp=asked.setting.nsp)
+        check = describe(asked, work, found)
     except (OSError, ValueError) as error:
         print(f"benchmarks/run.py: {error}", file=sys.stderr)
         return 2
+    status = compare(asked, work, check, file)
     say(f"{time.perf_counter() - tables.STARTED:.0f} s in all" + (f"; {path}" if path else ""))
     return status
-
-
-def introduce(found: dict, device: str) -> None:
-    facts, rates = found["environment"], found["limits"]["matmul_tflops"]
-    versions, machine = facts["versions"], facts["machine"]
-    say(f"[bold]bert_fast {versions['bert_fast']}[/bold], commit {found['commit']}, against transformers "
-        f"{versions['transformers']}, torch {versions['torch']}, Python {versions['python']}")  # fmt: skip
-    name = facts["devices"][0] if device == "cuda" else machine["processor"]
-    say(f"machine    {name}, {machine['threads']} threads, {machine['instruction set of torch']}")
-    say(f"limits     matrix product {', '.join(f'{name} {value:.3f} TFLOP/s' for name, value in rates.items())}; "
-        f"copy {found['limits']['copy_gbs']:.1f} GB/s")  # fmt: skip
-    say(f"operators  {', '.join(sorted({d[device] for d in facts['operators'].values()}))}")
 
 
 def kernels(asked, measured: dict) -> list[dict]:
@@ -72,12 +64,8 @@ def kernels(asked, measured: dict) -> list[dict]:
         )  # fmt: skip
 
 
-def compare(asked, file: results.Results) -> int:
-    """Parity, then the tables; ValueError or OSError for a corpus that cannot be used."""
-    setting, found = asked.setting, file.data
-    with tables.Bar() as bar:
-        bar.phase("reading the corpus and training its tokenizer")
-        work = Workload(asked.corpus, nsp=setting.nsp)
+def describe(asked, work: Workload, found: dict) -> Batch:
+    """Says what the work is, into ``found`` too; the batch of parity. ValueError where the corpus has no such batch."""
     config = model_config(asked.model, dropout=steps.DROPOUT)
     size = asked.batch or options.default_batch(asked, config, 1e12 * found["limits"]["matmul_tflops"][asked.dtype])
     batch, check = work.batch(size, asked.seq, asked.lengths, asked.device), work.parity_batch(asked.seq, asked.device)
@@ -90,8 +78,13 @@ def compare(asked, file: results.Results) -> int:
         "mode": asked.mode, "optimizer": asked.optimizer, "rounds": asked.rounds, "corpus": work.name,
         "real_tokens": batch.real_tokens, "masked": batch.predicted, "parity_lengths": check.lengths,
     }  # fmt: skip
-    found["steps"] = []
-    rows = verified(asked, check)
+    return check
+
+
+def compare(asked, work: Workload, check: Batch, file: results.Results) -> int:
+    """Parity, then the tables; the exit status."""
+    found = file.data
+    found["steps"], rows = [], verified(asked, check)
     for peer, why in asked.missing.items():
         say(f"left out   {peer}: {why}")
     file.put("parity", parity.summary(rows, most=5 if asked.setting.train else len(rows)))
@@ -100,18 +93,21 @@ def compare(asked, file: results.Results) -> int:
     if not found["parity"]["passed"]:
         print("benchmarks/run.py: parity failed, so no speed is measured", file=sys.stderr)
         return 1
-    groups = timed(asked, work, size, file)
+    groups = timed(asked, work, found["work"]["batch"], file)
     if asked.plot or asked.save:
         tables.plot(asked.plot or str(file.path.with_suffix(".png")), groups)
     return 0
 
 
-def verified(asked, check) -> list[dict]:
-    """The rows of parity; a peer that cannot run is missing after it."""
+def verified(asked, check: Batch) -> list[dict]:
+    """The rows of parity of all that is ours, and of other libraries' encoders; one that cannot run is missing then."""
     plain = model_config(asked.model, dropout=0.0)
     with tables.Bar() as bar:
         if asked.setting.train:
-            return parity.compare(plain, check, asked.setting, progress=bar.phase)
+            ours = ["bert_fast", *(peer for peer in asked.peers if peer.startswith("bert_fast"))]
+            return [
+                x for name in ours for x in parity.compare(plain, check, asked.setting, name=name, progress=bar.phase)
+            ]
         others = [peer for peer in asked.peers if not peer.startswith("hf-")]
         rows, failed = parity.compare_encodings(plain, check, asked.setting, others, progress=bar.phase)
     asked.missing |= failed

@@ -159,9 +159,9 @@ def executed_flops(config, batch: Batch, name: str, padding: str, setting: Setti
 
 
 def best_published(rows: Sequence[dict]) -> list[str]:
-    """The fastest contender of each other library among ``rows``, of those that their libraries have published."""
-    best: dict[str, str] = {}
+    """The fastest contender of each other library and precision among ``rows``, of those that are published."""
+    best: dict[tuple[str, str], str] = {}
     timed = [row for row in rows if "step_s" in row and CONTENDERS[row["contender"]].published]
     for row in sorted(timed, key=lambda row: row["step_s"]["p50"]):
-        best.setdefault(CONTENDERS[row["contender"]].library, row["contender"])
+        best.setdefault((CONTENDERS[row["contender"]].library, row["dtype"]), row["contender"])
     return list(best.values())

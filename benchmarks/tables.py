@@ -57,6 +57,19 @@ def times(value: float | None) -> str:
 # Tables
 
 
+def introduce(found: dict, device: str) -> None:
+    """What runs here: versions, the machine and its limits, the operators' backends."""
+    facts, rates = found["environment"], found["limits"]["matmul_tflops"]
+    versions, machine = facts["versions"], facts["machine"]
+    console.print(f"[bold]bert_fast {versions['bert_fast']}[/bold], commit {found['commit']}, against transformers "
+                  f"{versions['transformers']}, torch {versions['torch']}, Python {versions['python']}")  # fmt: skip
+    name = facts["devices"][0] if device == "cuda" else machine["processor"]
+    console.print(f"machine    {name}, {machine['threads']} threads, {machine['instruction set of torch']}")
+    shown = ", ".join(f"{name} {value:.3f} TFLOP/s" for name, value in rates.items())
+    console.print(f"limits     matrix product {shown}; copy {found['limits']['copy_gbs']:.1f} GB/s")
+    console.print(f"operators  {', '.join(sorted({d[device] for d in facts['operators'].values()}))}")
+
+
 def parity(found: dict) -> Table:
     """Of a summary (parity.py) the rows nearest to their bound."""
     rows = [
@@ -120,7 +133,8 @@ def steps(rows: Sequence[dict], columns: Sequence[str] = RUN, title: str = "") -
 
 
 def operators(rows: Sequence[dict]) -> Table:
-    """A line an operator, direction and size: ours, its share of the limit, what was predicted, and the others."""
+    """A line an operator, direction and size: ours, its share of the limit, what was predicted, and the others; and the
+    sum of both directions, where some make in the one what others make in the other."""
     groups: dict[tuple, dict] = {}
     for x in rows:
         key = (x["model"], x["seq"], x["lengths"], x["operator"], x["direction"], x["dropout"])
@@ -142,6 +156,13 @@ def operators(rows: Sequence[dict]) -> Table:
                 ratio = f" ({x['ours_is']:.2f}x)" if x.get("ours_is") else ""
                 others.append(f"{name} {'failed' if 'failed' in x else number(1e3 * x['ms'])}{ratio}")
         lines.append([*cells, ", ".join(others)])
+        forward = groups.get((model, seq, lengths, operator, "forward", dropout), {})
+        if direction == "backward" and forward:
+            sums = {name: 1e3 * (x["ms"] + forward[name]["ms"]) for name, x in found.items()
+                    if "ms" in x and "ms" in forward.get(name, {})}  # fmt: skip
+            own = sums.pop("bert_fast", None)
+            both = [f"{name} {number(us)}" + (f" ({us / own:.2f}x)" if own else "") for name, us in sums.items()]
+            lines.append([size, f"{operator}, both", number(own), "", "", "", ", ".join(both)])
     return Table(["BERT", "operator", "us", "predicted", "rate", "of the limit", "others, us (ours is)"], lines)
 
 
