@@ -1,6 +1,7 @@
 """Set-up of every test: Triton's interpreter where there is no GPU, and NaN in all memory not yet written."""
 
 import importlib.util
+import json
 import os
 
 import torch
@@ -29,3 +30,33 @@ def _poison_uninitialized_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def as_first_version():
+    """as_first_version(folder) -> prepared data as the first version wrote them, and still to be opened."""
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    from bert_fast.data.shards import _size_and_sum
+
+    def rewrite(folder):
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        for key in ("files", "blake2b", "duplicate_tokens", "one_sentence_documents", "one_sentence_tokens"):
+            del manifest[key]
+        del manifest["made_by"]["sentences"]
+        (folder / "settings.json").write_text(json.dumps(manifest["made_by"], indent=1) + "\n")
+        for entry in manifest["shards"]:
+            shard = folder / "shards" / entry["file"]
+            with safe_open(shard, framework="np") as file:
+                about = file.metadata()
+            tensors = load_file(shard)
+            del tensors["document_unknown"]
+            save_file(tensors, shard, about)
+            entry |= _size_and_sum(shard)
+        for key in ("sentences", "tokens"):  # duplicates were counted
+            manifest[key] = sum(entry[key] for entry in manifest["shards"])
+        path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+    return rewrite

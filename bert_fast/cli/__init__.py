@@ -8,6 +8,7 @@ from. A command's module imports torch and the rest inside ``run``, so ``--help`
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,9 @@ from contextlib import contextmanager
 from bert_fast import __version__
 
 FAILED, USAGE, NOT_FINITE, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+
+# How DataLoader reports an error of one of its processes, before the traceback.
+IN_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
 
 # In the order in which they are used; the name of a command is that of its module, with "-" for "_".
 COMMANDS = (
@@ -109,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    message = " ".join(str(error).split())
+    text = str(error)
+    if IN_A_WORKER.match(text):  # DataLoader appends the traceback; the message is its last line
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    message = " ".join(text.split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
     if isinstance(error, (OSError, ValueError)) and message:

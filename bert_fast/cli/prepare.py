@@ -9,6 +9,8 @@ from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_file
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
+ALONE = 0.25  # a share of documents or tokens that is worth a warning, in documents of one sentence
+COPIES = 0.5  # a share of documents that were dropped, as well
 UNKNOWN = 0.01  # a share of [UNK] that is worth a warning; a vocabulary made for the text gives far less
 
 
@@ -46,6 +48,13 @@ bert-fast prepare corpus/ --tokenizer tok --out /shared/data --shard 0/4     # a
     )
     parser.add_argument(
         "--language", metavar="CODE", type=_language, default="en", help="of the sentences (ISO 639), as en, de, zh"
+    )
+    parser.add_argument(
+        "--sentences",
+        choices=("auto", "lines", "split"),
+        default="auto",
+        help="what ends one: split: marks (. ! ? and other scripts') and blank lines; lines: the line alone; auto: as "
+        "split, and the line where most lines of a document lack a mark and were not filled up to a width, as in mail",
     )
 
 
@@ -101,6 +110,7 @@ def _prepare(options: argparse.Namespace) -> None:
             shard=(index, of),
             workers=options.workers,
             language=options.language,
+            sentences=options.sentences,
             progress=show,
             **reading(options),
         )
@@ -119,18 +129,47 @@ def _prepare(options: argparse.Namespace) -> None:
         )
     if long := manifest["counts"].get("long_words"):
         out.note(f"{_number(long, 'word')} of more characters than the tokenizer takes (BERT's: 100) became [UNK]")
-    facts = {k: manifest[k] for k in ("documents", "duplicate_documents", "sentences", "tokens", "counts")}
+    copies, alone = _copies(manifest), _alone(manifest)
+    _warn(copies, alone, out)
+    facts = {key: value for key, value in manifest.items() if key not in ("made_by", "shards", "files", "blake2b")}
     facts = {"out": str(folder), "complete": True, "shards": len(manifest["shards"])} | made | facts
     facts["places"] = manifest.get("places", {})
     lines = [
         f"{folder}: {_number(manifest['documents'], 'document')}, {_number(manifest['sentences'], 'sentence')}, "
         f"{_number(manifest['tokens'], 'token')} in {_number(len(manifest['shards']), 'shard')}",
-        f"  {_number(manifest['duplicate_documents'], 'duplicate document')} dropped",
+        f"  {_number(manifest['duplicate_documents'], 'duplicate document')} dropped ({copies[1]:.1%} of the tokens)",
+        f"  {_number(manifest['one_sentence_documents'], 'document')} of one sentence ({alone[1]:.1%} of the tokens)",
         f"  how they were made, with checksums: {folder / 'manifest.json'}",
     ]
     if made["shards_found"]:
         lines.insert(1, f"  {_number(made['shards_found'], 'shard')} made before, kept")
     out.result(facts, "\n".join(lines))
+
+
+def _copies(manifest: dict) -> tuple[float, float]:
+    """The shares of what was read that were dropped as copies: of the documents, of the tokens."""
+    dropped = [manifest["duplicate_documents"], manifest["duplicate_tokens"]]
+    return tuple(number / (number + manifest[of]) for number, of in zip(dropped, ("documents", "tokens"), strict=True))
+
+
+def _alone(manifest: dict) -> tuple[float, float]:
+    """The shares of what is kept that are documents of one sentence: of the documents, of the tokens."""
+    return tuple(manifest[f"one_sentence_{of}"] / manifest[of] for of in ("documents", "tokens"))
+
+
+def _warn(copies: tuple[float, float], alone: tuple[float, float], out: Output) -> None:
+    """Of shares of copies and of single sentences that nobody would expect."""
+    if copies[0] > COPIES:
+        out.warn(
+            f"{copies[0]:.1%} of the documents were dropped, as they are copies of others (the same token ids): is the "
+            "same file or header there more than once?"
+        )
+    if max(alone) > ALONE:
+        out.warn(
+            f"{alone[0]:.1%} of the documents are one sentence ({alone[1]:.1%} of the tokens), which gives no pair: "
+            "keep in one document what belongs together (no blank lines in it, --one-per-file, or JSON lines), give "
+            "--sentences lines where each line is a sentence, or pre-train with --no-nsp"
+        )
 
 
 def _number(number: int, of: str) -> str:

@@ -13,9 +13,10 @@ def add_parser(subparsers) -> None:
         "verify",
         run,
         "compare prepared data and checkpoints with their checksums",
-        details="Reads every shard of prepared data, and its index, or every checkpoint of a run. The exit code is 0 "
-        "where all is as it was written, 1 where something is damaged, which is named. (`pretrain` looks at the sizes "
-        "of shards alone, and at the checksums of the checkpoint that it goes on from. RUN/model has no checksums.)",
+        details="Reads every file of prepared data, its index and tokenizer included, or every checkpoint of a run. "
+        "The exit code is 0 where all is as it was written, 1 where something is damaged, which is named. (`pretrain` "
+        "compares the checksums of index and tokenizer and of the checkpoint that it goes on from, but of shards the "
+        "sizes alone. Of a run, RUN/model, config.json, the metrics and loss.png have no checksums.)",
         examples="""
 bert-fast verify data
 bert-fast verify data run --json
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
 def _contents(folder: Path) -> tuple[str, list[Path]]:
     """What ``folder`` is made of, "shard" or "checkpoint", and the files that are read."""
     if (folder / "manifest.json").is_file():
-        return "shard", list(folder.glob("shards/*.safetensors"))
+        return "shard", [path for path in folder.rglob("*") if path.name != "manifest.json"]
     if (folder / "checkpoints").is_dir():
         return "checkpoint", list(folder.glob("checkpoints/step-*/*"))
     if (folder / "state.json").is_file() or (folder / "checksums.json").is_file():

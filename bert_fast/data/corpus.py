@@ -95,6 +95,7 @@ def read_documents(
     paths: str | Path | Iterable[str | Path] | None = None,
     *,
     language: str = "en",
+    sentences: str = "auto",
     one_per_file: bool = False,
     text_field: str = "text",
     file_format: str | None = None,
@@ -103,13 +104,14 @@ def read_documents(
 
     ``paths`` are files, folders or patterns in the formats of :func:`stream_documents`; None stands for the
     Python language reference that the standard library ships (``pydoc_data.topics``), each topic a document.
+    ``language`` and ``sentences`` are those of :func:`split_sentences`.
     Strict, unlike ``prepare``: raises FileNotFoundError for a missing file and ValueError for an empty file, a NUL
     byte (binary data) or text that is not UTF-8, with file, line and byte. A UserWarning says what else was left out.
     """
     if paths is None:
         from pydoc_data.topics import topics
 
-        documents = [split_sentences(topics[name], language) for name in sorted(topics)]
+        documents = [split_sentences(topics[name], language, sentences) for name in sorted(topics)]
         return [document for document in documents if document]
     documents, tally = [], Tally()
     reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
@@ -120,8 +122,8 @@ def read_documents(
             for reason in ("invalid_utf8", "nul_bytes"):
                 if tally[reason]:
                     raise ValueError(f"{tally.places[reason][0]}: not a text file in UTF-8")
-            if sentences := split_sentences(text, language):
-                documents.append(sentences)
+            if found := split_sentences(text, language, sentences):
+                documents.append(found)
         if len(documents) == before:
             raise ValueError("; ".join([f"{path}: no text in this file", *tally.described()]))
     if lost := tally.described():

@@ -25,6 +25,7 @@ tell it:
 Places within a sentence are not moved to where a word ends: a plan reads no token.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,19 @@ class Corpus:
     tokens: np.ndarray
     sentence_ends: np.ndarray
     documents: np.ndarray
+
+
+def require_known(corpus: Corpus, spans: Iterable[tuple[int, int]], rows: int) -> None:
+    """ValueError naming the first token of ``corpus`` in ``spans``, (begin, end) each, whose id is ``rows`` or more."""
+    for begin, end in spans:
+        tokens = np.asarray(corpus.tokens[begin:end])
+        for place in np.flatnonzero(tokens >= rows)[:1]:
+            what = f"token {begin + place:,} of the corpus has id {tokens[place]}, of a vocabulary of {rows:,}"
+            if hasattr(corpus.tokens, "file_of"):  # ShardedTokens
+                path = corpus.tokens.file_of(begin)
+                folder = path.parents[1]
+                raise ValueError(f"shard {path} is damaged ({what}): `bert-fast verify {folder}` tells of every file")
+            raise ValueError(f"{what}: encode it with the tokenizer that it is used with")
 
 
 @dataclass(frozen=True)

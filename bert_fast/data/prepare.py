@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,15 @@ from bert_fast.data.files import sole_writer, write_atomically
 from bert_fast.data.formats import require_text
 from bert_fast.data.losses import Places, Tally
 from bert_fast.data.paths import expand_paths, is_pipe
-from bert_fast.data.sentences import split_sentences
-from bert_fast.data.shards import finish, map_tensors, prepared_files, shard_made, shard_path, write_shard
+from bert_fast.data.sentences import RULES, split_sentences
+from bert_fast.data.shards import finish, map_tensors, prepared_files, shard_made, shard_path, sums_before, write_shard
 from bert_fast.data.tokenizer import (
     bare_tokenizer,
     load_tokenizer,
     require_berts_frame,
     save_tokenizer,
     special_ids,
+    tokenizer_digest,
     tokenizer_files,
 )
 from bert_fast.data.workers import in_processes
@@ -59,6 +61,7 @@ def prepare(
     shard: tuple[int, int] = (0, 1),
     workers: int | None = None,
     language: str = "en",
+    sentences: str = "auto",
     one_per_file: bool = False,
     text_field: str = "text",
     file_format: str | None = None,
@@ -71,6 +74,9 @@ def prepare(
     ``out``) writes index and manifest, the others return None. ``progress`` is called after each shard with
     ``units``, ``units_skipped`` (made before), ``bytes``, ``documents``, ``tokens``. ``workers`` defaults to all cores;
     above 1 the calling script needs the usual ``if __name__ == "__main__":``.
+
+    ``sentences`` and ``language`` are those of :func:`split_sentences`. Of documents with the same token ids, however
+    they are split and whatever the tokenizer drops (line ends, white space, case), the first one is kept.
 
     Stopped by a signal or an error, it kills its workers and leaves the shards that are made.
 
@@ -87,10 +93,13 @@ def prepare(
     on where it was if the same is given again. ``text_field`` and ``file_format`` are those of
     :func:`stream_documents`.
 
-    Counted in the manifest: ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` and ``lone_surrogates``
-    (documents from which they were removed, in which U+FFFD took their place), what :func:`stream_documents` counts,
-    and ``unknown_tokens`` ([UNK]); its ``places``, if any, are the first three of each ("FILE, line 3: why"), kept in
-    the shards' headers. ``tokenizer`` may be a fast one of ``transformers``.
+    ``documents``, ``sentences`` and ``tokens`` of the manifest, and ``unknown_tokens`` ([UNK]) of its ``counts``, are
+    those kept; ``duplicate_documents`` and ``duplicate_tokens`` were dropped; ``one_sentence_documents`` and
+    ``one_sentence_tokens`` are kept, and give no pair of sentences. Counted of all that was read: ``bytes``,
+    ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` and ``lone_surrogates`` (documents from which they
+    were removed, in which U+FFFD took their place), and what :func:`stream_documents` counts; ``places``, if any, are
+    the first three of each ("FILE, line 3: why"), kept in the shards' headers. ``tokenizer`` may be a fast one of
+    ``transformers``.
 
     Raises FileNotFoundError for missing input; ValueError for a damaged file, for a corpus without text, where another
     process makes the same part in ``out`` (``FolderInUse``), where ``out`` holds shards of other settings or of text
@@ -100,6 +109,8 @@ def prepare(
     index, of = shard
     if not 0 <= index < of:
         raise ValueError(f"shard {index}/{of}: the first number must be 0 to {of - 1}")
+    if sentences not in RULES:
+        raise ValueError(f"sentences {sentences!r} is none of {', '.join(RULES)}")
     out, no_text = Path(out), prepared_files(out)
     at_path = isinstance(tokenizer, (str, Path))
     if at_path:
@@ -112,8 +123,9 @@ def prepare(
     reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
     made_by = {
         "files": [["-" if size is None else path.name, size] for path, (size, _) in versions.items()],
-        "tokenizer": hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer),
         "language": language,
+        "sentences": sentences,
         "one_per_file": one_per_file,
         "text_field": text_field,
         "unit_bytes": unit_bytes,
@@ -143,7 +155,7 @@ def prepare(
                 map_tensors(path)
                 report(_same_text(path, _digest(unit), unit.files), True)
             else:
-                yield out, unit, language
+                yield out, unit, language, sentences
 
     with sole_writer(out, index, of):
         _same_settings(out / "settings.json", made_by)
@@ -169,11 +181,16 @@ def _same_settings(path: Path, settings: dict) -> None:
     if not path.is_file():
         write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        was, now = ([f"{name} ({size} bytes)" for name, size in about["files"]] for about in (before, settings))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): use another folder") from error
     if before == settings:
         return
-    what = [f"{key} was {before.get(key)!r}, now {now!r}" for key, now in settings.items() if before.get(key) != now]
-    was, now = ([f"{name} ({size} bytes)" for name, size in about["files"]] for about in (before, settings))
+    said = [{key: repr(value) for key, value in about.items()} for about in (before, settings)]
+    keys = [key for key in settings | before if said[0].get(key) != said[1].get(key)]
+    what = [f"{key} was {said[0].get(key, 'not said')}, now {said[1].get(key, 'not said')}" for key in keys]
     if was != now:
         gone, new = (", ".join(list(Counter(a) - Counter(b))[:3]) or "none" for a, b in ((was, now), (now, was)))
         what[0] = f"files gone or changed: {gone}; new or changed: {new}"
@@ -264,12 +281,11 @@ def _make_here(encoder: SentenceEncoder, tasks: Iterator[tuple]) -> Iterator[Cou
         yield counts
 
 
-def _make_shard(encoder: SentenceEncoder, out: Path, unit: Unit, language: str) -> Tally:
+def _make_shard(encoder: SentenceEncoder, out: Path, unit: Unit, language: str, rule: str) -> Tally:
     """Splits, encodes and writes one unit; returns its counts."""
     text, counts = _digest(unit), unit.counts
     sentences: list[str] = []
     numbers: list[int] = []  # of sentences, a document
-    digests: list[bytes] = []
     kept: list[int] = []  # of documents
     for index, raw in enumerate(unit.documents):
         counts["bytes"] += len(raw)
@@ -277,27 +293,29 @@ def _make_shard(encoder: SentenceEncoder, out: Path, unit: Unit, language: str) 
         if content is None:
             continue
         content = content.strip()
-        found = split_sentences(content, language)
+        found = split_sentences(content, language, rule)
         sentences += found
         numbers.append(len(found))
         kept.append(index)
-        digests.append(hashlib.blake2b(content.encode(), digest_size=16).digest())
     tokens, lengths = encoder(sentences)
-    before = np.concatenate([[0], np.cumsum(lengths > 0)])  # sentences with a token, before each
-    last = np.cumsum(numbers, dtype=np.int64)
-    document_sentences = before[last] - before[last - np.array(numbers, dtype=np.int64)]
-    full = document_sentences > 0
+    bounds = sums_before(numbers)  # of documents, in sentences
+    with_token, ends = (sums_before(of_each)[bounds] for of_each in (lengths > 0, lengths))
+    full = np.diff(ends) > 0
     for number in np.flatnonzero(~full):
         counts.note("empty_documents", "{} {}".format(*unit.places[kept[number]]))
     if encoder.long_words:
         counts["long_words"] += encoder.long_words
-    if unknown := int((tokens == special_ids(encoder.tokenizer).unk).sum()):
-        counts["unknown_tokens"] += unknown
+    unknown = np.flatnonzero(tokens == special_ids(encoder.tokenizer).unk)
+    if len(unknown):
+        counts["unknown_tokens"] += len(unknown)
+    unknown = np.searchsorted(unknown, ends)  # how many before each document
+    digests = [hashlib.blake2b(tokens[a:b], digest_size=16).digest() for a, b in pairwise(ends) if a < b]
     arrays = {
         "tokens": tokens,
         "sentence_lengths": lengths[lengths > 0].astype(np.uint32),
-        "document_sentences": document_sentences[full].astype(np.uint32),
-        "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16)[full],
+        "document_sentences": np.diff(with_token)[full].astype(np.uint32),
+        "document_unknown": np.diff(unknown)[full].astype(np.uint32),
+        "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16),
     }
     counts.update(documents=int(full.sum()), tokens=len(tokens))
     write_shard(out, unit.number, arrays, counts, text)

@@ -6,7 +6,7 @@ import numpy as np
 
 from bert_fast.data.batches import Sample
 from bert_fast.data.masking import choose_tokens, choose_words, masked_count, replace_tokens
-from bert_fast.data.pairs import NO_LABEL, Corpus
+from bert_fast.data.pairs import NO_LABEL, Corpus, require_known
 from bert_fast.data.tokenizer import SpecialIds
 
 RULE = 2  # of which sample is which, in plans and here; a run cannot go on by another
@@ -37,7 +37,7 @@ class SampleMaker:
         needs = np.stack(needs, axis=1)
         words = random_words(self.seed, epoch, indices, needs.sum(axis=1))
         use = np.repeat(np.tile(np.arange(3, dtype=np.int8), len(needs)), needs.ravel())
-        spans = zip(begin.ravel().tolist(), (begin + sizes).ravel().tolist(), strict=True)
+        spans = list(zip(begin.ravel().tolist(), (begin + sizes).ravel().tolist(), strict=True))
 
         # [CLS] A [SEP] B [SEP] of all samples, one after another
         lengths = real + texts + 1
@@ -49,6 +49,8 @@ class SampleMaker:
             ids[place], is_real[place] = token, False
         places = np.flatnonzero(is_real)
         ids[places] = np.concatenate([self.corpus.tokens[start:end] for start, end in spans])
+        if ids.max(initial=0) >= (known := self.vocabulary[-1] + 1):
+            require_known(self.corpus, spans, known)
         segments = (np.arange(len(ids)) > np.repeat(after_a, lengths)).astype(np.int64)
 
         bits = words[use == BITS]

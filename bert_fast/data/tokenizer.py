@@ -1,5 +1,6 @@
 """Tokenizers: loaded from any form, compared, and saved so that `transformers` gives the same ids."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -115,6 +116,11 @@ def token_ids(tokenizer: Tokenizer) -> np.ndarray:
 def vocabulary_rows(tokenizer: Tokenizer) -> int:
     """The rows that an embedding of the ids needs: the largest id and one, whatever gaps there are below."""
     return int(token_ids(tokenizer)[-1]) + 1
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """BLAKE2b-128 of all that ``tokenizer`` is, in hexadecimal."""
+    return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
 
 def continuation_table(tokenizer: Tokenizer) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast.data import Corpus
+from bert_fast.data.pairs import require_known
 from bert_fast.model.base import Rows
 
 # Rows of logits held at a time: 256 of a vocabulary of 30522 are 31 MB in float32.
@@ -115,6 +116,8 @@ def token_counts(corpus: Corpus, vocab_size: int) -> np.ndarray:
     for first, last in corpus.documents:
         begin, end = int(corpus.sentence_ends[first]), int(corpus.sentence_ends[last])
         values, numbers = np.unique(np.asarray(corpus.tokens[begin:end]), return_counts=True)
+        if values[-1] >= vocab_size:
+            require_known(corpus, [(begin, end)], vocab_size)
         counts[values] += numbers
     return counts
 

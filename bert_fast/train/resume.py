@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from bert_fast.data.samples import RULE
+from bert_fast.data.tokenizer import tokenizer_digest
 from bert_fast.output import Output
 from bert_fast.train import checkpoint, modelling
 from bert_fast.train.config import ConfigError, PretrainConfig, effective, flag
@@ -28,7 +29,7 @@ def identity(config: PretrainConfig, tokenizer: Tokenizer, made) -> dict:
     manifest = (Path(config.data) / "manifest.json").read_bytes()
     return {
         "data": hashlib.blake2b(manifest, digest_size=16).hexdigest(),
-        "tokenizer": hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer),
         "model": modelling.comparable(made),
         "samples": {name: getattr(config, name) for name in SAMPLES},
         "rule": RULE,

@@ -492,3 +492,57 @@ def test_a_tokenizer_within_the_corpus_is_no_part_of_it(run, tmp_path, place):
         assert (made.code, made.result["documents"], made.result["counts"].get("invalid_json")) == (0, 2, None)
     data.prepare(folder, out, tmp_path / "python", workers=1)
     assert data.read_manifest(tmp_path / "python")["documents"] == 2
+
+
+def write_documents(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def warnings_of(done):
+    return [line["text"] for line in done.lines if line["kind"] == "warning"]
+
+
+def test_totals_and_copies_are_told(run, folder, tmp_path):
+    own = [f"The object {n} is a value. It is returned by the function." for n in range(4)]
+    corpus = write_documents(tmp_path / "c.jsonl", own + [text.upper().replace(". ", ".\r\n") for text in own * 2])
+    argv = ("prepare", corpus, "--tokenizer", folder / "tok", "--workers", 1, "--out")
+    done = run(*argv, tmp_path / "d")
+    made = run(*argv, tmp_path / "json", "--json")
+    found, manifest = made.result, data.read_manifest(tmp_path / "d")
+    for key in ("documents", "duplicate_documents", "duplicate_tokens", "sentences", "tokens", "counts"):
+        assert found[key] == manifest[key]
+    assert (found["documents"], found["duplicate_documents"], found["sentences"]) == (4, 8, 8)
+    assert found["duplicate_tokens"] == 2 * found["tokens"] == 2 * found["counts"]["tokens"]
+    assert f"4 documents, 8 sentences, {found['tokens']:,} tokens in 1 shard" in done.out
+    assert "8 duplicate documents dropped (66.7% of the tokens)" in done.out
+    assert "0 documents of one sentence (0.0% of the tokens)" in done.out
+    (warning,) = warnings_of(made)
+    assert warning.startswith("66.7% of the documents were dropped, as they are copies of others")
+    assert f"warning: {warning}" in done.err
+
+
+def test_documents_of_one_sentence_are_told(run, folder, tmp_path):
+    corpus = write_documents(
+        tmp_path / "c.jsonl", ["The value is. It is not. It was."] * 2 + ["The value of the object"]
+    )
+    argv = ("prepare", corpus, "--tokenizer", folder / "tok", "--workers", 1, "--out")
+    made = run(*argv, tmp_path / "json", "--json")
+    (warning,) = warnings_of(made)
+    share = made.result["one_sentence_tokens"] / made.result["tokens"]
+    assert warning.startswith(
+        f"50.0% of the documents are one sentence ({share:.1%} of the tokens), which gives no pair"
+    )
+    assert "--sentences lines" in warning
+    assert f"1 document of one sentence ({share:.1%} of the tokens)" in run(*argv, tmp_path / "d").out
+
+
+@pytest.mark.parametrize(("rule", "sentences"), [((), 4), (("--sentences", "lines"), 4), (("--sentences", "split"), 2)])
+def test_sentences_end_where_asked(run, folder, tmp_path, rule, sentences):
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("the value\nthe other one\n\nthe object\nthe function\n")
+    argv = ("prepare", corpus, "--tokenizer", folder / "tok", "--workers", 1, "--out", tmp_path / "d", "--json")
+    done = run(*argv, *rule)
+    assert done.result["sentences"] == sentences
+    assert bool(warnings_of(done)) == (sentences == 2)
+    assert run(*argv, "--sentences", "line").code == 2

@@ -18,6 +18,12 @@ def flip(path, place: int = -1) -> None:
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
+def edit(path, before: str, after: str) -> None:
+    content = path.read_text()
+    assert before in content
+    path.write_text(content.replace(before, after, 1))
+
+
 @pytest.fixture
 def prepared(folder, tmp_path):
     """Prepared data of several shards, with duplicates within and between them."""
@@ -41,7 +47,7 @@ def test_what_was_written_is_whole(run, prepared, pretrained):
     assert all(line.endswith(", whole") for line in lines)
     found = [line for line in run("verify", prepared, pretrained, "--json").lines if line["kind"] == "result"]
     assert [line["damaged"] for line in found] == [[], []]
-    assert found[0]["bytes"] == sum(entry["bytes"] for entry in manifest["shards"])
+    assert found[0]["bytes"] == sum(entry["bytes"] for entry in [*manifest["shards"], *manifest["files"].values()])
 
 
 def cut_index(folder):
@@ -54,22 +60,44 @@ def other_index(folder):
     np.save(folder / "documents.npy", index)
 
 
+SHARDS = [
+    ("shards/00000001.safetensors", lambda path: flip(path), "is damaged (checksum): delete it and run prepare"),
+    ("shards/00000001.safetensors", lambda path: flip(path, 0), "is damaged (checksum)"),
+    ("shards/00000001.safetensors", lambda path: os.truncate(path, 99), "has 99 bytes, the manifest says"),
+    ("shards/00000001.safetensors", lambda path: path.unlink(), "has 0 bytes"),
+]
+OTHERS = [
+    ("sentence_ends.npy", lambda path: flip(path), "is damaged (checksum): delete it and run prepare again"),
+    ("sentence_ends.npy", lambda path: path.unlink(), "has 0 bytes"),
+    ("documents.npy", lambda path: os.truncate(path, 3), "has 3 bytes, the manifest says"),
+    ("documents.npy", lambda path: cut_index(path.parent), "bytes, the manifest says"),
+    ("documents.npy", lambda path: other_index(path.parent), "is damaged (checksum)"),
+    ("tokenizer/tokenizer.json", lambda path: os.truncate(path, 50), "has 50 bytes, the manifest says"),
+    ("tokenizer/tokenizer.json", lambda path: edit(path, '"lowercase": true', '"lowercase":false'), "(checksum)"),
+    ("tokenizer/vocab.txt", lambda path: path.unlink(), "has 0 bytes"),
+    ("tokenizer/tokenizer_config.json", lambda path: edit(path, "512", "128"), "is damaged (checksum)"),
+    ("settings.json", lambda path: flip(path), "is damaged (checksum)"),
+]
+WITHOUT_CHECKSUMS = [
+    ("sentence_ends.npy", lambda path: flip(path), "is not the index of its shards: delete it and run prepare again"),
+    ("sentence_ends.npy", lambda path: path.unlink(), "No such file"),
+    ("sentence_ends.npy", lambda path: path.write_bytes(path.read_bytes() + b"1"), "is damaged"),
+    ("documents.npy", lambda path: os.truncate(path, 3), "is damaged"),
+    ("documents.npy", lambda path: flip(path, 108), "is damaged"),
+    ("documents.npy", lambda path: cut_index(path.parent), "is damaged"),
+    ("documents.npy", lambda path: other_index(path.parent), "is not the index"),
+    ("tokenizer", lambda path: os.truncate(path / "tokenizer.json", 50), "is not a tokenizer"),
+    ("tokenizer", lambda path: edit(path / "tokenizer.json", '"lowercase": true', '"lowercase": false'), "is not the"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("shards/00000001.safetensors", lambda path: flip(path), "is damaged (checksum): delete it and run prepare"),
-        ("shards/00000001.safetensors", lambda path: flip(path, 0), "is damaged (checksum)"),
-        ("shards/00000001.safetensors", lambda path: os.truncate(path, 99), "has 99 bytes, the manifest says"),
-        ("shards/00000001.safetensors", lambda path: path.unlink(), "has 0 bytes"),
-        ("sentence_ends.npy", lambda path: flip(path), "is not the index of its shards: run prepare again"),
-        ("sentence_ends.npy", lambda path: path.unlink(), "is not the index"),
-        ("documents.npy", lambda path: os.truncate(path, 3), "is not the index"),
-        ("documents.npy", lambda path: cut_index(path.parent), "is not the index"),
-        ("documents.npy", lambda path: other_index(path.parent), "is not the index"),
-        ("tokenizer/tokenizer.json", lambda path: os.truncate(path, 50), "is not a tokenizer"),
-    ],
+    ("first", "name", "damage", "message"),
+    [(False, *row) for row in SHARDS + OTHERS] + [(True, *row) for row in SHARDS + WITHOUT_CHECKSUMS],
 )
-def test_damaged_data_are_named(run, prepared, name, damage, message):
+def test_damaged_data_are_named(run, prepared, as_first_version, first, name, damage, message):
+    if first:
+        as_first_version(prepared)
     damage(prepared / name)
     done = run("verify", prepared, "--quiet")
     assert done.code == 1
@@ -78,6 +106,27 @@ def test_damaged_data_are_named(run, prepared, name, damage, message):
     assert whole.endswith(", damaged:")
     assert str(prepared / name) in damaged
     assert message in damaged
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_manifest_that_is_not_as_it_was_written_is_named(run, prepared, as_first_version, first):
+    if first:
+        as_first_version(prepared)
+    assert run("verify", prepared).code == 0
+    path = prepared / "manifest.json"
+    manifest = json.loads(path.read_text())
+    needed = ("made_by", "documents", "duplicate_documents", "sentences", "tokens", "shards") if first else manifest
+    damaged = [{key: value for key, value in manifest.items() if key != left_out} for left_out in needed]
+    damaged += [manifest | {"shards": value} for value in (None, {}, [1], [{}], [{"file": 3}])]
+    if not first:
+        damaged += [manifest | {"tokens": manifest["tokens"] + 1}, manifest | {"more": 1}]
+    for content in [*map(json.dumps, damaged), "", "[]", "7", "\xff", json.dumps(manifest)[:-1]]:
+        path.write_bytes(content.encode("latin-1"))
+        for argv in (("verify", prepared), ("pretrain", "--data", prepared, "--out", prepared / "run", "--steps", 1)):
+            done = run(*argv, "--quiet")
+            assert done.code == 1
+            assert done.err.count("\n") == 1
+            assert f"error: {path} is damaged (" in done.err
 
 
 def test_prepare_makes_again_what_was_damaged(run, folder, prepared):
