@@ -15,7 +15,7 @@ PARAGRAPH = re.compile(r"\n\s*\n")
 LONGEST = 10_000
 
 # Unicode's Sentence_Terminal as far as a script in use has one, and Tibetan's shads, which are none there.
-SPACED = ".!?\u2026\u203c\u203d\u2047\u2048\u2049"  # end a sentence before white space alone
+SPACED = ".!?\u203c\u203d\u2047\u2048\u2049"  # end a sentence before white space alone
 UNSPACED = (
     "\u0589\u061d\u061e\u061f\u06d4\u0700\u0701\u0702\u0964\u0965\u104a\u104b\u1362\u1367\u1368\u1803\u1809\u1c7e\u1c7f"
     "\u3002\ua8ce\ua8cf\uabeb\ufe52\ufe56\ufe57\uff01\uff0e\uff1f\uff61"

@@ -172,10 +172,17 @@ def load_updates(
             worker_init_fn=_start_worker,
         )
     )
-    for first in batches:
-        update, slots = ordered.popleft()
-        parcels = [first, *(next(batches) for _ in slots[1:])]
-        yield Work(update, slots, [parcel.opened() for parcel in parcels])
+    try:
+        for first in batches:
+            update, slots = ordered.popleft()
+            parcels = [first, *(next(batches) for _ in slots[1:])]
+            yield Work(update, slots, [parcel.opened() for parcel in parcels])
+    except Exception as error:
+        if workers:
+            # A frame of DataLoader holds a worker's error, whose traceback holds the frame: a cycle that keeps the
+            # workers, which ignore signals, until the process waits for them at its end.
+            error.__traceback__ = None
+        raise
 
 
 def _own_size(update: Update, slots: np.ndarray) -> Capacities:

@@ -19,6 +19,7 @@ BY_LINES = {
     "code": "def area(width, height):\n    if width < 0:\n        raise ValueError(width)\n    total = width * height\n"
     "    return total\nprint(area(3, 4))",
     "two lines": "the first sentence has no full stop\nthe second one has none either",
+    "trailing off": "Well…\nI thought so…\nNobody came…",
     "some with a mark": "Who was it\nNobody knows\nReally?\nThe door was open when we came\nand it was dark",
     "Thai": "วันนี้อากาศดีมาก\nเราไปเที่ยวที่สวนสาธารณะด้วยกัน\nแมวของฉันชอบนอนบนโซฟา\nพรุ่งนี้ฝนอาจจะตก",
     "Chinese": "今天天气很好\n我们去公园玩\n他喜欢看书\n明天可能会下雨",

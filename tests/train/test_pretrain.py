@@ -107,7 +107,7 @@ def test_a_run_of_something_else_is_refused_by_name(configure, changes, message)
     assert [line["step"] for line in losses(config, "train")] == [1, 2, 3, 4]
 
 
-def test_other_data_and_tokenizer_are_refused(configure, prepared, tmp_path):
+def test_other_data_and_tokenizer_are_refused(configure, prepared, as_first_version, tmp_path):
     config = configure(steps=4)
     train(config)
     with pytest.raises(NotTheSameRun, match=r"the data .*is not the one it was trained on"):
@@ -115,11 +115,14 @@ def test_other_data_and_tokenizer_are_refused(configure, prepared, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(prepared / "data", moved)
     assert train(dataclasses.replace(config, data=str(moved), steps=5)) == 0  # the same data elsewhere are the same
+    as_first_version(moved)  # whose manifest does not tell of another tokenizer
+    config = dataclasses.replace(config, data=str(moved), out=str(tmp_path / "first"))
+    train(config)
     text = (moved / "tokenizer" / "tokenizer.json").read_text()
     (moved / "tokenizer" / "tokenizer.json").write_text(text.replace('"lowercase": true', '"lowercase": false'))
     assert text != (moved / "tokenizer" / "tokenizer.json").read_text()
     with pytest.raises(NotTheSameRun, match="differs in the tokenizer"):
-        train(dataclasses.replace(config, data=str(moved), steps=6))
+        train(dataclasses.replace(config, steps=6))
 
 
 def test_other_options_are_told_and_go_on(configure, capsys):
