@@ -457,9 +457,8 @@ def test_evaluate_without_the_next_sentence_head(run, folder, tmp_path):
 
 
 def test_models_that_cannot_serve_are_refused(run, folder, run_folder, tmp_path):
-    shutil.copytree(folder / "data", tmp_path / "other")
     other = data.train_tokenizer(["some other words", "altogether"], 60, min_frequency=1)
-    data.save_tokenizer(other, tmp_path / "other" / "tokenizer")
+    data.prepare(folder / "corpus.jsonl", other, tmp_path / "other", workers=1)
     bert_fast.BertModel.from_pretrained(folder / "model").save_pretrained(tmp_path / "encoder")
     data.save_tokenizer(data.load_tokenizer(folder / "tok"), tmp_path / "encoder")
     (tmp_path / "gpt").mkdir()
