@@ -145,6 +145,25 @@ def test_encoding_names_its_precision_and_what_is_missing(tmp_path, capsys, monk
 
 
 @pytest.mark.usefixtures("quick")
+def test_an_encoder_that_is_wrong_is_not_timed_and_keeps_no_other_from_it(tmp_path, monkeypatch, capsys):
+    right = parity._encoding
+
+    def encode(name, *arguments):
+        found = right("hf-eager" if name == "openvino" else name, *arguments)
+        return {what: 1.5 * t for what, t in found.items()} if name == "openvino" else found
+
+    monkeypatch.setattr(parity, "_encoding", encode)
+    monkeypatch.setattr(contenders, "why_unavailable", lambda *_: None)
+    file = tmp_path / "r.json"
+    encode_alone = ("--mode", "encode", "--lengths", "wikipedia", "--peers", "hf-eager,openvino")
+    assert run.main([*SMALL, *encode_alone, "--json", str(file)]) == 0
+    assert "left out openvino: its last_hidden_state is off by 5.00e-01" in " ".join(capsys.readouterr().out.split())
+    data = json.loads(file.read_text())
+    assert [row["contender"] for row in data["steps"]] == ["bert_fast", "hf-eager"]
+    assert data["parity"]["passed"] is True
+
+
+@pytest.mark.usefixtures("quick")
 def test_masked_language_modelling_alone_and_corpus_lengths(tmp_path):
     file = tmp_path / "r.json"
     assert run.main([*SMALL, "--no-nsp", "--lengths", "corpus", "--peers", "hf-eager", "--json", str(file)]) == 0
