@@ -26,7 +26,16 @@ from bert_fast.data.formats import require_text
 from bert_fast.data.losses import Places, Tally
 from bert_fast.data.paths import expand_paths, is_pipe
 from bert_fast.data.sentences import RULES, split_sentences
-from bert_fast.data.shards import finish, map_tensors, prepared_files, shard_made, shard_path, sums_before, write_shard
+from bert_fast.data.shards import (
+    finish,
+    prepared_files,
+    recorded_shards,
+    require_as_recorded,
+    shard_made,
+    shard_path,
+    sums_before,
+    write_shard,
+)
 from bert_fast.data.tokenizer import (
     bare_tokenizer,
     load_tokenizer,
@@ -136,6 +145,7 @@ def prepare(
     done: Counter = Counter()
     elsewhere: list[tuple[int, str, list[Path]]] = []  # what other machines make: number, digest of its text, files
     units = 0
+    recorded = recorded_shards(out)
 
     def report(counts: Counter, skipped: bool) -> None:
         done.update(
@@ -152,7 +162,7 @@ def prepare(
             if unit.number % of != index:
                 elsewhere.append((unit.number, _digest(unit), unit.files))
             elif (path := shard_path(out, unit.number)).is_file():
-                map_tensors(path)
+                require_as_recorded(path, recorded.get(path.name))
                 report(_same_text(path, _digest(unit), unit.files), True)
             else:
                 yield out, unit, language, sentences

@@ -96,6 +96,24 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     return maps
 
 
+def recorded_shards(folder: Path) -> dict[str, dict]:
+    """What the manifest says of each shard, by its name; nothing where there is none, or a damaged one."""
+    try:
+        return {entry["file"]: entry for entry in read_manifest(folder)["shards"]}
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def require_as_recorded(path: Path, entry: dict | None) -> None:
+    """ValueError where a shard cannot be read, contradicts itself, or is not what ``entry`` of a manifest says."""
+    maps = map_tensors(path)
+    for counts, counted in (("sentence_lengths", "tokens"), ("document_sentences", "sentence_lengths")):
+        if maps[counts].sum(dtype=np.int64) != len(maps[counted]):
+            raise ValueError(f"shard {path} is damaged ({counts}): delete it and run prepare again")
+    if entry is not None:
+        _require_whole(path, entry, True)
+
+
 def shard_made(path: Path) -> tuple[Tally, str]:
     """What the header of a shard says: its counts, and the digest of the text it was made from."""
     try:

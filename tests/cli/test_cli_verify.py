@@ -1,5 +1,6 @@
 """bert-fast verify: what is whole is said to be, and what is damaged is named."""
 
+import functools
 import json
 import os
 import shutil
@@ -133,6 +134,28 @@ def test_prepare_makes_again_what_was_damaged(run, folder, prepared):
     flip(prepared / "sentence_ends.npy")
     (prepared / "shards" / "00000001.safetensors").unlink()
     data.prepare(prepared.with_name("corpus.jsonl"), folder / "tok", prepared, workers=1, unit_bytes=8_000)
+    assert run("verify", prepared).code == 0
+
+
+def test_prepare_does_not_go_on_with_what_is_damaged(run, folder, prepared):
+    again = ("prepare", prepared.with_name("corpus.jsonl"), "--tokenizer", folder / "tok", "--out", prepared,
+             "--workers", 1, "--quiet")  # fmt: skip
+    prepare = functools.partial(data.prepare, unit_bytes=8_000)
+    shard, manifest = prepared / "shards" / "00000001.safetensors", (prepared / "manifest.json").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "prepare", prepare)
+        for place in (-1, -40, -200, len(shard.read_bytes()) // 2):
+            flip(shard, place)
+            done = run(*again)
+            assert done.code == 1
+            assert f"shard {shard} is damaged (" in done.err
+            assert "delete it and run prepare again" in done.err
+            assert (prepared / "manifest.json").read_bytes() == manifest
+            flip(shard, place)
+        flip(shard)
+        shard.unlink()
+        assert run(*again).code == 0
+    assert (prepared / "manifest.json").read_bytes() == manifest
     assert run("verify", prepared).code == 0
 
 
