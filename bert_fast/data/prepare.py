@@ -104,7 +104,7 @@ def prepare(
 
     ``documents``, ``sentences`` and ``tokens`` of the manifest, and ``unknown_tokens`` ([UNK]) of its ``counts``, are
     those kept; ``duplicate_documents`` and ``duplicate_tokens`` were dropped; ``one_sentence_documents`` and
-    ``one_sentence_tokens`` are kept, and give no pair of sentences. Counted of all that was read: ``bytes``,
+    ``one_sentence_tokens`` are kept, and their pairs are pieces of a sentence. Counted of all that was read: ``bytes``,
     ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` and ``lone_surrogates`` (documents from which they
     were removed, in which U+FFFD took their place), and what :func:`stream_documents` counts; ``places``, if any, are
     the first three of each ("FILE, line 3: why"), kept in the shards' headers. ``tokenizer`` may be a fast one of
