@@ -166,9 +166,9 @@ def _warn(copies: tuple[float, float], alone: tuple[float, float], out: Output) 
         )
     if max(alone) > ALONE:
         out.warn(
-            f"{alone[0]:.1%} of the documents are one sentence ({alone[1]:.1%} of the tokens), which gives no pair: "
-            "keep in one document what belongs together (no blank lines in it, --one-per-file, or JSON lines), give "
-            "--sentences lines where each line is a sentence, or pre-train with --no-nsp"
+            f"{alone[0]:.1%} of the documents are one sentence ({alone[1]:.1%} of the tokens): their pairs are pieces "
+            "of it. Keep in one document what belongs together (no blank lines in it, --one-per-file, or JSON lines), "
+            "and give --sentences lines where each line is a sentence"
         )
 
 

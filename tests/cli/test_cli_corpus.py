@@ -530,9 +530,7 @@ def test_documents_of_one_sentence_are_told(run, folder, tmp_path):
     made = run(*argv, tmp_path / "json", "--json")
     (warning,) = warnings_of(made)
     share = made.result["one_sentence_tokens"] / made.result["tokens"]
-    assert warning.startswith(
-        f"50.0% of the documents are one sentence ({share:.1%} of the tokens), which gives no pair"
-    )
+    assert warning.startswith(f"50.0% of the documents are one sentence ({share:.1%} of the tokens): their pairs are")
     assert "--sentences lines" in warning
     assert f"1 document of one sentence ({share:.1%} of the tokens)" in run(*argv, tmp_path / "d").out
 
