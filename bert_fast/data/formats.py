@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate, chain, repeat
 from pathlib import Path
@@ -33,6 +33,7 @@ NO_TEXT_BEGINS = {
     "a compress (.Z) archive": rb"\x1f\x9d",
     "a tar archive": rb"(?s:.{257}ustar)",
     "PDF": rb"%PDF-",
+    "UTF-32": rb"(?:\xff\xfe\0\0|\0\0\xfe\xff)",
     "UTF-16": rb"(?s:(?:\xff\xfe|\xfe\xff)..)",
 }
 PARQUET = b"PAR1"
@@ -46,6 +47,7 @@ LONGEST_JSON_LINE = 64 << 20  # and the longest line or field of a table
 LONG_DOCUMENT = 1 << 20  # of a text file, worth a note: hardly one document
 
 BOM = b"\xef\xbb\xbf"
+JSON_BEGINS = re.compile(rb'(?:%b)?\s*(?:\[\s*)*\{\s*"[^"\n]*"\s*:' % BOM)
 # Line ends and spaces that Unicode knows, of which no blank line is made here.
 LINE_ENDS = {b"\xc2\x85": "U+0085", b"\xe2\x80\xa8": "U+2028", b"\xe2\x80\xa9": "U+2029"}
 SPACES = "\xa0\u1680\u2000-\u200f\u202f\u205f\u2060\u3000\ufeff"
@@ -222,9 +224,8 @@ def where_to_cut(document: bytes) -> int:
 
 def _doubt(document: bytes, first: bool) -> str | None:
     """Why a document of a text file is perhaps none, and what to do; None where it looks like one."""
-    line = document.partition(b"\n")[0]
-    if first and line.removeprefix(BOM)[:1] == b"{" and _is_object(line):
-        return "its lines are JSON objects: name it .jsonl, or give the format jsonl"
+    if first and JSON_BEGINS.match(document):
+        return "it holds JSON objects: name it .jsonl, or give the format jsonl"
     if len(document) < LONG_DOCUMENT:
         return None
     ends = document.count(b"\n")
@@ -241,13 +242,6 @@ def _doubt(document: bytes, first: bool) -> str | None:
         if len(lines) > 2 and lines[0].count(mark) and len({line.count(mark) for line in lines[:-1]}) == 1:
             return f"its lines look like those of a table: name it .{kind}, or give the format {kind}"
     return "there is no blank line in it: put one between documents, or read it as one document a file"
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _json(blocks: Iterator[bytes], name: str, field: str, tally: Tally) -> Iterator[Text]:
@@ -355,8 +349,8 @@ def _table(blocks: Iterator[bytes], name: str, field: str, tabs: bool, tally: Ta
     """Rows of the column that the first row names ``field``. In .tsv a quotation mark is a character like others."""
     rows = _rows(blocks, name, tabs)
     within, (_, header) = f"{name}, line", next(rows, (1, []))
-    if header and field not in header:
-        raise _no_column(name, field, header)
+    if header:
+        _require_column(name, field, header)
     for number, row in rows:
         if len(row) == len(header):
             yield row[header.index(field)].encode("utf-8", "surrogateescape"), within, number
@@ -364,8 +358,11 @@ def _table(blocks: Iterator[bytes], name: str, field: str, tabs: bool, tally: Ta
             tally.note("invalid_rows", f"{within} {number}: {len(row)} columns, the header has {len(header)}")
 
 
-def _no_column(name: str, field: str, columns: Iterable[str]) -> ValueError:
-    return ValueError(f"{name}: no column {field!r}; its columns are {shortened(columns)}: name one as the text field")
+def _require_column(name: str, field: str, columns: Sequence[str]) -> None:
+    """ValueError where not exactly one of ``columns`` is called ``field``."""
+    if (number := columns.count(field)) != 1:
+        what = f"{number} columns" if number else "no column"
+        raise ValueError(f"{name}: {what} {field!r}; its columns are {shortened(columns)}: name one as the text field")
 
 
 def _rows(blocks: Iterator[bytes], name: str, tabs: bool) -> Iterator[tuple[int, list[str]]]:
@@ -404,18 +401,30 @@ def _parquet(path: Path, name: str, field: str) -> Iterator[Text]:
     within, number = f"{name}, row", 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = dict(sorted(_columns(file.schema_arrow), key=lambda item: -len(item[1])))  # whole names win
-            if field not in columns:
-                raise _no_column(name, field, columns)
+            columns = sorted(_columns(file.schema_arrow), key=lambda column: len(column[1]))
+            first = next((column for column in columns if column[0] == field), None)  # a whole name before a path
+            called = [column[0] for column in columns if column[0] != field or column == first]
+            _require_column(name, field, called)
+            top, *inner = first[1]
             for batch in file.iter_batches(batch_size=256, columns=[field]):
-                column = batch.column(batch.schema.get_field_index(columns[field][0]))
-                if inner := columns[field][1:]:
+                column = batch.column(batch.schema.get_field_index(top))
+                if inner:
                     column = pyarrow.compute.struct_field(column, inner)
-                for value in column.cast(pyarrow.binary()):
+                for value in _as_bytes(column, name, field):
                     number += 1
                     yield value.as_buffer().to_pybytes() if value.is_valid else b"", within, number
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
+def _as_bytes(column, name: str, field: str):
+    """A column of text as one of bytes; ValueError where it is no text."""
+    import pyarrow
+
+    try:
+        return column.cast(pyarrow.binary())
+    except pyarrow.ArrowNotImplementedError as error:
+        raise ValueError(f"{name}: the column {field!r} holds {column.type}, no text: name another one") from error
 
 
 def _columns(fields: Iterable, before: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:

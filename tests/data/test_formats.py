@@ -114,6 +114,7 @@ def archives():
         "a 7z archive": b"7z\xbc\xaf\x27\x1c" + text,
         "PDF": b"%PDF-1.7\n" + text,
         "UTF-16": text.decode().encode("utf-16"),
+        "UTF-32": text.decode().encode("utf-32"),
     }
 
 
@@ -228,6 +229,7 @@ def test_rows_of_a_table_that_do_not_fit_are_named(tmp_path):
         ('n,text\n1,One.\n2,"Two\n3,Three\n', "line 3 on: unexpected end of data"),
         ("n,text\n1,One.\r2,Two\n", "line 2 on: new-line character"),
         ("n;text\n1;One.\n", "no column 'text'; its columns are 'n;text'"),
+        ("text,n,text\nOne.,1,Two.\n", "2 columns 'text'; its columns are 'text', 'n', 'text'"),
     ]:
         (tmp_path / "c.csv").write_text(content)
         with pytest.raises(ValueError, match=rf"c\.csv.*{message}"):
@@ -254,6 +256,34 @@ def test_halves_of_a_surrogate_pair_become_one_character_each(tmp_path, kind):
     assert tally == {"lone_surrogates": 1}
     with pytest.warns(UserWarning, match="1 documents with halves of surrogate pairs"):
         assert read_documents(path) == [["Cut \ufffd off."], ["Whole \U0001f600."]]
+
+
+TYPES = {
+    "int64": [1, 2],
+    "list<.*string>": [["One."], ["Two."]],
+    "bool": [True, False],
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_column_that_is_no_text_is_said_with_its_type(tmp_path, kind):
+    pyarrow.parquet.write_table(pyarrow.table({"n": ["x", "y"], "body": TYPES[kind]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"a\.parquet: .*'body'.* {kind}"):
+        read(tmp_path / "a.parquet", text_field="body")
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.string_view()])
+def test_text_of_every_type_and_twice_a_name(tmp_path, kind):
+    column = pyarrow.array(["One.", None, "Two."]).cast(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column, "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0] == ["One.", "Two."]
+    dictionary = pyarrow.table({"text": pyarrow.array(["One.", None, "Two."]).dictionary_encode()})
+    pyarrow.parquet.write_table(dictionary, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0] == ["One.", "Two."]
+    twice = pyarrow.Table.from_arrays([column, column], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: 2 columns 'text'"):
+        read(tmp_path / "a.parquet")
 
 
 BIG = 1_200_000
@@ -292,9 +322,22 @@ def test_one_long_document_a_file_is_what_was_asked_for(tmp_path):
     found, tally = read(tmp_path / "book.txt", one_per_file=True)
     assert len(found) == 1
     assert not tally
-    (tmp_path / "small.txt").write_text('{"text": "A line."}\n')
-    assert "JSON" in read(tmp_path / "small.txt")[1].places["doubtful_files"][0]
-    assert read(tmp_path / "small.txt", file_format="jsonl") == (["A line."], {})
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("value", [{"text": "A line."}, [{"n": 1, "text": "A line."}], [[{"text": "A line."}]]])
+def test_json_in_a_file_of_text_is_said_however_small(tmp_path, value, bom, indent):
+    nested = isinstance(value, list) and isinstance(value[0], list)
+    (tmp_path / "small.txt").write_text(f"{bom}{json.dumps(value, indent=indent)}\n", encoding="utf-8")
+    found, tally = read(tmp_path / "small.txt")
+    assert len(found) == 1
+    assert "JSON" in tally.places["doubtful_files"][0]
+    if not nested:
+        assert read(tmp_path / "small.txt", file_format="jsonl") == (["A line."], {})
+    for text in ('{A "line"}: of it.', '["A line" of it]', "[1] A line: of it.", '{"A line" of it}'):
+        (tmp_path / "small.txt").write_text(f"{bom}{text}\n", encoding="utf-8")
+        assert not read(tmp_path / "small.txt")[1]
 
 
 def test_lines_are_counted_as_an_editor_does(tmp_path):
