@@ -52,7 +52,7 @@ def as_first_version():
             with safe_open(shard, framework="np") as file:
                 about = file.metadata()
             tensors = load_file(shard)
-            del tensors["document_unknown"]
+            del tensors["document_counts"]
             save_file(tensors, shard, about)
             entry |= _size_and_sum(shard)
         for key in ("sentences", "tokens"):  # duplicates were counted

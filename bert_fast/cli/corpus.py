@@ -8,6 +8,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from bert_fast.output import Output
+
+MUCH = 0.005  # a share of the characters that is worth a warning
+STRIPPED = (
+    "are, or have, a vowel sign or another mark that is stripped with the accents, as in Hindi, Thai, Ukrainian or "
+    "Japanese, and words become alike: `bert-fast tokenizer --keep-accents` keeps them"
+)
+
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """CORPUS..., --one-per-file, --text-field and --format."""
@@ -74,3 +82,10 @@ def read_twice(files: list[Path]) -> Iterator[list[Path]]:
             return copy
 
         yield [copied(number, path) if is_pipe(path) else path for number, path in enumerate(files)]
+
+
+def tell_share(out: Output, number: int, characters: int, text: str) -> None:
+    """Says what of the characters is true of ``number`` of them, if any: a warning where it is much, else a note."""
+    if number:
+        share = number / characters
+        (out.warn if share > MUCH else out.note)(f"{number:,} characters ({share:.2%}) {text}")

@@ -3,9 +3,10 @@
 import argparse
 import re
 import sys
+from collections import Counter
 
 from bert_fast.cli import INTERRUPTED, TERMINATED, Terminated
-from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, reading
+from bert_fast.cli.corpus import STRIPPED, add_corpus_arguments, corpus_bytes, corpus_files, reading, tell_share
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
@@ -122,13 +123,9 @@ def _prepare(options: argparse.Namespace) -> None:
         return
     for lost in Tally(manifest["counts"], manifest.get("places")).described():
         out.warn(lost)
-    if (unknown := manifest["counts"].get("unknown_tokens", 0) / manifest["counts"]["tokens"]) > UNKNOWN:
-        out.warn(
-            f"{unknown:.1%} of the tokens are [UNK], of which a model learns nothing: the tokenizer was made for other "
-            "text, or keeps too few of its characters (`bert-fast tokenizer --limit-alphabet`)"
-        )
-    if long := manifest["counts"].get("long_words"):
-        out.note(f"{_number(long, 'word')} of more characters than the tokenizer takes (BERT's: 100) became [UNK]")
+    _tell_unknown(out, manifest)
+    counts = Counter(manifest["counts"])
+    tell_share(out, counts["marks_stripped"], counts["text_characters"], STRIPPED)
     copies, alone = _copies(manifest), _alone(manifest)
     _warn(copies, alone, out)
     facts = {key: value for key, value in manifest.items() if key not in ("made_by", "shards", "files", "blake2b")}
@@ -169,6 +166,22 @@ def _warn(copies: tuple[float, float], alone: tuple[float, float], out: Output) 
             f"{alone[0]:.1%} of the documents are one sentence ({alone[1]:.1%} of the tokens): their pairs are pieces "
             "of it. Keep in one document what belongs together (no blank lines in it, --one-per-file, or JSON lines), "
             "and give --sentences lines where each line is a sentence"
+        )
+
+
+def _tell_unknown(out: Output, manifest: dict) -> None:
+    """Says which tokens are [UNK], by the two causes: a warning where it is many of them."""
+    long, tokens = manifest["counts"].get("long_words", 0), manifest["counts"]["tokens"]
+    unknown = manifest["counts"].get("unknown_tokens", 0) - long
+    if unknown / tokens > UNKNOWN:
+        out.warn(
+            f"{unknown / tokens:.1%} of the tokens are [UNK], of which a model learns nothing: the tokenizer was made "
+            "for other text, or keeps too few of its characters (`bert-fast tokenizer --limit-alphabet`)"
+        )
+    if long:
+        (out.warn if long / tokens > UNKNOWN else out.note)(
+            f"{_number(long, 'word')} ({long / tokens:.1%} of the tokens) of more characters than the tokenizer takes "
+            "(BERT's: 100) became [UNK]"
         )
 
 

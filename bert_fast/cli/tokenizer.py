@@ -5,11 +5,17 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from bert_fast.cli.corpus import add_corpus_arguments, corpus_bytes, corpus_files, read_twice, reading
+from bert_fast.cli.corpus import (
+    STRIPPED,
+    add_corpus_arguments,
+    corpus_bytes,
+    corpus_files,
+    read_twice,
+    reading,
+    tell_share,
+)
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, Progress, add_command, writable_folder
-
-MUCH = 0.005  # a share of the characters that is worth a warning
 
 
 def add_parser(subparsers) -> None:
@@ -98,26 +104,22 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _tell(out: Output, learned: Counter) -> None:
-    """Says what of the text the vocabulary does not tell: a warning where it is much of it, else a note."""
-    for name, text in (
+    """Says what of the text the vocabulary does not tell."""
+    for name, of, text in (
         (
             "characters_dropped",
+            "characters",
             f"({learned['alphabet_dropped']:,} different ones) are in no piece, and words with them become [UNK] "
             "(--limit-alphabet, --vocab-size)",
         ),
         (
             "long_word_characters",
+            "characters",
             f"are in {learned['long_words']:,} words of more than 100, which are [UNK] to BERT and were left out",
         ),
-        (
-            "marks_stripped",
-            "lose a vowel sign or another mark with the accents, as in Hindi, Thai, Ukrainian or Japanese, and words "
-            "become alike: --keep-accents keeps them",
-        ),
+        ("marks_stripped", "text_characters", STRIPPED),
     ):
-        if number := learned[name]:
-            share = number / learned["characters"]
-            (out.warn if share > MUCH else out.note)(f"{number:,} characters ({share:.2%}) {text}")
+        tell_share(out, learned[name], learned[of], text)
 
 
 class _Texts:

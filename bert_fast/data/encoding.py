@@ -8,18 +8,20 @@ real text nearly all have been seen before. Any other kind of tokenizer encodes 
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from sys import getsizeof
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from bert_fast.data.tokenizer import SPECIAL_TOKENS
+from bert_fast.data.tokenizer import SPECIAL_TOKENS, strips_accents
+from bert_fast.text import SHARED_MARK, has_mark, shared_marks, strippable_marks
 
 # str.split takes these control characters for white space; BERT's clean_text removes them, joining what is around.
 REMOVED = dict.fromkeys([0x0B, 0x0C, 0x1C, 0x1D, 0x1E, 0x1F, 0x85])
 BATCH_CHARACTERS = 1 << 18  # sentences of about so many characters are cut into words at a time
 KNOWN_BYTES = 64 << 20  # the known stretches are forgotten when they take more memory than this
+LOST = ("long_words", "marks_stripped")
 ENTRY_BYTES = 120  # of a dictionary's tables, an entry, just after they have grown
 
 
@@ -27,8 +29,9 @@ class SentenceEncoder:
     """``encoder(sentences)`` gives the ids of every sentence encoded alone, without special tokens around it.
 
     Text that looks like one of BERT's special tokens ("[SEP]") is text; other added tokens ("[URL]") have their ids
-    there. The tokenizer's own truncation and padding are off. ``long_words`` counts the words of the last call that are
-    [UNK] for their length alone, whatever the vocabulary.
+    there. The tokenizer's own truncation and padding are off. ``lost`` has two counts for each sentence of the last
+    call: ``long_words``, which are [UNK] for their length alone, whatever the vocabulary, and ``marks_stripped``, vowel
+    signs and other marks that the tokenizer takes for accents (see :func:`bert_fast.text.strippable_marks`).
     ``dtype`` of the ids is uint16, or uint32 where the vocabulary has larger ids. Memory beside input and result is
     bounded by about 64 MiB for the stretches that are known and 64 MiB for a batch.
     """
@@ -50,11 +53,13 @@ class SentenceEncoder:
         self.longest = getattr(self.tokenizer.model, "max_input_chars_per_word", None)  # of WordPiece alone
         self.unknown = np.array(self.tokenizer.token_to_id("[UNK]") or 0, self.dtype).tobytes()
         self.long: dict[str, int] = {}  # of the known stretches, those with words that are too long, and how many
-        self.long_words = 0
+        self.strips_accents = strips_accents(self.tokenizer)
+        self.marked: set[str] = set()  # characters of known stretches that have a mark, or are one
+        self.lost: dict[str, list[int]] = {}
 
     def __call__(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids ``dtype`` (tokens,) of all sentences one after another, lengths int64 (sentences,), some perhaps 0)."""
-        self.long_words = 0
+        self.lost = {name: [] for name in LOST}
         encode = self._by_word if self.by_word else self._whole
         encoded = list(chain.from_iterable(map(encode, _batches(sentences))))
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // self.dtype.itemsize
@@ -62,7 +67,8 @@ class SentenceEncoder:
 
     def _whole(self, sentences: Sequence[str]) -> list[bytes]:
         encoded = self._encoded(sentences)
-        self.long_words += sum(map(self._long_in, sentences, encoded))
+        self.lost["long_words"] += map(self._long_in, sentences, encoded)
+        self.lost["marks_stripped"] += map(strippable_marks if self.strips_accents else lambda _: 0, sentences)
         return encoded
 
     def _long_in(self, text: str, ids: bytes) -> int:
@@ -96,9 +102,27 @@ class SentenceEncoder:
             self.known_bytes += getsizeof(word) + getsizeof(ids) + ENTRY_BYTES
             if number := self._long_in(word, ids):
                 self.long[word] = number
-        for word in stretches & self.long.keys():
-            self.long_words += self.long[word] * sum(one.count(word) for one in words)
+        if self.strips_accents:
+            self.marked.update(filter(_is_marked, set("".join(unseen))))
+        none = [0] * len(words)
+        some = not self.long.keys().isdisjoint(stretches)
+        self.lost["long_words"] += [sum(map(self.long.get, one, repeat(0))) for one in words] if some else none
+        marked = [character for character in self.marked if character in text]
+        self.lost["marks_stripped"] += _marks(sentences, marked) if marked else none
         return [b"".join(map(self.known.__getitem__, one)) for one in words]
+
+
+def _is_marked(character: str) -> bool:
+    return has_mark(character) or SHARED_MARK.match(character) is not None
+
+
+def _marks(sentences: Sequence[str], marked: Sequence[str]) -> list[int]:
+    """:func:`bert_fast.text.strippable_marks` of each of ``sentences``, of which ``marked`` are the characters."""
+    own = list(filter(has_mark, marked))
+    numbers = [sum(map(sentence.count, own)) for sentence in sentences]
+    if len(own) == len(marked):
+        return numbers
+    return [number + shared_marks(sentence) for number, sentence in zip(numbers, sentences, strict=True)]
 
 
 def _batches(sentences: Sequence[str]) -> Iterator[Sequence[str]]:

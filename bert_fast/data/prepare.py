@@ -27,6 +27,7 @@ from bert_fast.data.losses import Places, Tally
 from bert_fast.data.paths import expand_paths, is_pipe
 from bert_fast.data.sentences import RULES, split_sentences
 from bert_fast.data.shards import (
+    COUNTED,
     finish,
     prepared_files,
     recorded_shards,
@@ -102,8 +103,9 @@ def prepare(
     on where it was if the same is given again. ``text_field`` and ``file_format`` are those of
     :func:`stream_documents`.
 
-    ``documents``, ``sentences`` and ``tokens`` of the manifest, and ``unknown_tokens`` ([UNK]) of its ``counts``, are
-    those kept; ``duplicate_documents`` and ``duplicate_tokens`` were dropped; ``one_sentence_documents`` and
+    ``documents``, ``sentences`` and ``tokens`` of the manifest, and of its ``counts`` ``text_characters``, those of the
+    sentences, ``unknown_tokens`` ([UNK]), and what a :class:`SentenceEncoder` says is lost, are those kept;
+    ``duplicate_documents`` and ``duplicate_tokens`` were dropped; ``one_sentence_documents`` and
     ``one_sentence_tokens`` are kept, and their pairs are pieces of a sentence. Counted of all that was read: ``bytes``,
     ``invalid_utf8`` and ``empty_documents`` (skipped), ``nul_bytes`` and ``lone_surrogates`` (documents from which they
     were removed, in which U+FFFD took their place), and what :func:`stream_documents` counts; ``places``, if any, are
@@ -313,18 +315,16 @@ def _make_shard(encoder: SentenceEncoder, out: Path, unit: Unit, language: str, 
     full = np.diff(ends) > 0
     for number in np.flatnonzero(~full):
         counts.note("empty_documents", "{} {}".format(*unit.places[kept[number]]))
-    if encoder.long_words:
-        counts["long_words"] += encoder.long_words
-    unknown = np.flatnonzero(tokens == special_ids(encoder.tokenizer).unk)
-    if len(unknown):
-        counts["unknown_tokens"] += len(unknown)
-    unknown = np.searchsorted(unknown, ends)  # how many before each document
+    unknown = np.searchsorted(np.flatnonzero(tokens == special_ids(encoder.tokenizer).unk), ends)
+    found = {"text_characters": map(len, sentences), **encoder.lost}
+    found = {name: sums_before(list(of_each))[bounds] for name, of_each in found.items()} | {"unknown_tokens": unknown}
+    counts.update({name: int(before[-1]) for name, before in found.items() if before[-1]})
     digests = [hashlib.blake2b(tokens[a:b], digest_size=16).digest() for a, b in pairwise(ends) if a < b]
     arrays = {
         "tokens": tokens,
         "sentence_lengths": lengths[lengths > 0].astype(np.uint32),
         "document_sentences": np.diff(with_token)[full].astype(np.uint32),
-        "document_unknown": np.diff(unknown)[full].astype(np.uint32),
+        "document_counts": np.stack([np.diff(found[name])[full] for name in COUNTED], axis=1).astype(np.uint32),
         "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16),
     }
     counts.update(documents=int(full.sum()), tokens=len(tokens))

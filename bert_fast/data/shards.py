@@ -6,11 +6,12 @@ settings.json        how the data are made
 sentence_ends.npy    int64 (sentences + 1,): token offset at which each sentence of the shards ends, after a leading 0
 documents.npy        int64 (documents, 2): first sentence and the one after the last, duplicates left out
 tokenizer/           the tokenizer
-shards/00000000.safetensors ...   tokens (uint16 or uint32); sentence_lengths, document_sentences and document_unknown
-                     ([UNK]) (uint32); digests uint8 (documents, 16): BLAKE2b-128 of each document's token ids
+shards/00000000.safetensors ...   tokens (uint16 or uint32); sentence_lengths and document_sentences (uint32);
+                     document_counts uint32 (documents, 4): COUNTED of each; digests uint8 (documents, 16): BLAKE2b-128
+                     of each document's token ids
 
 Folders of the first version open as well: their manifests have the checksums of shards alone, their totals count the
-duplicates (documents of equal text) that were left out, and their shards have no document_unknown.
+duplicates (documents of equal text) that were left out, and their shards have no document_counts.
 """
 
 import bisect
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from bert_fast.data.pairs import Corpus
 
 TENSORS = {"tokens", "sentence_lengths", "document_sentences", "digests"}  # of every shard
+COUNTED = ("unknown_tokens", "text_characters", "long_words", "marks_stripped")
 INDEX = ("sentence_ends.npy", "documents.npy")
 CHECKED_AT_ONCE = 1 << 20  # elements of an index
 # What a manifest and each of its shards say, of which kind.
@@ -221,7 +223,7 @@ def _kept(path: Path, keep: np.ndarray) -> Counter:
         documents=int(keep.sum()),
         sentences=int(numbers[keep].sum()),
         tokens=int(tokens[keep].sum()),
-        unknown_tokens=int(maps["document_unknown"][keep].sum()),
+        **dict(zip(COUNTED, maps["document_counts"][keep].sum(axis=0, dtype=np.int64).tolist(), strict=True)),
         one_sentence_documents=int(alone.sum()),
         one_sentence_tokens=int(tokens[alone].sum()),
     )

@@ -107,6 +107,11 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*ids.values())
 
 
+def strips_accents(tokenizer: Tokenizer) -> bool:
+    """Whether ``tokenizer`` takes accents, and with them the marks of other scripts, from letters."""
+    return tokenizer.normalizer is not None and tokenizer.normalizer.normalize_str("\u00e9") == "e"
+
+
 def token_ids(tokenizer: Tokenizer) -> np.ndarray:
     """int64 (tokens,): the ids that have a token, sorted; a repeated or blank line of a vocab.txt leaves a gap."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)

@@ -2,15 +2,16 @@
 
 import re
 import threading
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, models, trainers
 
-from bert_fast.data.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, berts_tokenizer
+from bert_fast.data.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, berts_tokenizer, strips_accents
+from bert_fast.text import has_mark, shared_marks
 
-LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")  # of normalized text: what may hold a word that is too long
+# Of normalized text: what may hold a word that is too long. ASCII's punctuation always ends one.
+LONG = re.compile(rf"[^\s!-/:-@\[-`{{-~]{{{LONGEST_WORD + 1},}}")
 
 
 def train_tokenizer(
@@ -32,9 +33,10 @@ def train_tokenizer(
     is learned of them. The same texts give the same vocabulary. ``texts`` are gone through twice: a one-pass iterator
     is read into memory first.
 
-    ``counts`` gets, in characters of the text without white space: ``characters``; ``characters_dropped``, not kept,
-    of ``alphabet_dropped`` different ones; ``marks_stripped``, of scripts other than Latin and Greek, that lose a vowel
-    sign or another mark with the accents; and ``long_words``, with their ``long_word_characters``.
+    ``counts`` gets, in characters of the normalized text without white space: ``characters``; ``characters_dropped``,
+    not kept, of ``alphabet_dropped`` different ones; and ``long_words``, with their ``long_word_characters``. Of the
+    ``text_characters``, those of the texts as they are, it gets ``marks_stripped``, vowel signs and other marks that
+    are taken with the accents (see :func:`bert_fast.text.strippable_marks`).
 
     Raises ValueError where the vocabulary cannot hold the special tokens or the texts hold no word. What ends the wait
     (KeyboardInterrupt) is raised at once.
@@ -67,8 +69,10 @@ def _alphabet(
 ) -> tuple[list[str], list[str]]:
     """(the most frequent characters of the normalized texts that fit in ``room``, sorted, their "##x" forms)."""
     written: Counter = Counter()
+    marks = 0
     for text in texts:
         written.update(text)
+        marks += shared_marks(text)
     numbers: Counter = Counter()  # BERT's normalizer takes each character by itself
     for character, number in written.items():
         for normal in berts.normalizer.normalize_str(character):
@@ -86,8 +90,9 @@ def _alphabet(
     counts["characters"] = numbers.total()
     counts["alphabet_dropped"] = len(numbers) - len(kept)
     counts["characters_dropped"] = sum(number for character, number in numbers.items() if character not in kept)
-    if berts.normalizer.normalize_str("\u00e9") == "e":
-        counts["marks_stripped"] = sum(number for character, number in written.items() if _loses_a_mark(character))
+    counts["text_characters"] = written.total()
+    if strips_accents(berts):
+        counts["marks_stripped"] = marks + sum(number for character, number in written.items() if has_mark(character))
     alphabet = sorted(kept)
     return alphabet, [f"##{character}" for character in alphabet if kept[character]]
 
@@ -95,15 +100,6 @@ def _alphabet(
 def _continues_word(character: str, tokenizer: Tokenizer) -> bool:
     """Whether ``character`` can stand inside a word: punctuation and CJK characters are always words by themselves."""
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(f"a{character}"))) == 1
-
-
-def _loses_a_mark(character: str) -> bool:
-    """Whether stripping accents takes from ``character`` what is no decoration of a Latin or Greek letter."""
-    parts = unicodedata.normalize("NFD", character)
-    if not any(unicodedata.category(part) == "Mn" for part in parts):
-        return False
-    name = unicodedata.name(parts[0], "")
-    return "KATAKANA" in name or not name.startswith(("LATIN", "GREEK", "COMBINING", "VARIATION"))
 
 
 def _without_long_words(texts: Iterable[str], berts: Tokenizer, counts: Counter) -> Iterator[str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_tokenizer_keeps_case_and_accents_where_asked(run, corpus, tmp_path, fla
         ("the dog. " * 800 + "z" * 2, ("--limit-alphabet", 7), "note", "2 characters (0.04%)", "characters_dropped"),
         (TEXT * 999 + "x" * 101, (), "note", ") are in 1 words of more than 100", "long_words"),
         ("x" * 101 + " " + TEXT, (), "warning", "101 characters (", "long_word_characters"),
-        ("\u0939\u093f\u0928\u094d\u0926\u0940", (), "warning", "--keep-accents keeps them", "marks_stripped"),
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", (), "warning", "--keep-accents` keeps them", "marks_stripped"),
         (TEXT, ("--min-frequency", 9), "note", "pieces, not 30,522: no other pair", "vocab_size"),
     ],
 )  # fmt: skip
@@ -169,20 +170,56 @@ def test_text_that_the_tokenizer_does_not_know_is_told(run, folder, tmp_path):
     done = run("prepare", tmp_path / "ar.txt", *argv, "--out", tmp_path / "d")
     assert done.code == 0
     assert done.result["counts"]["unknown_tokens"] == 6  # all but two full stops
-    (warning,) = [line["text"] for line in done.lines if line["kind"] == "warning"]
-    assert warning.startswith("75.0% of the tokens are [UNK]")
+    unknown, marks = [line["text"] for line in done.lines if line["kind"] == "warning"]
+    assert unknown.startswith("75.0% of the tokens are [UNK]")
+    assert marks.startswith("1 characters (")  # the hamza of \u0625
     known = run("prepare", folder / "corpus.jsonl", *argv, "--out", tmp_path / "known")
     assert not [line for line in known.lines if line["kind"] == "warning"]
 
 
-def test_words_that_are_too_long_are_counted_apart_from_other_unknown_ones(run, folder, tmp_path):
-    (tmp_path / "long.txt").write_text(f"A {'x' * 101} here. {'y' * 500} there.\n\n{'x' * 101}\n", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("text", "long", "told", "others"),
+    [
+        (f"A {'x' * 101} here. {'y' * 500} there.\n\n{'x' * 101}\n", 3, "warning: 3 words (", False),
+        ("The value of the object. " * 99 + "z" * 101 + "\n", 1, "1 word (", False),
+        ("\u0fd0 " * 9 + "the value of the object is here " * 9 + "z" * 101, 1, "warning: 1 word (", True),
+    ],
+)
+def test_words_that_are_too_long_are_told_apart_from_other_unknown_ones(
+    run, folder, tmp_path, text, long, told, others
+):
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     argv = ("prepare", tmp_path / "long.txt", "--tokenizer", folder / "tok", "--workers", 1, "--out")
-    assert run(*argv, tmp_path / "d", "--json").result["counts"]["long_words"] == 3
-    assert (
-        "3 words of more characters than the tokenizer takes (BERT's: 100) became [UNK]"
-        in run(*argv, tmp_path / "e").err
-    )
+    counts = run(*argv, tmp_path / "d", "--json").result["counts"]
+    assert counts["long_words"] == long
+    lines = run(*argv, tmp_path / "e").err.splitlines()
+    (line,) = [line for line in lines if "more characters than the tokenizer takes (BERT's: 100) became [UNK]" in line]
+    assert line.removeprefix("bert-fast prepare: ").startswith(told)
+    share = (counts["unknown_tokens"] - long) / counts["tokens"]
+    assert any(f"{share:.1%} of the tokens are [UNK], of which" in line for line in lines) is others
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_prepare_says_what_goes_with_the_accents(run, folder, tmp_path, form, workers):
+    marked = unicodedata.normalize(form, "\u0439\u043e\u0433\u0443\u0440\u0442, \u0e17\u0e35\u0e48.")
+    plain = "The value of the object is what it is. "
+    (tmp_path / "few.txt").write_text(plain * 99 + marked, encoding="utf-8")
+    (tmp_path / "many.txt").write_text("\n\n".join([plain, *(f"{n} {marked}" for n in range(9))]), encoding="utf-8")
+    argv = ("--tokenizer", folder / "tok", "--workers", workers, "--json", "--out")
+    for name, kind, number in (("few", "note", 3), ("many", "warning", 27)):
+        done = run("prepare", tmp_path / f"{name}.txt", *argv, tmp_path / name)
+        (told,) = [line for line in done.lines if "--keep-accents" in line.get("text", "")]
+        counts = done.result["counts"]
+        assert (told["kind"], counts["marks_stripped"]) == (kind, number)
+        assert told["text"].startswith(f"{number} characters ({number / counts['text_characters']:.2%})")
+        assert data.read_manifest(tmp_path / name)["counts"] == counts
+    same = run("tokenizer", tmp_path / "many.txt", "--out", tmp_path / "stripped").err
+    assert [line for line in same.splitlines() if f"warning: {told['text'][:30]}" in line]  # and the same share
+    tokenizer = run("tokenizer", tmp_path / "many.txt", "--keep-accents", "--out", tmp_path / "kept")
+    assert "--keep-accents" not in tokenizer.err
+    kept = run("prepare", tmp_path / "many.txt", "--tokenizer", tmp_path / "kept", *argv[2:], tmp_path / "whole")
+    assert "marks_stripped" not in kept.result["counts"]
 
 
 def test_a_tokenizer_that_says_its_case_is_not_overruled(run, corpus, folder, tmp_path):

@@ -177,4 +177,4 @@ def test_whatever_is_damaged(commands, run, whole, prepared, as_first_version, f
 
 def test_header_of_shards_is_read_by_safetensors(whole):
     with safe_open(sorted((whole / "shards").iterdir())[0], framework="np") as file:
-        assert set(file.keys()) == {"tokens", "sentence_lengths", "document_sentences", "document_unknown", "digests"}
+        assert set(file.keys()) == {"tokens", "sentence_lengths", "document_sentences", "document_counts", "digests"}

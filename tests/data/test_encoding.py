@@ -116,6 +116,24 @@ def test_words_that_are_unknown_for_their_length_are_counted(tokenizer):
         for _ in range(2):
             assert_same_ids(one, texts)
             encoder(texts)
-            assert encoder.long_words == 4 + (not by_word)  # without BERT's normalizer, Chinese is one word
+            assert sum(encoder.lost["long_words"]) == 4 + (
+                not by_word
+            )  # without BERT's normalizer, Chinese is one word
             encoder([texts[2], f"a {hangul}"])
-            assert encoder.long_words == by_word
+            assert sum(encoder.lost["long_words"]) == by_word
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "marks"),
+    [
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), 4),
+        (normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]), 0),
+    ],
+)
+def test_marks_that_other_tokenizers_strip_are_counted(tokenizer, normalizer, marks):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.normalizer = normalizer
+    encoder = SentenceEncoder(other)
+    assert not encoder.by_word
+    encoder(["\u0439\u043e\u0433\u043e \u0438\u0306", "no mark, \u00e9", "\u092e\u0947\u0902"])
+    assert sum(encoder.lost["marks_stripped"]) == marks

@@ -7,6 +7,7 @@ import pytest
 
 from bert_fast.data import PretrainingDataset, encode_documents, open_corpus, prepare, read_manifest, split_sentences
 from bert_fast.data.encoding import SentenceEncoder
+from bert_fast.data.shards import COUNTED
 
 STORY = "The value of an expression is its result. It is kept. Nobody asked."
 
@@ -21,7 +22,8 @@ def make(documents, tokenizer, out, **more):
 @pytest.mark.parametrize("unit", [1, 200, 1 << 20])
 def test_totals_are_those_of_what_is_kept(tokenizer, tmp_path, unit):
     draw = np.random.default_rng()
-    own = [f"Number {n} is odd. {'It is what it is. ' * draw.integers(4)}Яя {n}. " for n in range(12)]
+    own = [f"Number {n} is odd. {'It is what it is. ' * draw.integers(4)}Яя {n}. " for n in range(11)]
+    own.append(f"A word {'x' * 101} and \u0439 or \u0438\u0306. {'y' * 200}. ")
     dropped = [own[n] for n in draw.integers(12, size=40)]
     manifest = make(own + dropped, tokenizer, tmp_path / "out", unit_bytes=unit)
     alone = make(own, tokenizer, tmp_path / "alone", unit_bytes=unit)
@@ -30,8 +32,10 @@ def test_totals_are_those_of_what_is_kept(tokenizer, tmp_path, unit):
     assert manifest["duplicate_tokens"] == sum(len(encoder(split_sentences(text))[0]) for text in dropped)
     for key in ("documents", "sentences", "tokens", "one_sentence_documents", "one_sentence_tokens"):
         assert manifest[key] == alone[key]
-    for key in ("documents", "tokens", "unknown_tokens"):
+    for key in ("documents", "tokens", *COUNTED):
         assert manifest["counts"].get(key) == alone["counts"].get(key)
+    assert (alone["counts"]["long_words"], alone["counts"]["marks_stripped"]) == (2, 2)
+    assert alone["counts"]["text_characters"] == sum(len(s) for text in own for s in split_sentences(text))
     corpus = open_corpus(tmp_path / "out")
     kept = corpus.sentence_ends[corpus.documents]
     assert manifest["tokens"] == (kept[:, 1] - kept[:, 0]).sum()

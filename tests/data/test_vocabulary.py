@@ -1,6 +1,7 @@
 """Training a vocabulary: what is kept of the alphabet, words that are too long, and what is counted."""
 
 import random
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -86,26 +87,50 @@ def test_words_that_are_always_unknown_are_left_out_and_counted(letters):
     assert {piece for piece in learned if len(piece) > 1} <= {piece.removeprefix("##") for piece in plain.get_vocab()}
 
 
+def test_long_words_among_punctuation_are_found():
+    draw = random.Random(3)
+    words = [
+        "".join(draw.choice("ab\u0e01") for _ in range(draw.choice([1, 5, 99, 100, 101, 250]))) for _ in range(200)
+    ]
+    marks = "".join(chr(code) for code in range(33, 127) if not chr(code).isalnum()) + "\u2014\u00bf \u3002"
+    texts = ["".join(word + draw.choice(marks) for word in words), "-" * 5000]
+    counts: Counter = Counter()
+    train_tokenizer(texts, 100, min_frequency=1, counts=counts)
+    long = [len(word) for word in words if len(word) > 100]
+    assert (counts["long_words"], counts["long_word_characters"]) == (len(long), sum(long))
+
+
 SCRIPTS = {  # a text and how many of its characters lose a mark that is no decoration
     "Hindi": ("\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902", 3),
     "Thai": ("\u0e17\u0e35\u0e48\u0e19\u0e35\u0e48 \u0e1a\u0e49\u0e32\u0e19", 5),
     "Ukrainian": ("\u0457\u0457 \u0439\u043e\u0433\u043e \u0433\u0430\u0439", 4),
     "Japanese": ("\u304c\u3063\u3053\u3046 \u30d1\u30f3 \u304b\u3099", 3),
     "French": ("\u00e9t\u00e9 \u00e7a e\u0301 \u03ac", 0),
-    "emoji": ("\u2764\ufe0f", 0),
+    "emoji": ("\u2764\ufe0f a\ufe0e 1\ufe0f\u20e3", 0),
+    "Russian": ("\u0451\u043b\u043a\u0430 \u0437\u0430\u0301\u043c\u043e\u043a", 2),
+    "Church Slavonic": ("\u0431\ua657\u0483\u0301", 2),
+    "Arabic": ("\u0623\u0643\u0644 \u0643\u064e\u062a\u064e\u0628", 3),
+    "Vietnamese": ("Ti\u1ebfng Vi\u1ec7t \u0103", 0),
+    "Adlam": ("\U0001e900\U0001e944", 1),
 }
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_marks_that_go_with_the_accents_are_counted(script):
+def test_marks_that_go_with_the_accents_are_counted(script, form):
     text, number = SCRIPTS[script]
+    text = unicodedata.normalize(form, text)
     counts: Counter = Counter()
-    train_tokenizer([text], 200, counts=counts)
+    encoder = SentenceEncoder(train_tokenizer([text], 200, counts=counts))
     assert counts["marks_stripped"] == number
+    for _ in range(2):  # the second time the words are known
+        encoder([f"plain {text}", "", text.replace(" ", "  ")])
+        assert sum(encoder.lost["marks_stripped"]) == 2 * number
     for options in ({"lowercase": False}, {"strip_accents": False}):
         counts.clear()
-        train_tokenizer([text], 200, counts=counts, **options)
-        assert counts["marks_stripped"] == 0
+        encoder = SentenceEncoder(train_tokenizer([text], 200, counts=counts, **options))
+        encoder([text])
+        assert counts["marks_stripped"] == sum(encoder.lost["marks_stripped"]) == 0
 
 
 def test_an_error_of_the_texts_is_raised_as_it_is():
