@@ -45,9 +45,9 @@ def read_weights(
     if needed := [name for name in missing if not name.startswith((*optional, *drawn))]:
         prefixed = next((name for name in unused if name.endswith(f".{needed[0]}")), None)
         hint = "" if prefixed is None else f"; the file has {prefixed}: rename its tensors without that prefix"
+        others = f" and {len(needed) - 1} more are" if len(needed) > 1 else " is"
         raise UnfitWeights(
-            f"{source} has no weights for {cls.__name__}: {needed[0]} and {len(needed) - 1} more are missing and "
-            f"would be random{hint}"
+            f"{source} has no weights for {cls.__name__}: {needed[0]}{others} missing and would be random{hint}"
         )
     if placeless := [name for name in unused if _of_the_encoder(name)]:
         raise UnfitWeights(

@@ -110,7 +110,7 @@ def _tell(options: argparse.Namespace, out: Output, own: "Recipe | None", recipe
         return
     flags = ("pooling", "normalize", "seq", "prompt", "prompt_name")
     given = [f"--{name.replace('_', '-')}" for name in flags if getattr(options, name) is not None]
-    out.note(f"{options.model} is a model of sentence-transformers: {own}")
+    out.note(f"{options.model} is a model of sentence-transformers: {own if given else recipe}")
     if given:
         out.note(f"{', '.join(given)} go{'es' if len(given) == 1 else ''} before that: {recipe}")
     elif own.prompts and not own.prompt:

@@ -65,7 +65,9 @@ def run(options: argparse.Namespace) -> None:
     untrained = not trained.get("nsp", True)  # such a run's head is as it was drawn
     has_nsp = not missing and not untrained and not options.no_nsp
     if (missing or untrained) and not options.no_nsp:
-        why = "was trained without next-sentence prediction" if untrained else "has no next-sentence head"
+        why = "was trained without next-sentence prediction"
+        if not untrained:
+            why = f"lacks {', '.join(missing)}, which next-sentence prediction needs"
         out.note(f"{options.model} {why}: MLM alone is measured")
     positions = model.config.max_position_embeddings
     length = options.seq or min(_longest(trained) or 128, positions)

@@ -334,6 +334,13 @@ def test_flags_go_before_what_the_folder_says_and_are_told(run, folder, sentence
     assert "no prompt named 'title'; it has query" in refused.err
 
 
+def test_a_length_beyond_the_positions_is_told_as_what_is_done(run, folder, sentence_model):
+    positions = json.loads((folder / "model" / "config.json").read_text())["max_position_embeddings"]
+    done = run("encode", sentence_model(pooling="mean", length=positions + 100), stdin="one\n")
+    assert f"cut to {positions} tokens" in done.err
+    assert str(positions + 100) not in done.err
+
+
 def test_how_many_sentences_were_cut_is_always_told(run, folder, tmp_path):
     stdin = "short\n" + "long " * 90 + "\n\n" + "longer " * 80 + "\n"
     told = "2 of 4 sentences were cut to 64 tokens; 1 are empty"

@@ -143,3 +143,19 @@ def test_pickled_weights_are_held_to_the_same(folder, tmp_path, altered):
     (model / "model.safetensors").unlink()
     with pytest.raises(UnfitWeights, match=r"token_type_embeddings.weight has the shape \(3, 32\) .* \(2, 32\)"):
         load_model(bert_fast.BertModel, model)
+
+
+def test_one_weight_that_is_missing_is_one(altered):
+    name = "bert.embeddings.token_type_embeddings.weight"
+    model = altered(lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name})
+    with pytest.raises(UnfitWeights, match=rf"{name} is missing and would be random$"):
+        load_model(bert_fast.BertForMaskedLM, model)
+
+
+@pytest.mark.parametrize("part", ["bert.pooler.dense.bias", "cls.seq_relationship.weight"])
+def test_evaluate_says_what_next_sentence_prediction_lacks(run, folder, altered, part):
+    model = altered(lambda tensors: {key: tensor for key, tensor in tensors.items() if key != part})
+    done = run("evaluate", model, "--data", folder / "data", "--max-sequences", 4, "--device", "cpu")
+    assert done.code == 0
+    assert f"{model} lacks {part}, which next-sentence prediction needs: MLM alone is measured" in done.err
+    assert "NSP" not in done.out
