@@ -249,8 +249,9 @@ class Built:
         if self.ours:
             kept = Kept(self.model.parameters())
             outcome = self.trainer(batch, kept)()
-            found = {"loss": outcome.scalars[:2].sum()}
-            return found | {n: kept.gradients[p] for n, p in self.model.named_parameters() if p in kept.gradients}
+            gradients = kept.gradients()
+            found = {n: gradients[p] for n, p in self.model.named_parameters() if p in gradients}
+            return {"loss": outcome.scalars[:2].sum()} | found
         with precision(self.setting.device, self.setting.dtype):
             loss = self.model.train()(**self.inputs(batch)).loss
         loss.backward()
@@ -339,7 +340,6 @@ class Kept(NoUpdate):
                     self._at[p] = torch.empty_like(p.grad)
                 self._at[p].copy_(p.grad)
 
-    @property
     def gradients(self) -> dict[torch.Tensor, torch.Tensor]:
         return {p: gradient.double().cpu() for p, gradient in self._at.items()}
 
