@@ -1,7 +1,6 @@
 """``bert-fast encode``: sentences to vectors."""
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,8 @@ from bert_fast.cli.lines import decoded, numbered_lines
 from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, Progress, add_command, writable_folder
+
+NOTHING = "no sentences: the input is empty"
 
 if TYPE_CHECKING:
     from bert_fast.pooling import Recipe
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
             vectors = encode_sentences(model, tokenizer, lines, **given, tokens=options.batch_tokens, counts=counts)
             count = _write(options, out, _counted(vectors, bar), facts["hidden"])
     if not count:
-        raise ValueError("no sentences: the input is empty")
+        raise ValueError(NOTHING)
     told = f"{counts['cut']:,} of {count:,} sentences were cut to {recipe.max_length} tokens"
     told += f"; {counts['empty']:,} are empty" if counts["empty"] else ""
     facts |= {"sentences": count, "cut": counts["cut"], "empty": counts["empty"]}
@@ -139,29 +140,27 @@ def _write(options: argparse.Namespace, out: Output, vectors: Iterable, width: i
 def write_npy(path: Path, arrays: Iterable, width: int) -> int:
     """Writes float32 ``arrays`` (n, width) one after another as one .npy file and returns the number of rows.
 
-    The file is written aside and renamed, so ``path`` is whole or as it was; no rows leave it as it was.
+    The file is written aside and renamed, so ``path`` is whole or as it was; no rows are a ValueError.
     """
     import numpy as np
+
+    from bert_fast.data.files import written_aside
 
     def header(rows: int) -> None:
         shape = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
         np.lib.format.write_array_header_1_0(file, shape)
 
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     rows = 0
-    try:
-        with aside.open("wb") as file:
-            header(0)  # padded, so that the right one fits in its place
-            begin = file.tell()
-            for array in arrays:
-                file.write(array.astype("<f4", copy=False).tobytes())
-                rows += len(array)
-            file.seek(0)
-            header(rows)
-            if file.tell() != begin:
-                raise ValueError(f"{path}: the header of {rows} rows does not fit")
-        if rows:
-            os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        header(0)  # padded, so that the right one fits in its place
+        begin = file.tell()
+        for array in arrays:
+            file.write(array.astype("<f4", copy=False).tobytes())
+            rows += len(array)
+        if not rows:
+            raise ValueError(NOTHING)
+        file.seek(0)
+        header(rows)
+        if file.tell() != begin:
+            raise ValueError(f"{path}: the header of {rows} rows does not fit")
     return rows
