@@ -33,7 +33,7 @@ TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit
 DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 5.3, 5.1, 6.6
 # In kernels/attention_hopper.py: of its forward, and of its backward, where they are drawn once.
 DROPOUT_ASYNCHRONOUS, DROPOUT_ONE_PASS = 4.2, 7.1
-GELU_FORWARD, GELU_BACKWARD = 40, 55
+GELU_FORWARD, GELU_BACKWARD = 21, 25
 EMBEDDING_BACKWARD = 62  # d z made twice
 
 
