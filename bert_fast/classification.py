@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from bert_fast import extras
 from bert_fast.data.tokenizer import MODEL_INPUTS, SPECIAL_NAMES, save_tokenizer
 from bert_fast.examples import Example, doubtful_labels, label_names, label_value, read_examples, well_formed_examples
 from bert_fast.inference import load_model, model_folder
@@ -75,6 +76,7 @@ def finetune(
     U+FFFD. Raises ValueError for examples that do not fit together or begin with the names of columns and for labels
     that are numbers with a fraction, FloatingPointError where the loss is not finite in the end.
     """
+    extras.load("accelerate")  # transformers.Trainer's, whose own message does not say from where
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
     if precision not in ("fp32", "bf16"):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bert_fast import extras
 from bert_fast.text import well_formed
 
 # Seconds between two lines of progress where stderr is a file or a pipe, and between two in JSON mode.
@@ -266,13 +267,10 @@ class _TerminalProgress(Progress):
     """A live bar on a terminal."""
 
     def start(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn
-        from rich.progress import Progress as Bars
-
-        columns = [TextColumn("{task.description}"), BarColumn() if self.total else SpinnerColumn()]
-        columns.append(TextColumn("{task.fields[state]}", markup=False))
-        self._bars = Bars(*columns, console=Console(stderr=True), transient=False)
+        rich, console = extras.load("rich.progress"), extras.load("rich.console").Console(stderr=True)
+        columns = [rich.TextColumn("{task.description}"), rich.BarColumn() if self.total else rich.SpinnerColumn()]
+        columns.append(rich.TextColumn("{task.fields[state]}", markup=False))
+        self._bars = rich.Progress(*columns, console=console, transient=False)
         self._task = self._bars.add_task(self.what, total=self.total, completed=self.done, state="")
         self._bars.start()
 

@@ -1,13 +1,17 @@
 """The package as a user gets it: what is importable, what is shipped, and what happens where something is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from bert_fast import extras
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +49,69 @@ ops.bias_gelu(x).sum().backward()
 print(x.grad.shape)
 """
     assert "torch.Size([3, 5])" in run(sys.executable, "-c", code).stdout
+
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+found = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {missing} else found(name, *rest)
+"""
+
+
+def test_the_drop_in_needs_no_extra():
+    """Of what pyproject.toml does not require nothing is imported to build, train and save a model."""
+    code = (
+        WITHOUT.format(missing=sorted(extras.BROUGHT_BY))
+        + """
+import tempfile, torch, bert_fast
+config = bert_fast.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
+                              intermediate_size=32, max_position_embeddings=16)
+model = bert_fast.BertForPreTraining(config)
+ids = torch.randint(0, 40, (2, 8))
+model(ids, labels=ids, next_sentence_label=torch.tensor([0, 1])).loss.backward()
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    bert_fast.BertModel.from_pretrained(folder)
+print("done")
+"""
+    )
+    assert run(sys.executable, "-c", code).stdout.split()[-1] == "done"
+
+
+@pytest.mark.parametrize(("package", "given"), [("sentencex", "corpus.txt"), ("pyarrow", "corpus.txt.zst")])
+def test_what_is_missing_is_named_with_its_extra(package, given, tmp_path):
+    """By a command that needs it, in one line."""
+    text = "One sentence. Another one.\n\nA second text. Its end.\n"
+    (tmp_path / "corpus.txt").write_text(text * 9, encoding="utf-8")
+    (tmp_path / "corpus.txt.zst").write_bytes(bytes.fromhex("28b52ffd20023100002e0a"))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n", encoding="utf-8")
+    code = (
+        WITHOUT.format(missing=[package])
+        + f"""
+from bert_fast.cli import main
+sys.exit(main(["prepare", {given!r}, "--tokenizer", "vocab.txt", "--out", "data", "--workers", "1"]))
+"""
+    )
+    done = run(sys.executable, "-c", code, check=False, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"bert-fast prepare: error: {package} is not installed, which this needs: pip install 'bert_fast[pretrain]'"
+    )
+
+
+def test_extras_are_those_of_pyproject():
+    """Nothing is required that an extra brings, and every package is in the extra that the message names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = {extra: _names(needs) for extra, needs in project["optional-dependencies"].items()}
+    required = _names(project["dependencies"])
+    for package, extra in extras.BROUGHT_BY.items():
+        assert package in optional[extra]
+        assert package not in required
+
+
+def _names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
 
 
 def test_environment_report():

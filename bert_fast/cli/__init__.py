@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from bert_fast import __version__
+from bert_fast import __version__, extras
 
 FAILED, USAGE, NOT_FINITE, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 
@@ -119,7 +119,7 @@ def _one_line(error: Exception) -> str:
     message = " ".join(text.split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    if isinstance(error, (OSError, ValueError)) and message:
+    if isinstance(error, (OSError, ValueError, extras.ExtraMissing)) and message:
         return message
     return f"{type(error).__name__}: {message} (unexpected: BERT_FAST_DEBUG=1 shows where it came from)"
 

@@ -13,6 +13,7 @@ from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import BinaryIO
 
+from bert_fast import extras
 from bert_fast.data.losses import Tally
 from bert_fast.data.paths import STDIN, is_pipe
 
@@ -115,7 +116,7 @@ def _compression(head: bytes) -> str | None:
 def _decompressed(stream: BinaryIO, compression: str) -> BinaryIO:
     if compression == "gzip":
         return gzip.GzipFile(fileobj=stream)  # unlike Arrow's, it takes zeros behind the end: blocks of a tape
-    import pyarrow  # here: other files need no Arrow
+    pyarrow = extras.load("pyarrow")  # here: other files need no Arrow
 
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), compression)
 
@@ -394,13 +395,12 @@ def _text_lines(blocks: Iterator[bytes], name: str) -> Iterator[tuple[int, str]]
 
 
 def _parquet(path: Path, name: str, field: str) -> Iterator[Text]:
-    import pyarrow
-    import pyarrow.compute
-    import pyarrow.parquet
+    pyarrow = extras.load("pyarrow")
+    compute, parquet = extras.load("pyarrow.compute"), extras.load("pyarrow.parquet")
 
     within, number = f"{name}, row", 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             columns = sorted(_columns(file.schema_arrow), key=lambda column: len(column[1]))
             first = next((column for column in columns if column[0] == field), None)  # a whole name before a path
             called = [column[0] for column in columns if column[0] != field or column == first]
@@ -409,7 +409,7 @@ def _parquet(path: Path, name: str, field: str) -> Iterator[Text]:
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 column = batch.column(batch.schema.get_field_index(top))
                 if inner:
-                    column = pyarrow.compute.struct_field(column, inner)
+                    column = compute.struct_field(column, inner)
                 for value in _as_bytes(column, name, field):
                     number += 1
                     yield value.as_buffer().to_pybytes() if value.is_valid else b"", within, number
@@ -419,7 +419,7 @@ def _parquet(path: Path, name: str, field: str) -> Iterator[Text]:
 
 def _as_bytes(column, name: str, field: str):
     """A column of text as one of bytes; ValueError where it is no text."""
-    import pyarrow
+    pyarrow = extras.load("pyarrow")
 
     try:
         return column.cast(pyarrow.binary())
@@ -429,7 +429,7 @@ def _as_bytes(column, name: str, field: str):
 
 def _columns(fields: Iterable, before: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The columns of an Arrow schema: of structs what is in them, as "meta.text"."""
-    import pyarrow
+    pyarrow = extras.load("pyarrow")
 
     for field in fields:
         names = (*before, field.name)

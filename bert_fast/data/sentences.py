@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from bert_fast import extras
+
 RULES = ("auto", "lines", "split")
 PARAGRAPH = re.compile(r"\n\s*\n")
 # A "sentence" of this many characters is a table, a log or a text without punctuation; pieces of it are kept apart.
@@ -120,7 +122,7 @@ def _columns(text: str) -> int:
 
 
 def _by_marks(text: str, language: str) -> Iterator[str]:
-    import sentencex  # here, so that packing, batches and benchmarks run where this compiled package is not installed
+    sentencex = extras.load("sentencex")  # here: packing, batches and benchmarks run without it
 
     for sentence in sentencex.segment(language, text):
         if sentence.isascii() or not MORE_MARK.search(sentence):

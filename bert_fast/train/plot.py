@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bert_fast import extras
 from bert_fast.train.metrics import read_metrics
 
 # The smoothed line's window: its standard deviation as a share of the run's lines, and at least so many lines.
@@ -43,8 +44,8 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
     MLM loss above, NSP loss below where a run has it: training, raw faint and smoothed, against updates; validation
     as points. Each run has its colour. Raises ValueError where no run has a line to draw.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    FigureCanvasAgg = extras.load("matplotlib.backends.backend_agg").FigureCanvasAgg
+    Figure = extras.load("matplotlib.figure").Figure
 
     out = Path(out)
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
