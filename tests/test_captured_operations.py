@@ -5,6 +5,7 @@ Triton's kernels run by their interpreter, as they would in a CUDA graph: with t
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertConfig
 
 from bert_fast import dispatch
@@ -125,3 +126,20 @@ def test_what_would_wait_for_a_gpu_is_refused(monkeypatch):
     (message,) = told
     assert "could not be recorded as a CUDA graph: RuntimeError: operation not permitted" in message
     assert step.recorder is None
+
+
+def test_tensors_without_memory_do_not_keep_a_step_from_being_recorded():
+    """torch.compile, torch.export and torch.func leave such behind."""
+    left = []
+
+    def keep(x):
+        left.append(x)
+        return x.sum()
+
+    with FakeTensorMode():
+        left.append(torch.empty(3))
+    torch.func.grad(keep)(torch.ones(3))
+    torch.func.vmap(keep)(torch.ones(2, 3))
+    total = torch.zeros(2)
+    Replay([]).record(lambda: total.add_(1))()
+    assert total.tolist() == [1, 1]

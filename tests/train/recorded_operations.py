@@ -12,6 +12,7 @@ import gc
 from unittest import mock
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
@@ -149,12 +150,17 @@ class Replay(Recorder):
 
 @contextlib.contextmanager
 def _everything_put_back():
-    """Of every tensor that Python knows before the memory, and the generator's state."""
+    """Of every tensor that Python knows before the memory, and the generator's state. What torch.compile and torch.func
+    leave behind, fake tensors and wrapped ones, has none."""
     gc.collect()
     known = {
         _storage(t): t.detach()
         for t in gc.get_objects()
-        if issubclass(type(t), Tensor) and t.device.type == "cpu" and t.layout == torch.strided and t.numel()
+        if type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.layout == torch.strided
+        and t.numel()
+        and not is_functorch_wrapped_tensor(t)
     }
     saved = [(t, _bytes(t).clone()) for t in known.values()]
     with torch.random.fork_rng([]):
