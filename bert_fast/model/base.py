@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -49,21 +50,24 @@ class Rows:
         return packing.unpack(self.layout, self.hidden)
 
 
-class _Unpacked:
-    """How many forwards of ``nothing_packed`` run. Not a context variable: torch.compile cannot trace those."""
+class _Unpacked(threading.local):
+    """How many forwards of ``nothing_packed`` this thread is in. torch.compile cannot trace a context variable."""
 
     forwards = 0
+
+
+_unpacked = _Unpacked()
 
 
 @contextlib.contextmanager
 def nothing_packed() -> Iterator[None]:
     """Around the call of an encoder that is not this engine's alone, whose padding may be read: a BertModel in there
     computes padding as transformers does."""
-    _Unpacked.forwards += 1
+    _unpacked.forwards += 1
     try:
         yield
     finally:
-        _Unpacked.forwards -= 1
+        _unpacked.forwards -= 1
 
 
 # what this engine's forward takes and transformers' modules do not know
@@ -342,7 +346,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                     f"attention_mask has shape {tuple(mask.shape)}, expected {(batch, length)}, that of the input"
                 )
             read = None if rows is None else rows.read
-            if _Unpacked.forwards or (self.pooler is not None and not self._pools_first()):
+            if _unpacked.forwards or (self.pooler is not None and not self._pools_first()):
                 read = torch.ones_like(mask, dtype=torch.bool)  # for somebody who may read whatever there is
             layout = packing.masked_layout(mask, samples=samples, read=read, pools=self.pooler is not None)
         elif mask.dim() == 4:
