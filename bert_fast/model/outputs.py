@@ -1,13 +1,15 @@
-"""Outputs of a training step in which the MLM head ran at the masked positions alone: its logits are None, as
-everybody may ask; who wants to use them is told how to get them."""
+"""Outputs of a training step in which the MLM head ran at the masked positions alone: its logits are None, and code
+that reads them is told, once, how to get them."""
 
 import sys
-import warnings
 
+import torch
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+from transformers.utils import logging
 
-# read every field of an output, for reasons of their own
+logger = logging.get_logger(__name__)
+# These read every field of an output, whatever it is.
 _READERS = {"transformers", "accelerate", "torch", "dataclasses", "copy"}
 
 
@@ -21,17 +23,18 @@ def _message(name: str) -> str:
 def _announced(name: str) -> property:
     def read(self):
         value = self.__dict__.get(name)
-        reader = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-        if value is None and reader not in _READERS:
-            warnings.warn(_message(name), stacklevel=2)
+        if value is None and not torch.compiler.is_compiling():
+            reader = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+            if reader not in _READERS:  # no Python warning, which may be an error: to ask for None is no fault
+                logger.warning_once(_message(name))
         return value
 
     return property(read, lambda self, value: self.__dict__.__setitem__(name, value))
 
 
 class _WithoutLogits:
-    """Keys, length, tuple and None as every output has them; an attribute that is read as None warns, the key or the
-    number of what is not there raises, and what follows keeps transformers' number."""
+    """Keys, length, tuple and None as every output has them. The key or the number of what is not there raises, and what
+    follows keeps transformers' number."""
 
     def __getitem__(self, key):
         name = self.absent
