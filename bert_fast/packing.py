@@ -130,16 +130,19 @@ def packed_layout(
 
 
 def flattened_layout(positions: Tensor | None, batch: int, samples: Tensor | None = None) -> Layout | None:
-    """The layout of sequences that nothing but ``positions`` (T,) or (1, T), of a batch of 1, parts: each begins at the
-    same position and goes up by one. None where they do not say that there are several, or go up nowhere.
+    """The layout of sequences that nothing but ``positions`` (T,) or (1, T), of a batch of 1, parts: each goes up by
+    one and begins at 0, or where the first does; the first may go on from an earlier batch. None where they do not say
+    that there are several, or go up nowhere.
 
     Source: transformers' DataCollatorWithFlattening, and what its flash attention makes of such positions.
     """
     if positions is None or batch != 1 or positions.numel() < 2:
         return None
     tokens, positions = positions.numel(), positions.reshape(-1)
-    positions = positions - positions[:1]
-    begins, longest = positions == 0, positions.amax() + 1
+    begins = positions == positions[:1].where((positions != 0).all(), 0)
+    begins[0] = True
+    row = torch.arange(tokens, device=positions.device)
+    longest = (row - row.where(begins, 0).cummax(0).values).amax() + 1
     several = (begins[1:] | (positions.diff() == 1)).all() & begins[1:].any() & (longest > 1)
     if unreadable(positions):
         layout = full_layout(1, tokens, positions.device, samples)

@@ -476,7 +476,7 @@ POSITIONS = {
     "any": [3, 1, 4, 1, 5, 9, 2, 6, 5],
     "with a gap": [0, 1, 2, 3, 7, 8, 9, 10, 11],
     "one for all": [0] * S,
-    "from the middle": [5, 6, 7, 0, 1, 2, 3, 4, 5],
+    "again elsewhere": [5, 6, 7, 1, 2, 3, 1, 2, 3],
 }
 
 
@@ -489,6 +489,21 @@ def test_other_positions_are_those_of_one_sequence(kind):
     if kind == "masked":
         batch["attention_mask"] = _long(1, S) + 1
     assert_same_outputs(ours(**batch), reference(**batch))
+
+
+@pytest.mark.parametrize("first", [[5, 6, 7], [0], [9], [0, 1]], ids=str)
+def test_the_first_of_several_sequences_may_go_on_from_an_earlier_batch(first):
+    """As where texts are cut to blocks of one length: without a mark, but a position of 0, of where the next begins."""
+    reference, ours = pair("BertModel")
+    parts = [torch.tensor([part], device=DEVICE) for part in (first, [0, 1, 2, 3], [0, 1])]
+    positions = torch.cat(parts, dim=1)
+    ids = torch.randint(0, V, positions.shape, device=DEVICE)
+    texts = ids.split([part.shape[1] for part in parts], dim=1)
+    expected = [reference(text, position_ids=part) for text, part in zip(texts, parts, strict=True)]
+    for got in (ours(ids, position_ids=positions), ours(ids, position_ids=positions, output_attentions=True)):
+        states = torch.cat([e.last_hidden_state for e in expected], dim=1)
+        torch.testing.assert_close(got.last_hidden_state, states, **TOLERANCE)
+        torch.testing.assert_close(got.pooler_output, torch.cat([e.pooler_output for e in expected]), **TOLERANCE)
 
 
 @pytest.mark.parametrize("start", [0, 2])

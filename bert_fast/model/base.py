@@ -166,7 +166,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         ``max_length_q``; every sequence is then computed alone, and pooled outputs are (B, H), of the first token
         of each or of ``cls_positions`` (B,). ``sample_ids`` (B,) name the samples of the batch for the dropout
         masks. Position ids alone, of a batch of 1 without a mask, tell such sequences too, where they go up by one and
-        begin again (transformers' DataCollatorWithFlattening); with a mask of ones they are positions of one sequence.
+        begin again at 0 or where the first does (transformers' DataCollatorWithFlattening); with a mask of ones they
+        are positions of one sequence.
         ``hidden_dtype`` is the dtype of the hidden states; by default the parameters', under autocast too, as
         transformers has it, where bfloat16 halves what layers pass on and keep. Raises ValueError, TypeError or
         IndexError for input that does not fit.
@@ -392,7 +393,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
     def _positions(self, position_ids, layout: Layout, batch: int, length: int) -> Tensor:
         if position_ids is not None:
-            return packing.pack(layout, position_ids.reshape(-1, length).expand(batch, length)).long()
+            return packing.pack(layout, torch.atleast_2d(position_ids).flatten(0, -2).expand(batch, length)).long()
         table = getattr(self.embeddings, "position_embeddings", None)  # one's own embeddings may have none
         table = getattr(table, "num_embeddings", self.config.max_position_embeddings)
         if layout.packed:

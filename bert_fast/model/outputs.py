@@ -33,8 +33,8 @@ def _announced(name: str) -> property:
 
 
 class _WithoutLogits:
-    """Keys, length, tuple and None as every output has them. The key or the number of what is not there raises, and what
-    follows keeps transformers' number."""
+    """Keys, length, tuple and None as every output has them. The key or the number of what is not there raises, and
+    what follows keeps transformers' number."""
 
     def __getitem__(self, key):
         name = self.absent
