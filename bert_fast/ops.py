@@ -96,10 +96,9 @@ def _differentiate(operator: str, setup_context, backward) -> None:
     )
 
 
-def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ...) is at work. Operators are then the reference's plain
-    PyTorch, which all of them take, and which has derivatives of any order."""
-    return torch._C._are_functorch_transforms_active()
+# Whether a transform of torch.func (grad, vmap, jvp, ...) is at work. Operators are then the reference's plain PyTorch,
+# which all of them take, and which has derivatives of any order.
+transformed = torch._C._are_functorch_transforms_active
 
 
 def _first_output(operator: str, *inputs) -> Tensor:

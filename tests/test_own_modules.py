@@ -343,6 +343,23 @@ def test_a_pooler_that_reads_more_than_the_first_token():
     assert_same(ours.eval()(**packed).seq_relationship_logits, expected.seq_relationship_logits, "packed")
 
 
+@pytest.mark.parametrize("part", ["BertPooler", "BertLMPredictionHead", "BertPreTrainingHeads"])
+def test_forwards_that_are_put_on_transformers_classes_run(part, monkeypatch):
+    kind = getattr(transformers.models.bert.modeling_bert, part)
+    before = kind.forward
+
+    def mixing(self, states, *pooled):
+        return before(self, states + states.mean(dim=1, keepdim=True), *pooled)
+
+    reference, ours = small("BertForPreTraining")
+    batch = inputs_of("BertForPreTraining", mask_of("right"))
+    plain = run(reference, batch, True)[0].loss
+    monkeypatch.setattr(kind, "forward", mixing)
+    expected = run(reference, batch, True)
+    assert (expected[0].loss - plain).abs() > 1e-3
+    assert_same_run(run(ours, batch, True), expected, batch["attention_mask"], part)
+
+
 class OwnHeads(nn.Module):
     """Reads the whole sequence, and has none of transformers' names."""
 

@@ -208,7 +208,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             input_ids = None
         ids = None if input_ids is None else packing.pack(layout, input_ids).long()
         if inputs_embeds is not None and layout.mask is not None and layout.indices is None:
-            # keys that nobody attends have weights of 0, which NaN and infinity would outlive
+            # keys that no query attends have weights of 0, which NaN and infinity would outlive
             inputs_embeds = inputs_embeds.where(layout.mask[..., None], inputs_embeds.nan_to_num(0.0, 0.0, 0.0))
         embeds = None if inputs_embeds is None else packing.pack(layout, inputs_embeds)
 
@@ -293,7 +293,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         return outputs
 
     def _pools_first(self) -> bool:
-        """The pooler is transformers', which reads the first token of each sequence, and nobody looks on."""
+        """The pooler is transformers', which reads the first token of each sequence, without hooks."""
         return self.pooler is not None and layers.untouched(self.pooler, hf.BertPooler)
 
     def _checked_dtype(self, hidden_dtype: torch.dtype | None, source: Tensor) -> torch.dtype | None:
@@ -348,7 +348,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                 )
             read = None if rows is None else rows.read
             if _unpacked.forwards or (self.pooler is not None and not self._pools_first()):
-                read = torch.ones_like(mask, dtype=torch.bool)  # for somebody who may read whatever there is
+                read = torch.ones_like(mask, dtype=torch.bool)  # code of one's own may read all of it
             layout = packing.masked_layout(mask, samples=samples, read=read, pools=self.pooler is not None)
         elif mask.dim() == 4:
             layout = packing.full_layout(batch, length, source.device, samples)

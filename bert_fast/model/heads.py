@@ -107,11 +107,11 @@ def _by_tokens(rows: Rows, packed: bool, *modules: nn.Module) -> Tensor:
 
 
 def _predicts_rows(cls: nn.Module, kind: type) -> bool:
-    """The MLM head of ``cls`` can be run on the rows that are wanted alone: nobody sees what it is given."""
+    """The MLM head of ``cls`` can be run on the rows that are wanted alone: no code of one's own sees its input."""
     if not (untouched(cls, kind) and untouched(cls.predictions, hf.BertLMPredictionHead)):
         return False
     transform = cls.predictions.transform
-    parts = (*transform.children(), cls.predictions.decoder)
+    parts = (*transform._modules.values(), cls.predictions.decoder)
     return plain(transform, BertPredictionHeadTransform) and all(map(row_wise, parts))
 
 

@@ -25,13 +25,12 @@ from . import idcheck
 Tensor = torch.Tensor
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks) or _hooked_otherwise(module)
-
-
-def _hooked_otherwise(module: nn.Module) -> bool:
+def _hooked(module: nn.Module, harmless=None) -> bool:
+    """Calling ``module`` does more than its class's forward; forward hooks that are ``harmless`` do not count."""
+    hooks = module._forward_hooks
     return bool(
-        module._forward_pre_hooks
+        (hooks and not all(hook is harmless for hook in hooks.values()))
+        or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
@@ -44,7 +43,7 @@ def plain(module: nn.Module, kind: type) -> bool:
 
 
 def untouched(module: nn.Module, kind: type) -> bool:
-    """``plain``, and no hook of all modules is registered either: nobody may look on at what is in ``module``."""
+    """``plain``, and no hook of all modules is registered either: no code of one's own sees what is in ``module``."""
     return plain(module, kind) and not hooked_globally()
 
 
@@ -52,22 +51,25 @@ _ROW_WISE = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleDict, nn
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
-def row_wise(module: nn.Module) -> bool:
-    """Each row that ``module`` gives depends on that row of its input alone, and nobody looks on: torch's own modules,
-    with an adapter by peft or without."""
-    return not hooked_globally() and all(
-        (type(m) in _ROW_WISE or type(m).__module__.startswith((*_ACTIVATIONS, "peft."))) and not _hooked(m)
-        for m in module.modules()
+def _holds_only(module: nn.Module, origins: tuple[str, ...]) -> bool:
+    """``module`` and all in it are without hooks and of torch's ``_ROW_WISE`` or of Python modules named in
+    ``origins``."""
+    return all(
+        (type(m) in _ROW_WISE or type(m).__module__.startswith(origins)) and not _hooked(m)
+        for m in (module.modules() if module._modules else (module,))
     )
+
+
+def row_wise(module: nn.Module) -> bool:
+    """Each row that ``module`` gives depends on that row of its input alone, and no code of one's own sees it: torch's
+    own modules, with an adapter by peft or without."""
+    return not hooked_globally() and _holds_only(module, (*_ACTIVATIONS, "peft."))
 
 
 def keyed(layer: nn.Module) -> bool:
     """Nothing in an encoder's ``layer`` draws random numbers but the operators by their keys, as far as one can know:
-    all is this engine's, torch's or an activation of transformers, and nobody looks on."""
-    return all(
-        (type(m) in _ROW_WISE or type(m).__module__ in (__name__, *_ACTIVATIONS)) and not _hooked(m)
-        for m in layer.modules()
-    )
+    all is this engine's, torch's or an activation of transformers, without hooks."""
+    return _holds_only(layer, (*_ACTIVATIONS, __name__))
 
 
 def runs(module: nn.Module | None, kind: type) -> bool:
@@ -83,19 +85,18 @@ def requires_grad(module: nn.Module, given, output: Tensor) -> None:
 def plain_table(embedding: nn.Module) -> bool:
     """Looking rows up in ``embedding`` is reading its table. ``requires_grad`` does nothing to rows of a table that is
     trained."""
-    hooks = embedding._forward_hooks.values()
-    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or _hooked_otherwise(embedding):
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
         return False
-    return not hooks or (embedding.weight.requires_grad and all(hook is requires_grad for hook in hooks))
+    return not _hooked(embedding, requires_grad if embedding.weight.requires_grad else None)
 
 
 def unhooked(module: nn.Module) -> bool:
-    """Nobody looks on where ``module`` or anything in it is called."""
+    """``module`` and all in it are without hooks."""
     return not any(_hooked(m) for m in module.modules())
 
 
 def unwatched(output: nn.Module, kind: type) -> bool:
-    """``output`` is exactly ``kind``, and nobody sees the gradients of what it multiplies and of the residual beside:
+    """``output`` is exactly ``kind``, and no hook sees the gradients of what it multiplies and of the residual beside:
     without dropout they are the same memory."""
     return plain(output, kind) and plain(output.dense, nn.Linear) and unhooked(output)
 
@@ -163,7 +164,7 @@ def linears_side_by_side(
 
 
 def is_gelu(activation) -> bool:
-    """GELU by the normal distribution function, and nobody looks on."""
+    """GELU by the normal distribution function, without hooks."""
     return isinstance(activation, nn.Module) and plain(activation, GELUActivation)
 
 
@@ -342,7 +343,7 @@ class BertIntermediate(hf.BertIntermediate):
 
 
 def joined(inner: nn.Module, output: nn.Module) -> bool:
-    """Nobody sees what is between the two modules of a feed-forward, and both products and GELU are our own."""
+    """No hook sees what is between the two modules of a feed-forward, and both products and GELU are our own."""
     return (
         plain(inner, BertIntermediate)
         and plain(output, BertOutput)
