@@ -98,6 +98,18 @@ def test_a_forward_on_an_instance_is_refused_and_works_when_it_is_put_on_after(p
         assert_same_outputs(patch(bert_fast.accelerate(model))(**batch), expected, mask_of("right"))
 
 
+@pytest.mark.parametrize("part", ["BertModel", "BertSelfAttention", "BertPredictionHeadTransform"])
+def test_a_forward_that_was_put_on_a_class_is_refused(part, monkeypatch):
+    kind = getattr(transformers.models.bert.modeling_bert, part)
+    before = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: before(self, *args, **kwargs))
+    model = transformers.BertForPreTraining(config())
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match=rf"bert_fast\.accelerate: the forward of .*{part}"):
+        bert_fast.accelerate(model)
+    assert [type(m) for m in model.modules()] == kinds
+
+
 def test_forwards_on_instances_of_torchs_own_modules_are_called():
     model = transformers.BertForPreTraining(config()).to(DEVICE).eval()
     for name in ("bert.encoder.layer.0.output.dense", "bert.pooler.dense", "cls.predictions.decoder"):

@@ -56,7 +56,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     optimisers that hold the parameters stay as they are; outputs are equal, but 0 at positions that no mask attends.
     Raises ValueError where there is no BERT or its configuration is not supported (decoder, cross-attention),
     TypeError for subclasses of a BERT's inner parts, whose own code would be lost, and for a forward that was put on an
-    instance (accelerate's ``cpu_offload`` and ``Accelerator.prepare`` do so). Nothing is changed then.
+    instance (accelerate's ``cpu_offload`` and ``Accelerator.prepare`` do so) or on transformers' class. Nothing is
+    changed then.
     """
     found = False
     for name, module in model.named_modules():
@@ -75,11 +76,11 @@ def accelerate(model: nn.Module) -> nn.Module:
                 f"bert_fast.accelerate: {where} is a subclass of transformers' BERT with code of its own, which this "
                 "engine would not run; use transformers for it, or subclass bert_fast's class instead"
             )
-        if "forward" in module.__dict__ and (kind in MODELS or kind in PARTS):
+        if (kind in MODELS or kind in PARTS) and ("forward" in module.__dict__ or not layers.as_made(kind)):
             raise TypeError(
-                f"bert_fast.accelerate: the forward of {where} was replaced on this instance, by your own code or by "
-                "accelerate (offloading, Accelerator.prepare), and would go on being transformers'; call "
-                "bert_fast.accelerate first and replace it after"
+                f"bert_fast.accelerate: the forward of {where} was replaced, on this instance or on its class, by your "
+                "own code or by accelerate (offloading, Accelerator.prepare), and would be lost or go on being "
+                "transformers'; call bert_fast.accelerate first and replace it on the instance after"
             )
         found = found or kind is hf.BertModel
     if not found:

@@ -42,9 +42,15 @@ def plain(module: nn.Module, kind: type) -> bool:
     return type(module) is kind and not _hooked(module)
 
 
+def as_made(kind: type) -> bool:
+    """The forward of ``kind`` is its library's, and not one that was put on the class."""
+    return kind.forward.__module__ == kind.__module__
+
+
 def untouched(module: nn.Module, kind: type) -> bool:
-    """``plain``, and no hook of all modules is registered either: no code of one's own sees what is in ``module``."""
-    return plain(module, kind) and not hooked_globally()
+    """``plain``, and neither a hook of all modules nor a forward put on the class: no code of one's own sees what is in
+    ``module``."""
+    return plain(module, kind) and as_made(kind) and not hooked_globally()
 
 
 _ROW_WISE = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleDict, nn.ParameterDict}
