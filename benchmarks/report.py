@@ -1,12 +1,12 @@
-"""What results files say, in Markdown and pictures; writes the measured tables of docs/performance.md.
+"""What results files say, in Markdown and pictures; writes the measured tables of docs/performance.md and README.md.
 
     python benchmarks/report.py [--check]
 
 What stands between the comments ``<!-- NAME: made by benchmarks/report.py -->`` and ``<!-- end of NAME -->`` is made
-here and nowhere by hand; the names are whole-steps-cpu, measured-gpu and step-model. With --check nothing is written:
-the exit status is 1 where the document is not what the files give. Of each device the newest file counts, of a GPU the
-newest with whole steps where there is one, of a CPU the newest of each mode, length and dtype; trials and files
-without limits are left out.
+here and nowhere by hand; the names are whole-steps-cpu, measured-gpu and step-model, in README.md how-fast. With
+--check nothing is written: the exit status is 1 where a document is not what the files give. Of each device the newest
+file counts, of a GPU the newest with whole steps where there is one, of a CPU the newest of each mode, length and
+dtype; trials and files without limits are left out.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from benchmarks.tables import Table, number, percent
 from benchmarks.tune import settings
 from benchmarks.workload import TOKENS, lengths_of, model_config
 
-DOCUMENT = ROOT / "docs" / "performance.md"
 MOST_KERNELS = 25  # lines of a profile; the others in one
 
 
@@ -72,6 +71,25 @@ def whole_steps_cpu(results: Path) -> str:
             f"rounds of their time over ours.\n\n{tables.steps(data['steps'], tables.CPU).markdown()}"
         )
     return "\n\n".join(parts) or "Nothing has been measured."
+
+
+def how_fast(results: Path) -> str:
+    """README's table and picture: the newest run of training at 512 tokens, on whatever device."""
+    runs = [run for run in newest("run", results) if run[1]["work"]["mode"] == "train" and run[1]["work"]["seq"] == 512]
+    if not runs:
+        return "Nothing has been measured."
+    path, data = max(runs, key=lambda run: run[1].get("started", run[1]["date"]))
+    work, machine, versions = data["work"], data["environment"]["machine"], data["environment"]["versions"]
+    where = path.relative_to(results.parent.parent).as_posix()
+    picture = f"\n\n![throughput and peak memory by contender]({where.removesuffix('.json')}.png)"
+    return (
+        f"BERT-{work['model']}, training steps of {work['batch']} x {work['seq']} tokens, {work['dtype']}, dropout "
+        f"0.1, beside transformers {versions['transformers']} with torch {versions['torch']}, on {machine['threads']} "
+        f"cores of a shared {machine['processor']} ({machine['instruction set of torch']}); commit {data['commit']}, "
+        f'[its file]({where}). Contenders run interleaved in one process; "ours is" is the median over rounds of their '
+        f"time over ours.\n\n{tables.steps(data['steps'], tables.README).markdown()}"
+        + (picture if path.with_suffix(".png").exists() else "")
+    )
 
 
 def against_the_model(data: dict) -> Table:
@@ -349,12 +367,19 @@ def step_model_text(results: Path) -> str:
     )
 
 
-SECTIONS = {"whole-steps-cpu": whole_steps_cpu, "measured-gpu": measured_gpu, "step-model": step_model_text}
+SECTIONS = {
+    "README.md": {"how-fast": how_fast},
+    "performance.md": {
+        "whole-steps-cpu": whole_steps_cpu, "measured-gpu": measured_gpu, "step-model": step_model_text
+    },
+}  # fmt: skip
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
 
 
-def rewritten(text: str, results: Path = FOLDER) -> str:
-    """``text`` with every section made anew. Raises ValueError for a section whose comments are missing."""
-    for name, make in SECTIONS.items():
+def rewritten(document: Path, results: Path = FOLDER) -> str:
+    """The text of ``document`` with its sections made anew. Raises ValueError for one whose comments are missing."""
+    text = document.read_text(encoding="utf-8")
+    for name, make in SECTIONS[document.name].items():
         begin, end = f"<!-- {name}: made by benchmarks/report.py -->", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
         if len(pattern.findall(text)) != 1:
@@ -366,22 +391,23 @@ def rewritten(text: str, results: Path = FOLDER) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the document is out of date")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a document is out of date")
+    parser.add_argument("--document", type=Path, help="README.md or performance.md (default: both)")
     parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
-    before = options.document.read_text(encoding="utf-8")
-    try:
-        after = rewritten(before, options.results)
-    except ValueError as error:
-        print(f"benchmarks/report.py: {options.document}: {error}", file=sys.stderr)
-        return 2
-    if options.check:
-        if after != before:
-            print(f"{options.document} is out of date: run python benchmarks/report.py", file=sys.stderr)
-        return int(after != before)
-    options.document.write_text(after, encoding="utf-8")
-    return 0
+    status = 0
+    for document in [options.document] if options.document else DOCUMENTS:
+        try:
+            text = rewritten(document, options.results)
+        except ValueError as error:
+            print(f"benchmarks/report.py: {document}: {error}", file=sys.stderr)
+            return 2
+        if not options.check:
+            document.write_text(text, encoding="utf-8")
+        elif text != document.read_text(encoding="utf-8"):
+            print(f"{document} is out of date: run python benchmarks/report.py", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ STEP_COLUMNS: dict[str, Callable[[dict], str]] = {
 RUN = ("contender", "step ms (p20-p80)", "sequences/s", "real tokens/s", "TFLOP/s", "of the matrix rate", "MFU",
        "peak MiB", "ours is")  # fmt: skip
 CPU = ("lengths, dtype", "contender", "sequences/s", "real tokens/s", "of the matrix rate", "peak MiB", "ours is")
+README = ("lengths, dtype", "contender", "sequences/s", "peak MiB", "ours is")
 GPU = ("BERT", "contender", "sequences", "step ms (p20-p80)", "predicted", "sequences/s", "real tokens/s",
        "of the matrix rate", "MFU", "peak MiB", "ours is")  # fmt: skip
 ALWAYS = ("lengths, dtype", "BERT", "contender", "sequences")  # also of what failed
