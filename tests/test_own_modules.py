@@ -16,6 +16,7 @@ import transformers
 import transformers.modeling_outputs
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 import bert_fast
 from tests.parity import DEVICE
@@ -319,6 +320,33 @@ def test_an_encoder_of_ones_own_leaves_the_forwards_of_other_threads_alone():
         with pytest.raises(RuntimeError, match="of one's own"):
             running.result()
         assert pool.submit(ours.bert, **batch).result().last_hidden_state[padding].abs().max() == 0
+
+
+class Averaging(nn.Module):
+    """A BERT and code of one's own that reads padding; ``again``: the backward runs the BERT once more."""
+
+    def __init__(self, bert, again, **options):
+        super().__init__()
+        self.bert, self.again, self.options = bert, again, options
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        def states_of(embeds):
+            return self.bert(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+
+        embeds = self.bert.get_input_embeddings()(input_ids)
+        states = checkpoint(states_of, embeds, **self.options) if self.again else states_of(embeds)
+        return (states + states.mean(dim=1, keepdim=True),)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_an_encoder_of_ones_own_that_is_run_again_in_the_backward(use_reentrant):
+    _, ours = small("BertForTokenClassification")
+    batch = inputs_of("BertForTokenClassification", mask_of("right"))
+    models = [copy.deepcopy(ours), ours]
+    for again, model in enumerate(models):
+        model.bert = Averaging(model.bert, again, use_reentrant=use_reentrant)
+    expected, got = (run(model, batch, True) for model in models)
+    assert_same_run(got, expected, batch["attention_mask"], "again")
 
 
 class MeanPooler(nn.Module):

@@ -144,6 +144,8 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
 class BertModel(BertPreTrainedModel, hf.BertModel):
     """The encoder: same constructor, arguments, outputs and checkpoint keys as ``transformers.BertModel``."""
 
+    _showed_padding = False
+
     @can_return_tuple
     def forward(
         self,
@@ -292,6 +294,16 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             rows.fill(layout, outputs.last_hidden_state, outputs.pooler_output)
         return outputs
 
+    def _shows_padding(self) -> bool:
+        """This forward is within ``nothing_packed``, or a checkpoint runs one again, in a backward, that was."""
+        shows = _unpacked.forwards > 0
+        if torch.compiler.is_compiling():
+            return shows
+        if torch._C._current_graph_task_id() != -1:
+            return shows or self._showed_padding
+        self.__dict__["_showed_padding"] = shows
+        return shows
+
     def _pools_first(self) -> bool:
         """The pooler is transformers', which reads the first token of each sequence, without hooks."""
         return self.pooler is not None and layers.untouched(self.pooler, hf.BertPooler)
@@ -347,7 +359,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
                     f"attention_mask has shape {tuple(mask.shape)}, expected {(batch, length)}, that of the input"
                 )
             read = None if rows is None else rows.read
-            if _unpacked.forwards or (self.pooler is not None and not self._pools_first()):
+            if self._shows_padding() or (self.pooler is not None and not self._pools_first()):
                 read = torch.ones_like(mask, dtype=torch.bool)  # code of one's own may read all of it
             layout = packing.masked_layout(mask, samples=samples, read=read, pools=self.pooler is not None)
         elif mask.dim() == 4:
