@@ -185,6 +185,7 @@ def plot(path: str, groups: dict[str, list[dict]]) -> None:
             (left, "real_tokens_per_s", "real tokens/s (more is better)"),
             (right, "peak_memory_mib", "peak memory, MiB (less is better)"),
         ):
+            axis.set_visible(any(row.get(key) for row in rows))  # memory is measured of the first table alone
             axis.barh([name_of(row) for row in rows], [row.get(key) or 0 for row in rows], color=colors)
             axis.invert_yaxis()
             axis.set_xlabel(what)
