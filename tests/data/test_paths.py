@@ -2,24 +2,12 @@
 
 import os
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from other_user import not_root
 
 from bert_fast.data import expand_paths, prepare, read_documents
-
-
-@contextmanager
-def not_root():
-    """Root may read everywhere: somebody else meanwhile."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from other_user import not_root
 
 from bert_fast.data import open_corpus, prepare, save_tokenizer, train_tokenizer
 from bert_fast.data.files import FolderInUse, aside, sole_writer
@@ -140,18 +140,6 @@ def test_one_worker_leaves_the_environment_as_it_was(text, tokenizer, tmp_path, 
     with pytest.raises(IsADirectoryError):
         prepare(text, tokenizer, tmp_path / "file", workers=1)
     assert os.environ.get("TOKENIZERS_PARALLELISM") == setting
-
-
-@contextmanager
-def not_root():
-    """Root may write everywhere: somebody else meanwhile."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 def test_read_only_folder(text, tokenizer):
