@@ -77,22 +77,22 @@ gpu-test:
 gpu:
 	@PYTHONUNBUFFERED=1 $(PYTHON) benchmarks/gpu.py $(ARGS)
 
-# The same in front of a stand-in for a GPU's driver (tests/cuda_stand_in/README.md), with a Python that has torch's
+# The same in front of a stand-in for a GPU's driver (dev/cuda_stand_in/README.md), with a Python that has torch's
 # build for CUDA. Nothing of it is a measurement: results, caches and all stay in STAND_IN, whatever ARGS says.
 STAND_IN := $(CURDIR)/build/cuda_stand_in
 gpu-rehearsal:
 	@mkdir -p $(STAND_IN)
-	@headers=$$($(PYTHON) tests/cuda_stand_in/headers.py) && $(CC) -O1 -g -Wall -fPIC -shared \
-		-Wl,-soname,libcuda.so.1 -Wl,-z,lazy $$headers tests/cuda_stand_in/stand_in.c -o $(STAND_IN)/libcuda.so.1
+	@headers=$$($(PYTHON) dev/cuda_stand_in/headers.py) && $(CC) -O1 -g -Wall -fPIC -shared \
+		-Wl,-soname,libcuda.so.1 -Wl,-z,lazy $$headers dev/cuda_stand_in/stand_in.c -o $(STAND_IN)/libcuda.so.1
 	@LD_PRELOAD=$(STAND_IN)/libcuda.so.1 LD_LIBRARY_PATH=$(STAND_IN)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
-		PYTHONPATH=$(CURDIR)/tests/cuda_stand_in$${PYTHONPATH:+:$$PYTHONPATH} CUDA_STAND_IN_LOG=$(STAND_IN)/log \
+		PYTHONPATH=$(CURDIR)/dev/cuda_stand_in$${PYTHONPATH:+:$$PYTHONPATH} CUDA_STAND_IN_LOG=$(STAND_IN)/log \
 		TRITON_CACHE_DIR=$(STAND_IN)/triton TORCHINDUCTOR_CACHE_DIR=$(STAND_IN)/inductor \
 		PYTHONUNBUFFERED=1 $(PYTHON) benchmarks/gpu.py $(ARGS) --out $(STAND_IN)/results
 
 # The C++ operators' tests under AddressSanitizer and UBSan, then all of them on threads under ThreadSanitizer. What the
 # library links is tested on the ordinary build: a sanitizer brings a C++ runtime.
-SANITIZED_TESTS := tests/test_cpu_backend.py tests/test_attention.py tests/test_mlm_loss.py tests/test_bias_gelu.py \
-	tests/test_residual_layernorm.py tests/test_embedding_layernorm.py tests/test_optim.py tests/test_cpu_attention.py
+SANITIZED_TESTS := tests/ops/test_cpu_backend.py tests/ops/test_attention.py tests/ops/test_mlm_loss.py tests/ops/test_bias_gelu.py \
+	tests/ops/test_residual_layernorm.py tests/ops/test_embedding_layernorm.py tests/optim/test_optim.py tests/ops/test_cpu_attention.py
 sanitize: setup
 	@echo "== Building the C++ operators with AddressSanitizer and UBSan"
 	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
@@ -118,7 +118,7 @@ emulate: setup
 		export BERT_FAST_CPU_LIBRARY=build/emulate/libbert_fast_cpu.so BERT_FAST_CPU_ISA=$$set OMP_NUM_THREADS=1; \
 		$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(SANITIZED_TESTS) \
 		-k "(cpu or instruction_set) and not opcheck and not compile" && \
-		$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_attention.py -k "cpu and test_large" || exit 1; \
+		$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops/test_attention.py -k "cpu and test_large" || exit 1; \
 	done
 
 lint: setup

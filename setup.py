@@ -69,12 +69,13 @@ class PlatformWheel(bdist_wheel):
 
 
 # bert_fast/kernels is a symlink to kernels/, which has no __init__.py (a top-level regular package of that name
-# would shadow the package `kernels` that transformers looks for), so its two packages are named by hand.
-packages = [name for name in find_packages(include=["bert_fast", "bert_fast.*"]) if name != CPU_PACKAGE]
+# would shadow the package `kernels` that transformers looks for), so its packages are named by hand.
+KERNEL_PACKAGES = ["bert_fast.kernels", "bert_fast.kernels.experiments", CPU_PACKAGE]
+packages = [name for name in find_packages(include=["bert_fast", "bert_fast.*"]) if name not in KERNEL_PACKAGES]
 
 setup(
-    packages=[*packages, "bert_fast.kernels", CPU_PACKAGE],
-    package_dir={"bert_fast.kernels": "kernels", CPU_PACKAGE: "kernels/cpu"},
+    packages=[*packages, *KERNEL_PACKAGES],
+    package_dir={name: name.removeprefix("bert_fast.").replace(".", "/") for name in KERNEL_PACKAGES},
     package_data={"bert_fast": ["data/*.json", "py.typed"]},
     ext_modules=[Extension(CPU_PACKAGE + ".library", sources=[])],
     cmdclass={"build_ext": BuildCpuOperators, "bdist_wheel": PlatformWheel},

@@ -231,7 +231,7 @@ def compile_case(case: dict, capability: int) -> Row:
 
 def _load(path: Path, folder: Path):
     if folder == ROOT / "kernels":
-        return importlib.import_module(f"bert_fast.kernels.{path.stem}")
+        return importlib.import_module(".".join(("bert_fast", *path.relative_to(ROOT).with_suffix("").parts)))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
@@ -255,7 +255,7 @@ def launched_kernels(source: str) -> set[str]:
 def collect(folder: Path, targets: list[int]) -> tuple[list[tuple[int, dict]], list[str]]:
     """Every (target, case) of the folder's files, and the launched kernels that no case covers, in words."""
     cases, launched, covered = [], {}, set()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted((*folder.glob("*.py"), *folder.glob("experiments/*.py"))):
         names = launched_kernels(path.read_text(encoding="utf-8"))
         module = _load(path, folder)
         launched.update({getattr(module, name): f"{path.name}: {name}" for name in names})

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import ModelOutput
 
 import bert_fast
-from benchmarks import exported
+from benchmarks import onnx_openvino
 from benchmarks.workload import Batch
 from bert_fast import choice, optim
+from bert_fast.run.config import PretrainConfig
+from bert_fast.run.optimizer import build_optimizer
 from bert_fast.train.captured import Recorder, recordable
-from bert_fast.train.config import PretrainConfig
 from bert_fast.train.distributed import Ranks
-from bert_fast.train.optimizer import build_optimizer
 from bert_fast.train.step import Step
 
 RATE = 1e-6  # of the updates that are timed
@@ -131,10 +131,10 @@ def why_unavailable(name: str, setting: Setting) -> str | None:
         return "flash-attn needs a GPU"
     if name == "hf-masked-head" and not (setting.train and setting.nsp):
         return "it is for MLM + NSP training"
-    if name in exported.PACKAGES:
+    if name in onnx_openvino.PACKAGES:
         if setting.train:
             return "it encodes only: --mode encode"
-        return exported.why_unavailable(name, setting.device)
+        return onnx_openvino.why_unavailable(name, setting.device)
     return None
 
 
@@ -166,7 +166,7 @@ class Built:
     @property
     def computes_in(self) -> torch.dtype:
         """What it multiplies in."""
-        return exported.computes_in(self.name, self.setting.dtype) if self.name in exported.PACKAGES else (
+        return onnx_openvino.computes_in(self.name, self.setting.dtype) if self.name in onnx_openvino.PACKAGES else (
             self.setting.dtype
         )  # fmt: skip
 
@@ -306,8 +306,8 @@ def build(name: str, config, setting: Setting, *, padding: str = "padded", weigh
         model = model.to(contender.ours.weights)
     if name == "hf-compile":
         model.compile(dynamic=False)  # a shape of its own for every batch: the fastest that it has
-    if name in exported.PACKAGES:
-        model = exported.export(name, model, exported.computes_in(name, setting.dtype))
+    if name in onnx_openvino.PACKAGES:
+        model = onnx_openvino.export(name, model, onnx_openvino.computes_in(name, setting.dtype))
     return Built(name, model, setting, form)
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.device_tests      # prints the files, for `make gpu-test`
 
-They are the files that choose a device (``DEVICE`` of tests/parity.py).
+They are the files that choose a device (``DEVICE`` of tests/support/parity.py).
 """
 
 import importlib.util

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.clock import Clock
-from bert_fast.train.devices import has_matrix_unit
+from bert_fast.devices import has_matrix_unit
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 REPEAT = {"cpu": 5, "cuda": 20}

@@ -22,7 +22,7 @@ from benchmarks.contenders import CONTENDERS, capability
 from benchmarks.results import reason
 from benchmarks.workload import masked_positions, model_config
 from bert_fast import choice, dispatch, ops
-from bert_fast.random import row_keys
+from bert_fast.dropout_mask import row_keys
 
 Tensor = torch.Tensor
 

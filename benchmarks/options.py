@@ -9,8 +9,8 @@ from benchmarks import contenders
 from benchmarks.contenders import CONTENDERS, PEERS, Setting
 from benchmarks.limits import NAMES
 from benchmarks.workload import MODELS, TOKENS
+from bert_fast.devices import has_matrix_unit
 from bert_fast.flops import step_flops
-from bert_fast.train.devices import has_matrix_unit
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 DEFAULT_PEERS = {"train": ("bert_fast-eager", "hf-eager", "hf-sdpa", "hf-compile", "hf-flash", "hf-masked-head"),

@@ -108,7 +108,7 @@ def sweep(
         if best is not None:  # the default once more, last: the clocks may have moved meanwhile
             default = min(default, microseconds())
     won = best is not None and best["us"] < 0.98 * default
-    path = dispatch.TABLE[operator]["triton"].replace("bert_fast.kernels.", "kernels/") + ".py"
+    path = dispatch.TABLE[operator]["triton"].removeprefix("bert_fast.").replace(".", "/") + ".py"
     row |= {
         "default_us": default, "best_us": best["us"] if won else default, "left_out": len(wanted) - len(row["tried"]),
         "write": f"{'bert_fast/ops.py' if launch == 'chunk' else path}, {launch} at {seq}: "

@@ -15,7 +15,7 @@ import warnings
 
 import torch
 
-from . import choice
+from bert_fast import choice
 
 _TRITON = "bert_fast.kernels."
 _CPU = "bert_fast.kernels.cpu."
@@ -35,7 +35,7 @@ TABLE = {
         "apex": "bert_fast.peers.apex",
     },
     "bias_gelu": {"triton": _TRITON + "bias_gelu", "cpu": _CPU + "bias_gelu"},
-    "feed_forward": {"triton": _TRITON + "feed_forward"},
+    "feed_forward": {"triton": _TRITON + "experiments.feed_forward"},
     "mlm_loss": {"triton": _TRITON + "mlm_loss", "cpu": _CPU + "mlm_loss"},
     "optimizer": {"triton": _TRITON + "optimizer", "cpu": _CPU + "optimizer", "reference": "bert_fast.optim.reference"},
 }
@@ -43,7 +43,8 @@ for _row in TABLE.values():
     _row.setdefault("reference", "bert_fast.reference")
 
 # direction ("fwd", "bwd") -> compute capability -> from how many tokens on bias and GELU are in the epilogue of their
-# product (kernels/feed_forward.py); where a direction names the GPU, the model's feed-forward is that one operator.
+# product (kernels/experiments/feed_forward.py); where a direction names the GPU, the model's feed-forward is that one
+# operator.
 # Empty, as nothing has been measured: `make gpu` times both ways, and {"fwd": {90: 4096}} would be what to write after
 # a win of the forward at 4096 tokens and more on compute capability 9.0.
 FEED_FORWARD_EPILOGUE: dict[str, dict[int, int]] = {}

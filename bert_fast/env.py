@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from . import __version__, dispatch
+from bert_fast import __version__, dispatch
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn", "apex")
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .products import multiply
+from bert_fast.products import multiply
 
 Tensor = torch.Tensor
 

@@ -13,8 +13,8 @@ import math
 
 import torch
 
-from . import choice, dispatch, reference
-from .linear import product_dtype
+from bert_fast import choice, dispatch, reference
+from bert_fast.linear import product_dtype
 
 Tensor = torch.Tensor
 
@@ -163,7 +163,7 @@ def _dropout_keys(operator: str, p: float, row_key: Tensor | None, rng_key: Tens
     _require(
         row_key is not None and rng_key is not None,
         operator,
-        "dropout needs row_key (bert_fast.random.row_keys) and rng_key (bert_fast.ops.draw_dropout_key)",
+        "dropout needs row_key (bert_fast.dropout_mask.row_keys) and rng_key (bert_fast.ops.draw_dropout_key)",
     )
     _check_like(operator, x.device, rng_key=(rng_key, (1,)), row_key=(row_key, (x.shape[0],)))
     for name, key in (("rng_key", rng_key), ("row_key", row_key)):

@@ -11,7 +11,7 @@ import torch
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import random
+from bert_fast import dropout_mask
 
 Tensor = torch.Tensor
 
@@ -22,7 +22,7 @@ class Layout:
 
     ``batch`` x ``length`` is the shape of the dense batch that came in ((1, T) for packed input).
     ``cu_seqlens`` (B+1,) int32 and ``max_seqlen`` bound the sequences, ``row_key`` (T,) int64 is each row's
-    ``sample << 32 | position in the sample`` (bert_fast/random.py). ``indices`` (T,) int64 are the rows' places
+    ``sample << 32 | position in the sample`` (bert_fast/dropout_mask.py). ``indices`` (T,) int64 are the rows' places
     in the flattened dense batch, None where every place is a row. ``mask`` (B, S) bool says which places are attended,
     None where all are. ``bias`` is what attention adds to its scores (B or 1, heads or 1, S or 1, S) where it cannot be
     said by ``cu_seqlens``: such batches, and those whose attention weights are asked for (``explicit``), compute
@@ -70,7 +70,7 @@ def mapped(x: Tensor) -> bool:
 def full_layout(batch: int, length: int, device: torch.device, samples: Tensor | None = None) -> Layout:
     """The layout of a batch without padding: row ``b * length + s`` is position ``s`` of sequence ``b``."""
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-    row_key = random.row_keys(cu_seqlens, batch * length, samples)
+    row_key = dropout_mask.row_keys(cu_seqlens, batch * length, samples)
     return Layout(batch, length, cu_seqlens, length, row_key)
 
 
@@ -106,7 +106,9 @@ def masked_layout(
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     indices = torch.nonzero_static(attended.flatten(), size=total)[:, 0]
-    layout = Layout(batch, length, cu_seqlens, longest, random.row_keys(cu_seqlens, total, samples), indices, attended)
+    layout = Layout(
+        batch, length, cu_seqlens, longest, dropout_mask.row_keys(cu_seqlens, total, samples), indices, attended
+    )
     layout.first = cu_seqlens[:-1].long() if pools else None
     return layout
 
@@ -123,7 +125,7 @@ def packed_layout(
     cu_seqlens: Tensor, max_seqlen: int, tokens: int, *, samples: Tensor | None = None, first: Tensor | None = None
 ) -> Layout:
     """The layout of ``tokens`` rows that are packed already; rows past ``cu_seqlens[-1]`` belong to no sequence."""
-    row_key = random.row_keys(cu_seqlens, tokens, samples)
+    row_key = dropout_mask.row_keys(cu_seqlens, tokens, samples)
     if first is None:  # a sequence without tokens starts where the next one does, the last of them past the end
         first = cu_seqlens[:-1].long().clamp(max=max(tokens - 1, 0))
     return Layout(1, tokens, cu_seqlens, max_seqlen, row_key, first=first, packed=True)

@@ -4,7 +4,7 @@ The forwards (``*_fwd``) are differentiable by autograd, so a test's truth is th
 PyTorch's own derivative of it; the backwards (``*_bwd``) are the explicit formulas that kernels implement.
 Shapes: T packed tokens of all sequences, B sequences, H hidden size, A heads, D head size, F intermediate
 size, M masked positions, V vocabulary. Statistics and sums are in float32, or float64 where an input is.
-``rng_key`` (1,) int64 and ``row_key`` (T,) int64 name the dropout mask (see bert_fast/random.py); they are
+``rng_key`` (1,) int64 and ``row_key`` (T,) int64 name the dropout mask (see bert_fast/dropout_mask.py); they are
 not read where ``p`` is 0. ``site`` tells the dropouts of one forward pass apart.
 """
 
@@ -13,8 +13,8 @@ import math
 
 import torch
 
-from . import random
-from .products import long_product
+from bert_fast import dropout_mask
+from bert_fast.products import long_product
 
 Tensor = torch.Tensor
 
@@ -32,8 +32,8 @@ def divisor(count: Tensor) -> Tensor:
 def _drop_hidden(x: Tensor, row_key: Tensor, rng_key: Tensor, p: float, site: int) -> Tensor:
     if p == 0.0:
         return x
-    keep = random.hidden_keep_mask(rng_key, row_key, x.shape[1], p, site)
-    return torch.where(keep, x * random.dropout_scale(p), 0.0)
+    keep = dropout_mask.hidden_keep_mask(rng_key, row_key, x.shape[1], p, site)
+    return torch.where(keep, x * dropout_mask.dropout_scale(p), 0.0)
 
 
 def _normalize(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,8 +212,8 @@ def attention_bwd(
         grad_p = grad_o @ v.transpose(1, 2)
         dropped = probabilities
         if p > 0.0:
-            keep = random.attention_keep_mask(rng_key, row_key[start:end], heads, end - start, p, site)
-            factor = keep.to(grad_p.dtype) * random.dropout_scale(p)
+            keep = dropout_mask.attention_keep_mask(rng_key, row_key[start:end], heads, end - start, p, site)
+            factor = keep.to(grad_p.dtype) * dropout_mask.dropout_scale(p)
             dropped, grad_p = probabilities * factor, grad_p * factor
         grad_s = probabilities * (grad_p - (grad_o * o).sum(dim=-1, keepdim=True))
         grads = (scale * (grad_s @ k), scale * (grad_s.transpose(1, 2) @ q), dropped.transpose(1, 2) @ grad_o)
@@ -237,8 +237,8 @@ def _drop_attention(probabilities: Tensor, row_key: Tensor, rng_key: Tensor, p: 
     if p == 0.0:
         return probabilities
     heads, _, keys = probabilities.shape
-    keep = random.attention_keep_mask(rng_key, row_key, heads, keys, p, site)
-    return torch.where(keep, probabilities * random.dropout_scale(p), 0.0)
+    keep = dropout_mask.attention_keep_mask(rng_key, row_key, heads, keys, p, site)
+    return torch.where(keep, probabilities * dropout_mask.dropout_scale(p), 0.0)
 
 
 # --------------------------------------------------------------------------------------------------------------

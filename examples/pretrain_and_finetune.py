@@ -19,10 +19,10 @@ from pydoc_data.topics import topics
 
 import bert_fast
 from bert_fast import data
-from bert_fast.classification import Example, finetune, read_examples
-from bert_fast.inference import fill_mask, load_model
-from bert_fast.train.config import PretrainConfig
-from bert_fast.train.pretrain import pretrain
+from bert_fast.run.config import PretrainConfig
+from bert_fast.run.pretrain import pretrain
+from bert_fast.use.classification import Example, finetune, read_examples
+from bert_fast.use.inference import fill_mask, load_model
 
 
 def python_reference(folder: Path) -> Path:

@@ -7,7 +7,7 @@ Fused: scores, softmax, dropout and both products, from packed projections qkv (
     backward  P = exp(scale q k^T - lse),  dV = (P * M)^T dO,  dP = M * (dO v^T),
               dS = P * (dP - rowsum(dO * out)),  dq = scale dS k,  dk = scale dS^T q
 
-Saved for the backward: qkv, out, lse (A, T) float32; M is drawn again (bert_fast/random.py names its bits).
+Saved for the backward: qkv, out, lse (A, T) float32; M is drawn again (bert_fast/dropout_mask.py names its bits).
 The forward runs down the keys with a running maximum and sum (online softmax). The backward is two kernels,
 each of which owns what it writes, so nothing is added atomically and the same inputs give the same bits:
 `dq` (a block of queries runs down the keys; it also makes rowsum(dO * out), once) and then `dkv` (a block of
@@ -42,10 +42,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import choice
-from ..random import dropout_scale, dropout_threshold
-from . import rows
-from .philox import attention_keep
+from bert_fast import choice
+from bert_fast.dropout_mask import dropout_scale, dropout_threshold
+from bert_fast.kernels import rows
+from bert_fast.kernels.philox import attention_keep
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -425,7 +425,7 @@ def _hopper(table: dict[int, int], qkv, max_seqlen):
     """attention_hopper.py where ``table`` says that it is to be used, else None."""
     if max_seqlen < table.get(rows.capability(qkv.device), math.inf):
         return None
-    from . import attention_hopper
+    from bert_fast.kernels.experiments import attention_hopper
 
     return attention_hopper
 

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import choice
-from . import rows
+from bert_fast import choice
+from bert_fast.kernels import rows
 
 Tensor = torch.Tensor
 

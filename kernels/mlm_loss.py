@@ -33,10 +33,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import choice
-from ..products import multiply
-from ..reference import divisor
-from . import rows
+from bert_fast import choice
+from bert_fast.kernels import rows
+from bert_fast.products import multiply
+from bert_fast.reference import divisor
 
 Tensor = torch.Tensor
 

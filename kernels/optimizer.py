@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..optim.reference import by_dtype
-from . import rows
+from bert_fast.kernels import rows
+from bert_fast.optim.reference import by_dtype
 
 Tensor = torch.Tensor
 

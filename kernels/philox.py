@@ -1,6 +1,6 @@
 """Dropout's random bits on the device: Philox 4x32-7, eight elements a call, in attention sixteen.
 
-The counters and which bits of a call are whose are specified in bert_fast/random.py; these two functions draw
+The counters and which bits of a call are whose are specified in bert_fast/dropout_mask.py; these two functions draw
 the same bits for a tile. An element is kept where its 16 bits are >= the threshold. Attention compares here, in
 the fewest instructions: they are what dropout costs it.
 """
@@ -8,7 +8,7 @@ the fewest instructions: they are what dropout costs it.
 import triton
 import triton.language as tl
 
-from ..random import ROUNDS
+from bert_fast.dropout_mask import ROUNDS
 
 _ROUNDS = tl.constexpr(ROUNDS)
 

@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import choice
-from ..random import dropout_scale, dropout_threshold
-from . import rows
-from .rows import drop, normalize, normalize_bwd
+from bert_fast import choice
+from bert_fast.dropout_mask import dropout_scale, dropout_threshold
+from bert_fast.kernels import rows
+from bert_fast.kernels.rows import drop, normalize, normalize_bwd
 
 Tensor = torch.Tensor
 

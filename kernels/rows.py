@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .philox import hidden_halves
+from bert_fast.kernels.philox import hidden_halves
 
 MAX_COLUMNS = 8192  # a whole row in the registers of one program
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_fast import packing, random
-from tests.parity import DEVICE
+from bert_fast import dropout_mask, packing
+from tests.support.parity import DEVICE
 
 
 def masks():
@@ -71,7 +71,7 @@ def test_gradients_go_back_to_their_places_and_nowhere_else():
 def test_packed_layout_with_room_to_spare():
     cu_seqlens = torch.tensor([0, 3, 5, 5, 5], dtype=torch.int32, device=DEVICE)
     layout = packing.packed_layout(cu_seqlens, 3, 8)
-    assert (layout.row_key[:5] & random.MASK32).tolist() == [0, 1, 2, 0, 1]
+    assert (layout.row_key[:5] & dropout_mask.MASK32).tolist() == [0, 1, 2, 0, 1]
     assert (layout.row_key[:5] >> 32).tolist() == [0, 0, 0, 1, 1]
     assert layout.first.tolist() == [0, 3, 5, 5]
     same = packing.same_sequence(layout)[0, 0]

@@ -31,7 +31,7 @@ TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit
 # Instructions of one lane an element, counted in what the kernels compile to (docs/performance.md). Of attention's
 # inner loops on sm_90: what dropout adds to a computed score (Philox, the comparison), forward and in dq and dkv.
 DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 5.3, 5.1, 6.6
-# In kernels/attention_hopper.py: of its forward, and of its backward, where they are drawn once.
+# In kernels/experiments/attention_hopper.py: of its forward, and of its backward, where they are drawn once.
 DROPOUT_ASYNCHRONOUS, DROPOUT_ONE_PASS = 4.2, 7.1
 GELU_FORWARD, GELU_BACKWARD = 21, 25
 EMBEDDING_BACKWARD = 62  # d z made twice

@@ -17,7 +17,7 @@ from bert_fast.output import Output, Progress, add_command, writable_folder
 NOTHING = "no sentences: the input is empty"
 
 if TYPE_CHECKING:
-    from bert_fast.pooling import Recipe
+    from bert_fast.use.pooling import Recipe
 
 
 def add_parser(subparsers) -> None:
@@ -68,8 +68,8 @@ bert-fast encode path/to/e5-base-v2 questions.txt --out questions.npy --prompt "
 def run(options: argparse.Namespace) -> None:
     """Encodes and writes."""
     from bert_fast import BertModel
-    from bert_fast.inference import encode_sentences, load_model, sentence_recipe
-    from bert_fast.pooling import recipe_of
+    from bert_fast.use.inference import encode_sentences, load_model, sentence_recipe
+    from bert_fast.use.pooling import recipe_of
 
     out = Output.of(options)
     if options.out is not None:

@@ -48,8 +48,8 @@ bert-fast evaluate path/to/bert-base-uncased --data heldout --seq 512""",
 def run(options: argparse.Namespace) -> None:
     """Measures and prints."""
     from bert_fast import BertForPreTraining, data
-    from bert_fast.inference import load_model
     from bert_fast.train.evaluation import evaluate, token_counts, unigram_loss
+    from bert_fast.use.inference import load_model
 
     out = Output.of(options)
     model, tokenizer, missing = load_model(
@@ -134,7 +134,7 @@ def _longest(trained: dict) -> int | None:
 def _evaluated(options: argparse.Namespace, trained: dict, out: Output):
     """(corpus to evaluate on, corpus whose frequencies the baseline knows)."""
     from bert_fast.data import open_corpus
-    from bert_fast.train.validation import hold_out
+    from bert_fast.run.validation import hold_out
 
     corpus = open_corpus(options.data)
     if not trained or Path(trained["data"]).resolve() != Path(options.data).resolve():

@@ -37,7 +37,7 @@ bert-fast fill-mask path/to/bert-base-uncased "Paris is the [MASK] of France." -
 def run(options: argparse.Namespace) -> int:
     """Prints the tokens; a text that fails is told with its number, and the others are filled."""
     from bert_fast import BertForMaskedLM
-    from bert_fast.inference import load_model
+    from bert_fast.use.inference import load_model
 
     out = Output.of(options)
     model, tokenizer, _ = load_model(BertForMaskedLM, options.model, device=chosen_device(options), output=out)
@@ -66,7 +66,7 @@ def _texts(options: argparse.Namespace, out: Output) -> Iterator[tuple[int, str,
 
 
 def _fill(options: argparse.Namespace, out: Output, model, tokenizer, where: str, given: str | bytes) -> None:
-    from bert_fast.inference import fill_mask
+    from bert_fast.use.inference import fill_mask
 
     text, replaced = well_formed(decoded(given, "it") if isinstance(given, bytes) else given)
     masks = fill_mask(model, tokenizer, text, options.top_k)

@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
 def _finetune(options: argparse.Namespace) -> None:
     if not 0 < options.epochs < math.inf or not 0 <= options.lr < math.inf or not 0 <= options.warmup < 1:
         raise ValueError("--epochs must be above 0, --lr at least 0 (and both finite), --warmup from 0 to below 1")
-    from bert_fast.classification import finetune, read_examples
-    from bert_fast.inference import model_folder
+    from bert_fast.use.classification import finetune, read_examples
+    from bert_fast.use.inference import model_folder
 
     out = Output.of(options)
     columns = {"text": options.text, "pair": options.pair, "label": options.label}

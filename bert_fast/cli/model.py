@@ -4,7 +4,7 @@ import argparse
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL, which :func:`bert_fast.inference.model_folder` finds."""
+    """Adds MODEL, which :func:`bert_fast.use.inference.model_folder` finds."""
     parser.add_argument(
         "model",
         metavar="MODEL",

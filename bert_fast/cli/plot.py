@@ -27,7 +27,7 @@ bert-fast plot run-adamw run-lamb --out compared.svg""",
 
 def run(options: argparse.Namespace) -> None:
     """Draws the picture."""
-    from bert_fast.train.plot import plot_runs
+    from bert_fast.run.plot import plot_runs
 
     if options.out is not None:
         picture = Path(options.out)

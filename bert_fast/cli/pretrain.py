@@ -1,10 +1,10 @@
-"""``bert-fast pretrain``: prepared data to a pre-trained BERT. Its flags are the options of bert_fast.train.config."""
+"""``bert-fast pretrain``: prepared data to a pre-trained BERT. Its flags are the options of bert_fast.run.config."""
 
 import argparse
 import sys
 
 from bert_fast.output import Output, add_command
-from bert_fast.train.config import ConfigError, fields, flag, resolve
+from bert_fast.run.config import ConfigError, fields, flag, resolve
 
 GROUPS = {
     "data": "data and folders",
@@ -51,12 +51,12 @@ def add_parser(subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trains; the exit code is that of :func:`bert_fast.train.pretrain.pretrain`."""
+    """Trains; the exit code is that of :func:`bert_fast.run.pretrain.pretrain`."""
     names = {field.name for field, _ in fields()}
     flags = {name: value for name, value in vars(options).items() if name in names}
     try:
         config = resolve(flags, options.config)
-        from bert_fast.train.pretrain import pretrain
+        from bert_fast.run.pretrain import pretrain
 
         return pretrain(config, Output.of(options))
     except ConfigError as error:

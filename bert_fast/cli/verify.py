@@ -63,7 +63,7 @@ def _prepared(folder: Path, bar: Progress) -> tuple[int, list[str]]:
 
 
 def _checkpoints(folder: Path, bar: Progress) -> tuple[int, list[str]]:
-    from bert_fast.train import checkpoint
+    from bert_fast.run import checkpoint
 
     number, found = 0, []
     for path in checkpoint.folders(folder) if (folder / "checkpoints").is_dir() else [folder]:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bert_fast.random import philox
+from bert_fast.dropout_mask import philox
 
 IS_NEXT, NOT_NEXT, NO_LABEL = 0, 1, -100
 WORD = 1 << 32

@@ -2,10 +2,9 @@
 
 from transformers.models.bert import modeling_bert as _hf
 
-from . import exchange as _exchange
-from .base import BertModel, BertPreTrainedModel
-from .exchange import accelerate
-from .heads import (
+from bert_fast.model import swap as _swap
+from bert_fast.model.base import BertModel, BertPreTrainedModel
+from bert_fast.model.heads import (
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
@@ -14,6 +13,7 @@ from .heads import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
+from bert_fast.model.swap import accelerate
 
 _MODELS = (
     BertModel,
@@ -25,6 +25,6 @@ _MODELS = (
     BertForQuestionAnswering,
     BertForMultipleChoice,
 )
-_exchange.MODELS.update({getattr(_hf, model.__name__): model for model in _MODELS})
+_swap.MODELS.update({getattr(_hf, model.__name__): model for model in _MODELS})
 
 __all__ = ["BertPreTrainedModel", "accelerate", *(model.__name__ for model in _MODELS)]

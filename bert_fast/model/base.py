@@ -13,10 +13,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from .. import ops, packing, random
-from ..linear import autocasts
-from ..packing import Layout
-from . import exchange, idcheck, layers
+from bert_fast import dropout_mask, ops, packing
+from bert_fast.linear import autocasts
+from bert_fast.model import idcheck, layers, swap
+from bert_fast.packing import Layout
 
 Tensor = torch.Tensor
 RECOMPUTED = ("nothing", "gelu", "layers")
@@ -79,7 +79,7 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
     """transformers' BertPreTrainedModel whose modules, once built, run on this engine."""
 
     def __init__(self, config, *args, **kwargs):
-        exchange.refuse_unsupported(config)
+        swap.refuse_unsupported(config)
         requested = self._check_and_adjust_attn_implementation(config._attn_implementation)
         # transformers' own constructors run first and would refuse implementations that are not installed
         config._attn_implementation_internal = "eager"
@@ -87,7 +87,7 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
             super().__init__(config, *args, **kwargs)
         finally:
             config._attn_implementation_internal = requested
-        exchange.exchange(self)
+        swap.exchange(self)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
         known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
@@ -278,7 +278,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         outputs = hf.BertModel.forward(self, **given, **theirs, return_dict=True)
         if "_output_capturing_hooks_installed" in self.__dict__:
             for module in self.modules():
-                exchange.release(module)
+                swap.release(module)
         if layout.packed:
 
             def packed(padded: Tensor | None) -> Tensor | None:
@@ -409,7 +409,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         table = getattr(self.embeddings, "position_embeddings", None)  # one's own embeddings may have none
         table = getattr(table, "num_embeddings", self.config.max_position_embeddings)
         if layout.packed:
-            return (layout.row_key & random.MASK32).where(packing.attended(layout)[0], 0)
+            return (layout.row_key & dropout_mask.MASK32).where(packing.attended(layout)[0], 0)
         if length > table:
             raise ValueError(
                 f"the input has {length} positions, the model's table {table} (config.max_position_embeddings): "

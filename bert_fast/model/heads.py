@@ -18,14 +18,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .. import ops, packing
-from ..linear import autocasts
-from ..reference import divisor
-from .base import BertModel, BertPreTrainedModel, Rows, nothing_packed
-from .idcheck import misplaced, naming
-from .layers import BertPredictionHeadTransform, plain, row_wise, untouched
-from .losses import as_tensor, check_labels, cross_entropy, elementwise, with_zero_gradients
-from .outputs import BertForPreTrainingOutputWithoutLogits, MaskedLMOutputWithoutLogits
+from bert_fast import ops, packing
+from bert_fast.linear import autocasts
+from bert_fast.model.base import BertModel, BertPreTrainedModel, Rows, nothing_packed
+from bert_fast.model.idcheck import misplaced, naming
+from bert_fast.model.layers import BertPredictionHeadTransform, plain, row_wise, untouched
+from bert_fast.model.losses import as_tensor, check_labels, cross_entropy, elementwise, with_zero_gradients
+from bert_fast.model.outputs import BertForPreTrainingOutputWithoutLogits, MaskedLMOutputWithoutLogits
+from bert_fast.reference import divisor
 
 Tensor = torch.Tensor
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..ops import out_of_range, transformed
-from ..packing import unreadable
+from bert_fast.ops import out_of_range, transformed
+from bert_fast.packing import unreadable
 
 _pending: list[tuple[torch.Tensor, torch.cuda.Event, int]] = []
 

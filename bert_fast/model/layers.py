@@ -1,7 +1,7 @@
 """The parts of a BERT on packed rows: subclasses of transformers' modules, each with a forward of our own.
 
 They add no parameters and no constructor: an instance is transformers' own module whose class was exchanged
-(bert_fast/model/exchange.py). Activations are rows (T, H); ``layout`` (bert_fast/packing.py) says what a row is.
+(bert_fast/model/swap.py). Activations are rows (T, H); ``layout`` (bert_fast/packing.py) says what a row is.
 An operator reads the parameters of several modules at once only while all of those are plain; a module with
 hooks, a parametrisation or another class (LoRA, quantisation, offloading) is called instead. A part that is
 called without a layout, as transformers' modules call each other, is transformers' own, on a dense batch.
@@ -17,10 +17,10 @@ from torch.nn.modules.module import _has_any_global_hook as hooked_globally
 from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
-from .. import ops, packing, random
-from ..linear import autocasts, linear, linear_beside
-from ..packing import Layout
-from . import idcheck
+from bert_fast import dropout_mask, ops, packing
+from bert_fast.linear import autocasts, linear, linear_beside
+from bert_fast.model import idcheck
+from bert_fast.packing import Layout
 
 Tensor = torch.Tensor
 
@@ -135,8 +135,8 @@ def residual_layernorm(
 
 def drop(x: Tensor, layout: Layout, p: float, where: int) -> Tensor:
     """The hidden dropout of the operators, alone."""
-    keep = random.hidden_keep_mask(layout.rng_key, layout.row_key, x.shape[1], p, where)
-    return torch.where(keep, x * random.dropout_scale(p), 0.0)
+    keep = dropout_mask.hidden_keep_mask(layout.rng_key, layout.row_key, x.shape[1], p, where)
+    return torch.where(keep, x * dropout_mask.dropout_scale(p), 0.0)
 
 
 def linear_without_bias(dense: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -285,12 +285,12 @@ def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, wher
             weights = torch._safe_softmax(scores + layout.bias.to(total), dim=-1)
         if p:
             row_key = packing.spread(layout, layout.row_key)  # (B, S)
-            keep = random.attention_keep_mask(layout.rng_key, row_key.flatten(), heads, layout.length, p, where)
+            keep = dropout_mask.attention_keep_mask(layout.rng_key, row_key.flatten(), heads, layout.length, p, where)
             keep = keep.view(heads, layout.batch, layout.length, layout.length).transpose(0, 1)
             # a key's number is its position in the sample, which holes and packing part from its column
-            column = (row_key & random.MASK32).clamp(max=layout.length - 1)[:, None, None, :]
+            column = (row_key & dropout_mask.MASK32).clamp(max=layout.length - 1)[:, None, None, :]
             keep = keep.gather(3, column.expand_as(keep))
-            weights = torch.where(keep, weights * random.dropout_scale(p), 0.0)
+            weights = torch.where(keep, weights * dropout_mask.dropout_scale(p), 0.0)
         seen = layout.mask if layout.indices is not None else layout.shown
         if seen is not None:  # other queries are no rows, or are not read: their weights are 0
             weights = weights * seen[:, None, :, None]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..ops import out_of_range
-from ..reference import divisor
-from .idcheck import naming
+from bert_fast.model.idcheck import naming
+from bert_fast.ops import out_of_range
+from bert_fast.reference import divisor
 
 Tensor = torch.Tensor
 

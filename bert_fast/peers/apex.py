@@ -10,7 +10,7 @@ import pathlib
 
 import torch
 
-from ..reference import _drop_hidden
+from bert_fast.reference import _drop_hidden
 
 Tensor = torch.Tensor
 

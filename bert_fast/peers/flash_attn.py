@@ -10,7 +10,7 @@ import importlib.util
 
 import torch
 
-from .. import reference
+from bert_fast import reference
 
 Tensor = torch.Tensor
 

@@ -1,1 +1,1 @@
-"""Pre-training: configuration, schedule, plan of the updates, the update, checkpoints, and the loop over them."""
+"""The update: micro-batches forward and backward, the optimiser, its processes, and losses on held-out text."""

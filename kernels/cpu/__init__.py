@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ...processor import bfloat16_pairs_pay
+from bert_fast.devices import bfloat16_pairs_pay
 
 # BERT_FAST_CPU_LIBRARY names another build of the library, for one with sanitizers.
 LIBRARY = Path(os.environ.get("BERT_FAST_CPU_LIBRARY") or Path(__file__).with_name("libbert_fast_cpu.so"))

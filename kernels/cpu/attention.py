@@ -2,8 +2,8 @@
 
 import torch
 
-from ... import random, reference
-from . import DTYPES, function
+from bert_fast import dropout_mask, reference
+from bert_fast.kernels.cpu import DTYPES, function
 
 _forward = function("attention_fwd", "ippppppllllllffi")
 _backward = function("attention_bwd", "ipppppppppllllllffi")
@@ -13,7 +13,7 @@ def _dropout_arguments(row_key: torch.Tensor, rng_key: torch.Tensor, p: float):
     """row_key, rng_key (None without dropout), threshold and scale of the mask."""
     if p == 0.0:
         return None, None, 0, 1.0
-    return row_key, rng_key, random.dropout_threshold(p), random.dropout_scale(p)
+    return row_key, rng_key, dropout_mask.dropout_threshold(p), dropout_mask.dropout_scale(p)
 
 
 def attention_fwd(

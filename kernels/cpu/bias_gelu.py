@@ -2,8 +2,8 @@
 
 import torch
 
-from ... import reference
-from . import DTYPES, function, parameter
+from bert_fast import reference
+from bert_fast.kernels.cpu import DTYPES, function, parameter
 
 _forward = function("bias_gelu_fwd", "iippplli")
 _backward = function("bias_gelu_bwd", "iippppplli")

@@ -5,9 +5,9 @@ It runs once in a step, so the gathers, a few passes over (T, H), are left to to
 
 import torch
 
-from ... import random, reference
-from . import function
-from .residual_layernorm import residual_layernorm_bwd, residual_layernorm_fwd
+from bert_fast import dropout_mask, reference
+from bert_fast.kernels.cpu import function
+from bert_fast.kernels.cpu.residual_layernorm import residual_layernorm_bwd, residual_layernorm_fwd
 
 Tensor = torch.Tensor
 
@@ -22,9 +22,9 @@ def _drop(x: Tensor, row_key: Tensor, rng_key: Tensor, p: float, site: int) -> T
     blocks = (columns + 63) // 64
     words = torch.empty(rows, blocks, dtype=torch.int64)
     threads = torch.get_num_threads()
-    _mask(row_key, rng_key, words, rows, blocks, site, -1, random.dropout_threshold(p), threads)
+    _mask(row_key, rng_key, words, rows, blocks, site, -1, dropout_mask.dropout_threshold(p), threads)
     keep = (words.view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return x.mul_(random.dropout_scale(p)).masked_fill_(keep.view(rows, 64 * blocks)[:, :columns] == 0, 0.0)
+    return x.mul_(dropout_mask.dropout_scale(p)).masked_fill_(keep.view(rows, 64 * blocks)[:, :columns] == 0, 0.0)
 
 
 def _sum_of_rows(ids, positions, segments, word, position, segment) -> Tensor:

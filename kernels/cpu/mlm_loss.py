@@ -2,9 +2,9 @@
 
 import torch
 
-from ... import reference
-from ...products import long_product, multiply
-from . import function
+from bert_fast import reference
+from bert_fast.kernels.cpu import function
+from bert_fast.products import long_product, multiply
 
 Tensor = torch.Tensor
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from ...optim.reference import by_dtype, optimizer_rates
-from . import DTYPES, function
+from bert_fast.kernels.cpu import DTYPES, function
+from bert_fast.optim.reference import by_dtype, optimizer_rates
 
 Tensor = torch.Tensor
 

@@ -1,4 +1,4 @@
-// Dropout's random bits: Philox 4x32-7 on vectors of counters. The specification is bert_fast/random.py.
+// Dropout's random bits: Philox 4x32-7 on vectors of counters. The specification is bert_fast/dropout_mask.py.
 //
 // One call makes the bits of eight columns, or of sixteen keys, for each of LANES counters. A row's mask comes as one
 // 64-bit word per 64 columns (or keys), bit i for element i of the block, set where the element is kept.

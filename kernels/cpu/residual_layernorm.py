@@ -2,8 +2,8 @@
 
 import torch
 
-from ... import random, reference
-from . import DTYPES, function
+from bert_fast import dropout_mask, reference
+from bert_fast.kernels.cpu import DTYPES, function
 
 Tensor = torch.Tensor
 
@@ -19,7 +19,7 @@ def _native(x: torch.dtype, z: torch.dtype) -> bool:
 def _dropout(row_key: Tensor, rng_key: Tensor, p: float, site: int) -> tuple:
     if p == 0.0:
         return None, 0, 0, 0, 1.0
-    return row_key, int(rng_key), site, random.dropout_threshold(p), random.dropout_scale(p)
+    return row_key, int(rng_key), site, dropout_mask.dropout_threshold(p), dropout_mask.dropout_scale(p)
 
 
 def residual_layernorm_fwd(

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import bert_fast
-from bert_fast.classification import Example, finetune, label_names, read_examples
+from bert_fast.use.classification import Example, finetune, label_names, read_examples
 
 GOOD, BAD = ("assert", "statement", "value", "name"), ("break", "loop", "import", "class")
 

@@ -15,8 +15,8 @@ import transformers
 
 import bert_fast
 from bert_fast import data
-from bert_fast.inference import encode_sentences, load_model, model_folder
 from bert_fast.train.evaluation import evaluate
+from bert_fast.use.inference import encode_sentences, load_model, model_folder
 
 TEXTS = ("The [MASK] statement is used to raise an exception.", "A [MASK] b [MASK] c.")
 
@@ -193,7 +193,7 @@ def test_encode_goes_window_by_window(folder, monkeypatch):
     model, tokenizer, _ = load_model(bert_fast.BertModel, folder / "model")
     lines = sentences(folder, 25)
     (whole,) = encode_sentences(model, tokenizer, lines)
-    monkeypatch.setattr("bert_fast.inference.WINDOW", 10)
+    monkeypatch.setattr("bert_fast.use.inference.WINDOW", 10)
     parts = list(encode_sentences(model, tokenizer, iter(lines), tokens=64))
     assert [len(part) for part in parts] == [10, 10, 5]
     np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-5)

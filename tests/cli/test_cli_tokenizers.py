@@ -10,12 +10,13 @@ import transformers
 from tokenizers import Tokenizer
 
 import bert_fast
-from bert_fast import classification, data
-from bert_fast.classification import Example
+from bert_fast import data
 from bert_fast.cli import main
 from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.tokenizer import berts_tokenizer
-from tests.data.kinds_of_tokenizers import KINDS, TEXTS, training_ids
+from bert_fast.use import classification
+from bert_fast.use.classification import Example
+from tests.support.kinds_of_tokenizers import KINDS, TEXTS, training_ids
 
 
 def small_model(folder, tokenizer, rows: int):

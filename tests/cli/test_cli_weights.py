@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bert_fast
-from bert_fast.inference import load_model
-from bert_fast.weights import UnfitWeights
+from bert_fast.run.weights import UnfitWeights
+from bert_fast.use.inference import load_model
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from chi_squared import assert_fits
 
 from bert_fast.data import Corpus, plan_epoch
+from tests.support.chi_squared import assert_fits
 
 
 def made_of(documents) -> Corpus:

@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from other_user import not_root
 
 from bert_fast.data import expand_paths, prepare, read_documents
+from tests.support.other_user import not_root
 
 
 @pytest.fixture

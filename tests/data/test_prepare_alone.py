@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from other_user import not_root
 
 from bert_fast.data import open_corpus, prepare, save_tokenizer, train_tokenizer
 from bert_fast.data.files import FolderInUse, aside, sole_writer
+from tests.support.other_user import not_root
 
 # Writes part I of N of a folder until its input is closed or it is killed.
 HOLDER = """

@@ -1,4 +1,4 @@
-"""benchmarks/prepare_speed.py as a user runs it, on little text."""
+"""dev/prepare_speed.py as a user runs it, on little text."""
 
 import json
 import statistics
@@ -10,7 +10,7 @@ import pytest
 
 from bert_fast.data import save_tokenizer
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "prepare_speed.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "dev" / "prepare_speed.py"
 
 
 def run(*arguments):

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from chi_squared import assert_fits
 from torch.utils.data import DataLoader
 
 from bert_fast.data import PretrainingCollator, PretrainingDataset
 from bert_fast.data.masking import choose_tokens, choose_words, masked_count
 from bert_fast.data.samples import random_words
+from tests.support.chi_squared import assert_fits
 
 
 def by_the_book(dataset, index):

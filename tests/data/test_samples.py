@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from chi_squared import assert_fits
 
 from bert_fast.data import (
     Corpus,
@@ -17,6 +16,7 @@ from bert_fast.data import (
     plan_batches,
 )
 from bert_fast.data.pairs import permutation
+from tests.support.chi_squared import assert_fits
 
 EPOCHS = 4
 

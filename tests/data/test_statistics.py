@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from chi_squared import assert_fits
 
 from bert_fast.data import Corpus, PretrainingDataset, plan_epoch
+from tests.support.chi_squared import assert_fits
 
 EPOCHS = 4
 SAMPLES = 800  # of each epoch

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BertTokenizerFast
 from bert_fast.data import encode_documents, load_tokenizer, prepare, save_tokenizer, train_tokenizer
 from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.tokenizer import SPECIAL_TOKENS, berts_tokenizer, differences, special_ids
-from tests.data.kinds_of_tokenizers import KINDS, PLAIN, TEXTS, training_ids
+from tests.support.kinds_of_tokenizers import KINDS, PLAIN, TEXTS, training_ids
 
 TEXT = ["Das Café kostet 3.50 CHF!", "我们去公园 today", "unbelievably re-encoded", "a\tb\u0000c"]
 

@@ -6,10 +6,13 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from bert_fast.data.workers import in_processes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def begin(word):
@@ -72,8 +75,8 @@ def test_a_process_that_dies_is_an_error_that_says_how():
 def test_processes_end_when_their_caller_is_killed(tmp_path):
     script = f"""
 import sys, time
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_workers import begin, square
+sys.path.insert(0, {str(ROOT)!r})
+from tests.data.test_workers import begin, square
 from bert_fast.data.workers import in_processes
 def tasks():
     yield (1,)

@@ -8,10 +8,11 @@ import importlib
 import os
 import unittest
 
-import hf_distribution
 import torch
 from transformers import BertConfig
 from transformers.testing_utils import torch_device
+
+from tests.hf_suite import hf_distribution
 
 CLASSES = (
     "BertModel",

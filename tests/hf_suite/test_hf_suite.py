@@ -4,8 +4,9 @@ A minute and a half on two idle cores, after a download of 11 MB on the first ru
 """
 
 import pytest
-from compare import Outcome, defects, run
-from hf_distribution import OfflineError, unpacked_tests
+
+from tests.hf_suite.compare import Outcome, defects, run
+from tests.hf_suite.hf_distribution import OfflineError, unpacked_tests
 
 
 def test_comparison_finds_defects():

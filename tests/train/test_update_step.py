@@ -5,13 +5,13 @@ import torch
 from transformers import BertConfig
 
 from bert_fast.data import PretrainingDataset, load_tokenizer, open_corpus
+from bert_fast.data.loader import BatchMaker, load_updates, updates
+from bert_fast.data.phase import Phase
+from bert_fast.data.updates import Place
 from bert_fast.model import BertForPreTraining
-from bert_fast.train.config import PretrainConfig
+from bert_fast.run.config import PretrainConfig
+from bert_fast.run.optimizer import build_optimizer, load_state, owned, state_tensors
 from bert_fast.train.distributed import Ranks
-from bert_fast.train.loader import BatchMaker, load_updates, updates
-from bert_fast.train.optimizer import build_optimizer, load_state, owned, state_tensors
-from bert_fast.train.plan import Place
-from bert_fast.train.schedule import Phase
 from bert_fast.train.step import Step, derived_seed
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

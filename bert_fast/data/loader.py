@@ -1,0 +1,197 @@
+"""Updates with their packed micro-batches, made ahead by worker processes."""
+
+import copy
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bert_fast.data import Capacities, open_corpus, pack_samples
+from bert_fast.data.dataset import PretrainingDataset
+from bert_fast.data.graph_shapes import fitted, rounded
+from bert_fast.data.phase import Phase
+from bert_fast.data.updates import Place, Stream, Update, deal, micro_batches
+
+ROUND_TOKENS, ROUND_MASKED = 64, 16  # capacities are multiples of these: few different shapes, hardly any waste
+
+
+class Order(NamedTuple):
+    """A micro-batch to be made: all that a worker must know, so that it needs no plan of the epoch.
+
+    ``slots`` (n,) are the sequences' numbers in their update, under which the model keys their dropout masks;
+    ``longest`` is what the batch calls the length of its longest sequence, None for what it is. The other fields are
+    those of Update, of these sequences.
+    """
+
+    slots: np.ndarray
+    epochs: np.ndarray
+    indices: np.ndarray
+    rows: np.ndarray
+    size: Capacities
+    longest: int | None = None
+
+
+@dataclass
+class Work:
+    """One update as this rank computes it: the slots of each micro-batch, and the batches themselves."""
+
+    update: Update
+    slots: list[np.ndarray]
+    batches: list[dict]
+
+
+@dataclass
+class Parcel:
+    """A batch as one block of bytes: a worker hands over one tensor, and one is pinned, in place of ten."""
+
+    block: Tensor
+    contents: dict[str, tuple[int, torch.dtype, torch.Size] | int]  # offset, dtype, shape; or a number as it is
+
+    ALIGNMENT = 16
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor | int]) -> "Parcel":
+        contents, size = {}, 0
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                contents[name] = size, value.dtype, value.shape
+                size += rounded(value.nbytes, cls.ALIGNMENT)
+            else:
+                contents[name] = value
+        parcel = cls(torch.empty(size, dtype=torch.uint8), contents)
+        for name, value in parcel.opened().items():
+            if isinstance(value, Tensor):
+                value.copy_(batch[name])
+        return parcel
+
+    def opened(self) -> dict[str, Tensor | int]:
+        """The batch, its tensors views of the block."""
+        return {
+            name: self._view(*about) if isinstance(about, tuple) else about for name, about in self.contents.items()
+        }
+
+    def _view(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        return self.block[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def pin_memory(self) -> "Parcel":
+        """For DataLoader, which calls it in its thread."""
+        return Parcel(self.block.pin_memory(), self.contents)
+
+
+class BatchMaker(Dataset):
+    """Makes the packed batch of an :class:`Order`; travels to worker processes without plan or corpus.
+
+    ``folder`` is where a worker that was not forked opens the corpus again; None pickles the corpus.
+    """
+
+    def __init__(self, dataset: PretrainingDataset, folder: str | Path | None = None):
+        self.dataset, self.folder = copy.copy(dataset), folder
+        self.dataset.plan = None
+
+    def __getitem__(self, order: Order) -> dict:
+        dataset = self.dataset
+        if dataset.corpus is None:
+            dataset.corpus = open_corpus(self.folder)
+        turns = np.argsort(order.epochs, kind="stable")
+        samples = []
+        for epoch in np.unique(order.epochs).tolist():
+            here = turns[order.epochs[turns] == epoch]
+            samples += dataset.make(epoch, order.indices[here], order.rows[here])
+        size, masked = order.size, sum(len(sample.masked_labels) for sample in samples)
+        if masked > size.masked:  # whole words: how many there are is known here alone
+            size = size._replace(masked=rounded(masked, ROUND_MASKED))
+        batch = pack_samples(samples, size, pad_id=dataset.special.pad)
+        batch["sample_ids"][: len(samples)] = torch.from_numpy(order.slots[turns])
+        if not dataset.nsp:
+            del batch["next_sentence_label"]
+        return batch if order.longest is None else {**batch, "max_length_q": order.longest}
+
+    def __getstate__(self) -> dict:
+        if self.folder is None:
+            return self.__dict__
+        dataset = copy.copy(self.dataset)
+        dataset.corpus = dataset.plan = None  # pickling a memory map would copy the whole file
+        return {**self.__dict__, "dataset": dataset}
+
+
+def updates(dataset: PretrainingDataset, phases: list[Phase], step: int, place: Place) -> Iterator[Update]:
+    """The updates from ``step`` (from 0) to the last, the first at ``place`` of its phase's stream.
+
+    A phase begins with an epoch of its own, numbered after the last one of the phase before: no mask comes twice.
+    """
+    for phase in phases:
+        if step >= phase.last:
+            continue
+        stream = Stream(dataset, phase.seq, place)
+        for number in range(step, phase.last):
+            yield stream.take(number, phase.batch_size)
+        step, place = phase.last, Place(stream.place.epoch + 1, 0)
+
+
+def load_updates(
+    maker: BatchMaker, stream: Iterable[Update], *, rank: int, ranks: int, tokens: int, workers: int, pin: bool,
+    sizes: Mapping[tuple[int, int], Sequence[Capacities]] | None = None,
+) -> Iterator[Work]:  # fmt: skip
+    """This rank's work of each update, made ahead by ``workers`` processes (0: in this one), pinned with ``pin``.
+
+    ``tokens`` is the budget of a micro-batch. ``sizes``, by the updates' (longest sequence, number of sequences), are
+    the only capacities that micro-batches have (graph_shapes.py; of one rank); without them each has its own.
+    """
+    ordered: deque[tuple[Update, list[np.ndarray]]] = deque()
+
+    def orders() -> Iterator[Order]:
+        for update in stream:
+            size, longest = None, None
+            if sizes is None:
+                parts = micro_batches(update.lengths, deal(update.lengths, ranks)[rank], max(tokens, update.seq))
+            else:
+                (parts, size), longest = fitted(update, sizes[update.seq, len(update)]), update.seq
+            ordered.append((update, parts))
+            for slots in parts:
+                yield Order(
+                    slots, update.epochs[slots], update.indices[slots], update.rows[slots],
+                    size or _own_size(update, slots), longest,
+                )  # fmt: skip
+
+    batches = iter(
+        DataLoader(
+            maker,
+            batch_size=None,
+            sampler=orders(),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            collate_fn=Parcel.of,
+            pin_memory=pin,
+            worker_init_fn=_start_worker,
+        )
+    )
+    try:
+        for first in batches:
+            update, slots = ordered.popleft()
+            parcels = [first, *(next(batches) for _ in slots[1:])]
+            yield Work(update, slots, [parcel.opened() for parcel in parcels])
+    except Exception as error:
+        if workers:
+            # A frame of DataLoader holds a worker's error, whose traceback holds the frame: a cycle that keeps the
+            # workers, which ignore signals, until the process waits for them at its end.
+            error.__traceback__ = None
+        raise
+
+
+def _own_size(update: Update, slots: np.ndarray) -> Capacities:
+    tokens, masked = int(update.lengths[slots].sum()), int(update.masked[slots].sum())
+    return Capacities(rounded(tokens, ROUND_TOKENS), len(slots), rounded(masked, ROUND_MASKED))
+
+
+def _start_worker(number: int) -> None:
+    """The main process decides when to stop: it finishes its update and saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,107 @@
+"""Whether a folder's run can go on: with the same data, tokenizer and model, from its last good checkpoint."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from bert_fast.data.samples import RULE
+from bert_fast.data.tokenizer import tokenizer_digest
+from bert_fast.output import Output
+from bert_fast.run import checkpoint, new_model
+from bert_fast.run.config import ConfigError, PretrainConfig, effective, flag
+from bert_fast.train.distributed import Ranks
+
+SAMPLES = ("seed", "nsp", "whole_word", "short_seq_prob", "validation", "validation_data")  # decide what is trained on
+SILENT = (  # may change from one start to the next without a word
+    "out", "data", "steps", "keep", "resume", "workers", "log_every", "peak_tflops", "device", "recompute",
+    "capture",
+)  # fmt: skip
+
+
+class NotTheSameRun(ValueError):
+    """The folder holds a run of other data, tokenizer or model; the message names what differs."""
+
+
+def identity(config: PretrainConfig, tokenizer: Tokenizer, made) -> dict:
+    """What a run that goes on must have in common with the one that began; ``made`` is the model's configuration."""
+    manifest = (Path(config.data) / "manifest.json").read_bytes()
+    return {
+        "data": hashlib.blake2b(manifest, digest_size=16).hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "model": new_model.comparable(made),
+        "samples": {name: getattr(config, name) for name in SAMPLES},
+        "rule": RULE,
+        "optimizer": config.optimizer,
+    }
+
+
+def last_checkpoint(
+    config: PretrainConfig, own: dict, total: int, ranks: Ranks, output: Output
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, of the run whose identity is ``own``; the first process looks for it, and all take
+    the same. Raises NotTheSameRun for another run's, ConfigError for one beyond the ``total`` updates."""
+    folder, found = Path(config.out), None
+    if ranks.first:
+        if config.resume == "never" and (folder / "config.json").exists():
+            raise NotTheSameRun(f"{folder} has a run already (--resume never): choose another --out")
+        found, complaints = checkpoint.newest(folder)
+        for complaint in complaints:
+            output.warn(complaint)
+        if found is None:
+            _same_options_if_begun(config)
+    name = ranks.broadcast("" if found is None else str(found.folder))
+    if not name:
+        return None
+    if found is None:
+        state = json.loads((Path(name) / "state.json").read_text(encoding="utf-8"))
+        found = checkpoint.Checkpoint(Path(name), state)
+    _same_run(config, found, own, total, output)
+    return found
+
+
+def _same_options_if_begun(config: PretrainConfig) -> None:
+    """A run that was killed before its first checkpoint begins anew, but not with other data or model."""
+    folder = Path(config.out)
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    before, now = effective(json.loads(path.read_text(encoding="utf-8"))), effective(config.as_dict())
+    differing = [flag(name) for name in ("data", "model", "init_from") if before.get(name) != now.get(name)]
+    if differing:
+        raise NotTheSameRun(f"{folder} has a run with another {', '.join(differing)}: choose another --out")
+
+
+def _same_run(config: PretrainConfig, found: checkpoint.Checkpoint, own: dict, total: int, output: Output) -> None:
+    folder = Path(config.out)
+    before, now = found.state["identity"], json.loads(json.dumps(own))
+    if before.get("rule") != now["rule"]:
+        raise NotTheSameRun(
+            f"{folder} was begun by another version of bert_fast, which draws other samples from the same data: finish "
+            f"it with that version, or begin a new run with its weights: --init-from {found.folder} and another --out"
+        )
+    differing = []
+    if before["data"] != now["data"]:
+        differing.append(f"the data (the manifest of {config.data} is not the one it was trained on)")
+    if before["tokenizer"] != now["tokenizer"]:
+        differing.append("the tokenizer")
+    if before["optimizer"] != now["optimizer"]:
+        differing.append(f"--optimizer (was {before['optimizer']}, now {now['optimizer']})")
+    for part, what in (("model", "the model's "), ("samples", "")):
+        for key in sorted(set(before[part]) | set(now[part])):
+            was, wanted = before[part].get(key), now[part].get(key)
+            if was != wanted:
+                differing.append(f"{what or ''}{key if what else flag(key)} (was {was!r}, now {wanted!r})")
+    if differing:
+        raise NotTheSameRun(
+            f"{folder} holds a run that differs in {'; '.join(differing)}: choose another --out, or the "
+            "options that it was started with"
+        )
+    if found.step > total:
+        raise ConfigError(f"{folder} is at update {found.step} already, beyond the {total} asked for")
+    before, now = effective(found.state["options"]), effective(config.as_dict())
+    changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k) and k not in SILENT]
+    if changed:
+        listed = ", ".join(f"{flag(k)} (was {before.get(k)}, now {now.get(k)})" for k in changed)
+        output.warn(f"going on with other options than before: {listed}")

@@ -1,0 +1,1 @@
+"""What a trained model is for: filling masks, vectors of sentences, fine-tuning."""

@@ -1,0 +1,239 @@
+"""The kernels compile for every GPU generation within its limits, and the report says so when they do not.
+
+Ahead-of-time compilation needs no GPU, but a process in which Triton does not interpret: the report runs as a command.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import compile_report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SPILLING = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kernel(x_ptr, out_ptr, N: tl.constexpr):
+    index = tl.arange(0, N)
+    x = tl.load(x_ptr + index)  # 512 elements a thread, all alive until the maximum is known
+    tl.store(out_ptr + index, x - tl.max(x, axis=0))
+
+
+def launch(x, out):
+    _kernel[(1,)](x_ptr=x, out_ptr=out, N=16384)
+
+
+def aot_cases(capability):
+    return [{"kernel": _kernel, "name": "spilling", "signature": {"x_ptr": "*fp32", "out_ptr": "*fp32"},
+             "constexprs": {"N": 16384}, "num_warps": 1, "num_stages": 1, "divisible_by_16": ["x_ptr", "out_ptr"],
+             "dot": False}]
+"""
+
+PRODUCT = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kernel(a_ptr, b_ptr, out_ptr, K, N: tl.constexpr):
+    index = tl.arange(0, N)
+    offset = index[:, None] * N + index[None, :]
+    total = tl.zeros((N, N), tl.float32)
+    for k in range(0, K):
+        total = tl.dot(tl.load(a_ptr + k * N * N + offset), tl.load(b_ptr + k * N * N + offset), total)
+    tl.store(out_ptr + offset, total)
+
+
+def launch(a, b, out):
+    _kernel[(1,)](a_ptr=a, b_ptr=b, out_ptr=out, K=8, N=128)
+
+
+def aot_cases(capability):
+    return [{"kernel": _kernel, "name": "product",
+             "signature": {"a_ptr": "*KIND", "b_ptr": "*KIND", "out_ptr": "*fp32", "K": "i32"},
+             "constexprs": {"N": 128}, "num_warps": WARPS, "num_stages": STAGES,
+             "divisible_by_16": ["a_ptr", "b_ptr", "out_ptr"], "dot": True}]
+"""
+
+ROWS = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kernel(x_ptr, out_ptr, edge, N: tl.constexpr):
+    index = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out_ptr + index, tl.load(x_ptr + index, mask=index < EDGE, other=0.0) + 1.0, mask=index < EDGE)
+
+
+def launch(x, out):
+    _kernel[(1,)](x_ptr=x, out_ptr=out, edge=8, N=1024)
+
+
+def aot_cases(capability):
+    return [{"kernel": _kernel, "name": "NAME", "signature": {"x_ptr": "*bf16", "out_ptr": "*bf16", "edge": "i32"},
+             "constexprs": {"N": 1024}, "num_warps": 4, "num_stages": 1, "divisible_by_16": ["x_ptr", "out_ptr"],
+             "dot": False}]
+"""
+
+UNCOVERED = SPILLING.split("def aot_cases")[0]
+
+
+def _product(kind="bf16", warps=8, stages=2):
+    return PRODUCT.replace("KIND", kind).replace("WARPS", str(warps)).replace("STAGES", str(stages))
+
+
+def _report(*arguments, timeout=590):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # the report must clear it by itself
+    command = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+def _report_of(tmp_path, source, target):
+    (tmp_path / "candidate.py").write_text(source)
+    done = _report("--folder", tmp_path, "--targets", target, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text()) if (tmp_path / "report.json").exists() else None
+    return done, report
+
+
+@pytest.mark.slow
+def test_every_kernel_keeps_the_rules(tmp_path):
+    done = _report("--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {row["target"] for row in report["rows"]} == {80, 90, 100}
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "attention fwd D=64 bf16",
+        "attention asynchronous fwd bf16",
+        "attention one_pass S=512 bf16",
+        "embedding_layernorm",
+        "bias_gelu",
+        "mlm_loss",
+    ],
+)
+def test_kernels_keep_the_rules_on_sm_90(kernel):
+    done = _report("--targets", "90", "--kernels", kernel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert kernel in done.stdout
+
+
+@pytest.mark.parametrize("target", [90, 100])
+def test_two_programs_of_the_feed_forward_share_a_multiprocessor(tmp_path, target):
+    """One computes GELU while the other multiplies; operands and results go by the tensor memory accelerator."""
+    done = _report("--targets", target, "--kernels", "H=1024 bf16", "--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} == {f"feed_forward {d} H=1024 bf16" for d in ("fwd", "bwd")}
+    assert all(row["occupancy"] * 64 >= 2 * row["warps"] and row["bulk_copies"] for row in rows)
+
+
+def test_mlm_loss_reads_and_writes_logits_by_sixteen_bytes(tmp_path):
+    """A mask that ends at 30522, a multiple of 2 alone, would split accesses of 16-bit logits into such of 4 bytes."""
+    done = _report("--targets", "90", "--kernels", "mlm_loss fwd V=30522 grads", "--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in json.loads((tmp_path / "report.json").read_text())["rows"]:
+        assert row["wide"] > 0.6, row  # what is left are bias and the numbers of a row
+
+
+def test_spilling_kernel_is_reported(tmp_path):
+    done, report = _report_of(tmp_path, SPILLING, 90)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert report["rows"][0]["spills"] > 0
+    assert "spill registers" in done.stdout
+
+
+def test_too_much_shared_memory_is_reported(tmp_path):
+    done, report = _report_of(tmp_path, _product(stages=6), 80)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert report["rows"][0]["shared_bytes"] > 163 * 1024
+    assert "bytes of shared memory, the limit is" in done.stdout
+
+
+@pytest.mark.parametrize(("target", "opcode"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
+def test_tensor_core_instructions_are_found(tmp_path, target, opcode):
+    done, report = _report_of(tmp_path, _product(), target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert opcode in report["rows"][0]["tensor_core"]
+
+
+def test_product_on_the_slow_path_is_reported(tmp_path):
+    """With two warps Hopper's own products, which take four, are out of reach."""
+    done, report = _report_of(tmp_path, _product(warps=2), 90)
+    assert "HMMA" in report["rows"][0]["tensor_core"]
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "products without HGMMA" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "edge", "broken"), [
+    ("bias_gelu fwd", "2048", False), ("bias_gelu fwd", "edge", True), ("mlm_loss fwd", "edge", False),
+])  # fmt: skip
+def test_a_row_operator_that_reads_single_elements_is_reported(tmp_path, name, edge, broken):
+    """A mask whose edge is not known splits an access; other operators than the row ones are shown, not judged."""
+    done, report = _report_of(tmp_path, ROWS.replace("NAME", name).replace("EDGE", edge), 90)
+    assert done.returncode == int(broken), done.stdout + done.stderr
+    assert report["rows"][0]["wide"] == (1.0 if edge == "2048" else 0.0)
+    assert ("are read and written by 16" in done.stdout) == broken
+
+
+@pytest.mark.parametrize(
+    ("instruction", "size"),
+    [("LDG.E.128", 16), ("LDG.E", 4), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.EF.64", 8), ("STG.E.U8", 1),
+     ("LDG.E.ENL2.256", 32), ("LDGSTS.E.BYPASS.128", 16), ("LDGSTS.E.LTC128B.128", 16), ("LDG.E.LTC128B", 4)],
+)  # fmt: skip
+def test_bytes_of_an_access(instruction, size):
+    assert compile_report.access_bytes(instruction) == size
+
+
+@pytest.mark.parametrize(("waits", "asynchronous", "broken"), [(24, True, True), (3, True, False), (24, False, False)])
+def test_products_made_to_wait_in_turn_are_reported(waits, asynchronous, broken):
+    """By the assembler, in a kernel that issues them asynchronously itself; in others they are shown, not judged."""
+    row = compile_report.Row("attention one_pass", 90, 8, 255, 0, 0, 0, 0.1, {"HGMMA": 24}, waits, 0, None)
+    assert bool(compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, asynchronous)) == broken
+    assert f"HGMMA 24, {waits} waits" in compile_report.table([row])
+
+
+@pytest.mark.parametrize(("between", "idle"), [(10 * ["FMNMX"], 1), (80 * ["FMNMX"], 0), (["HGMMA.64x64x16"], 0)])
+def test_a_wait_that_follows_another_at_once_is_reported(between, idle):
+    code = ["HGMMA.64x128x16", "WARPGROUP.DEPBAR.LE", *between, "WARPGROUP.DEPBAR.LE", "EXIT"]
+    assert compile_report.idle_waits(code) == idle
+    row = compile_report.Row(
+        "attention asynchronous", 90, 8, 255, 0, 0, 0, 0.1, {"HGMMA": 24}, 2, 0, None, idle_waits=idle
+    )
+    assert len(compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, True)) == idle
+    assert not compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, False)
+
+
+def test_launched_kernel_without_a_case_is_reported(tmp_path):
+    (tmp_path / "covered.py").write_text(_product())
+    done, _ = _report_of(tmp_path, UNCOVERED, 90)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "candidate.py: _kernel is launched but in no aot_cases" in done.stdout
+
+
+def test_nothing_to_compile_is_an_error(tmp_path):
+    done = _report("--kernels", "no such kernel")
+    assert done.returncode == 2
+    assert "no case" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [(32, 0, 4, 1.0), (255, 0, 4, 0.125), (64, 100 * 1024, 4, 0.125), (168, 0, 8, 0.125), (16, 0, 1, 0.5)],
+)
+def test_occupancy(registers, shared, warps, expected):
+    """Known cases of an sm_90: 64 warps, 65536 registers, 228 KiB, 32 programs."""
+    assert compile_report.occupancy(compile_report.PARTS[90], registers, shared, warps) == expected

@@ -1,0 +1,376 @@
+"""embedding_layernorm: dropout(LayerNorm(word + position + segment)), each backend against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bert_fast import dispatch, dropout_mask, ops, reference
+from tests.support.parity import DEVICE, assert_near_truth, available_backends
+
+EPS = 1e-12
+SITE = 0
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+DTYPES = {  # tables, LayerNorm parameters, output
+    "fp32": (FULL, FULL, FULL),
+    "bf16": (BRAIN, BRAIN, BRAIN),
+    "fp16": (HALF, HALF, HALF),
+    "autocast-bf16": (FULL, FULL, BRAIN),
+    "bf16-tables": (BRAIN, FULL, FULL),
+}
+BACKENDS = available_backends("embedding_layernorm")
+WORDS, POSITIONS, SEGMENTS = 23, 9, 2  # few: Triton's interpreter takes a millisecond a table row
+
+
+def make_indices(tokens):
+    """Ids with hot rows, as [CLS], [SEP] and [MASK] are, and others that no token has."""
+    ids = torch.randint(0, WORDS - 3, (tokens,))
+    ids[torch.rand(tokens) < 0.5] = 7
+    return ids.to(DEVICE), (torch.arange(tokens) % POSITIONS).to(DEVICE), torch.randint(0, 2, (tokens,)).to(DEVICE)
+
+
+def make_tables(columns, dtypes, segments=SEGMENTS):
+    table, parameter, _ = dtypes
+    shapes = {"word": (WORDS, columns), "position": (POSITIONS, columns), "segment": (segments, columns)}
+    tables = {name: torch.randn(shape).to(table) for name, shape in shapes.items()}
+    tables |= {name: torch.randn(columns).to(parameter) for name in ("weight", "bias")}
+    return {name: t.to(DEVICE) for name, t in tables.items()}
+
+
+def make_keys(tokens):
+    lengths = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32, device=DEVICE)
+    return dropout_mask.row_keys(lengths, tokens), torch.tensor([-0x1234_5678_9ABC_DEF0], device=DEVICE)
+
+
+def differentiate(function, tables, grad_out):
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in tables.items()}
+    out = function(**leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(out.dtype))
+    return {"out": out.detach(), **{f"d {name}": g for name, g in zip(leaves, grads, strict=True)}}
+
+
+def run(backend, indices, tables, grad_out, keys, p=0.0, padding_idx=None, out_dtype=None):
+    def ours(word, position, segment, weight, bias):
+        return ops.embedding_layernorm(
+            *indices, word, position, segment, weight, bias, eps=EPS, p=p, row_key=keys[0], rng_key=keys[1], site=SITE,
+            padding_idx=padding_idx, out_dtype=out_dtype,
+        )  # fmt: skip
+
+    with dispatch.use_backend(embedding_layernorm=backend):
+        return differentiate(ours, tables, grad_out)
+
+
+def compare(backend, tokens, columns, dtypes, p, padding_idx=None, indices=None, segments_of_table=SEGMENTS):
+    indices = make_indices(tokens) if indices is None else indices
+    tables, keys, out_dtype = make_tables(columns, dtypes, segments_of_table), make_keys(tokens), dtypes[2]
+    grad_out = torch.randn(tokens, columns, device=DEVICE).to(out_dtype)
+    ids, positions, segments = indices
+
+    def exact(word, position, segment, weight, bias):
+        if padding_idx is not None:  # nn.Embedding's rule, which is about the gradient alone
+            word = torch.cat(
+                [word[:padding_idx], word[padding_idx : padding_idx + 1].detach(), word[padding_idx + 1 :]]
+            )
+        tensors = (*indices, word, position, segment, weight, bias, *keys)
+        return reference.embedding_layernorm_fwd(*tensors, EPS, p, SITE, -1, torch.float64)[0]
+
+    def composed(word, position, segment, weight, bias):
+        z = F.embedding(ids, word, padding_idx) + F.embedding(segments, segment) + F.embedding(positions, position)
+        y = F.layer_norm(z, z.shape[1:], weight.to(z.dtype), bias.to(z.dtype), EPS)
+        if p:
+            y = y * dropout_mask.hidden_keep_mask(keys[1], keys[0], columns, p, SITE) * dropout_mask.dropout_scale(p)
+        return y.to(out_dtype)
+
+    result = run(backend, indices, tables, grad_out, keys, p, padding_idx, out_dtype)
+    truth = differentiate(exact, {name: t.double() for name, t in tables.items()}, grad_out.double())
+    same_dtype = differentiate(composed, tables, grad_out)
+    for name, value in result.items():
+        assert_near_truth(f"{name} ({backend})", value, same_dtype[name], truth[name])
+    return result
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes(backend, dtypes, p):
+    compare(backend, 17, 96, DTYPES[dtypes], p)
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(0, 32), (1, 32), (17, 1), (49, 7), (18, 300), (5, 1024)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes(backend, tokens, columns):
+    compare(backend, tokens, columns, DTYPES["fp32"], 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "autocast-bf16"])
+@pytest.mark.parametrize(
+    ("tokens", "columns"), [(65, 24), (600, 64), (33, 300), (5, 768), (70, 1024), (3, 4096), (2, 8192)]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_shapes(backend, tokens, columns, dtypes):
+    compare(backend, tokens, columns, DTYPES[dtypes], 0.1)
+
+
+@pytest.mark.parametrize("tokens", [15, 32, 49])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_row_takes_every_token(backend, tokens):
+    """The hottest possible rows: sums in less than a run, in whole runs alone, and with a rest."""
+    same = [torch.full((tokens,), index, device=DEVICE) for index in (WORDS - 1, 3, 0)]
+    result = compare(backend, tokens, 32, DTYPES["fp32"], 0.1, indices=same)
+    for name, row in (("d word", WORDS - 1), ("d position", 3), ("d segment", 0)):
+        others = torch.ones(result[name].shape[0], dtype=torch.bool, device=DEVICE)
+        others[row] = False
+        assert (result[name][others] == 0).all(), name
+
+
+@pytest.mark.parametrize("counts", [(15, 1, 16, 17), (3, 5, 50, 5)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_meet_rows_at_every_offset(backend, counts):
+    ids = torch.repeat_interleave(torch.tensor([0, 1, 12, WORDS - 1]), torch.tensor(counts))
+    tokens = ids.numel()
+    ids = ids[torch.randperm(tokens)].to(DEVICE)
+    positions, segments = torch.full_like(ids, POSITIONS - 1), ids % 2
+    compare(backend, tokens, 16, DTYPES["fp32"], 0.0, indices=(ids, positions, segments))
+
+
+@pytest.mark.parametrize("segments", [1, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_of_segments(backend, segments):
+    """Some of each at every position, and one that no token has."""
+    ids, positions, _ = make_indices(50)
+    found = torch.randint(0, max(1, segments - 1), (50,)).to(DEVICE)
+    result = compare(backend, 50, 24, DTYPES["fp32"], 0.1, None, (ids, positions % 3, found), segments)
+    assert segments == 1 or (result["d segment"][-1] == 0).all()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize(("dtypes", "groups", "padding_idx"), [("fp32", 3, 7), ("bf16", 40, None)])
+def test_words_in_groups(monkeypatch, dtypes, groups, padding_idx):
+    """As many tokens have: a position's sum is then that of its groups. Of 40 groups 17 have no word."""
+    from bert_fast.kernels import embedding_layernorm as kernel
+
+    monkeypatch.setattr(kernel, "_group_count", lambda *_: groups)
+    ids, positions, segments = make_indices(48)
+    result = compare("triton", 48, 24, DTYPES[dtypes], 0.1, padding_idx, (ids, positions // 2, segments))
+    assert (result["d word"][WORDS - 3 :] == 0).all()
+    assert (result["d position"][(POSITIONS + 1) // 2 :] == 0).all()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_the_number_of_groups():
+    """16 MiB of d out and word rows in each, and four tokens for each position of a group."""
+    from bert_fast.kernels import embedding_layernorm as kernel
+
+    assert kernel._group_count(32768, 1024, 512, 2 + 2) == 8
+    assert kernel._group_count(32768, 768, 512, 2 + 4) == 9
+    assert kernel._group_count(4096, 1024, 512, 2 + 2) == 1
+    assert kernel._group_count(32768, 1024, 8192, 2 + 2) == 1
+    assert kernel._group_count(0, 1024, 0, 2 + 2) == 1
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 48, 130])
+def test_runs_share_out_every_entry_once(tokens):
+    """A sum is one run's alone, or has a piece in each of its runs, and which is the first and the last is told."""
+    from bert_fast.kernels import embedding_layernorm as kernel
+
+    length, runs, block = 16, -(-tokens // 16), kernel._RUN_CONFIG["BLOCK"]
+    for most in (2, 20, 60):  # tokens of a sum
+        sums = int(torch.randint(1, 2 + tokens // most * 2, ()))  # what is past them stands for indices out of range
+        numbers = [torch.arange(tokens).repeat_interleave(torch.randint(1, most, (tokens,)))[:tokens] for _ in range(2)]
+        numbers = torch.stack(numbers).clamp(max=sums)
+        segments = torch.arange(tokens) % 3  # two bits of a place's key
+        keys = torch.stack([numbers[0], (sums + 1 + (numbers[1] << 2) + segments).sort().values])
+        found = torch.full((3, 2, runs), -9, dtype=torch.int32, device=DEVICE)
+        first = torch.full((2, sums), -1, dtype=torch.int32, device=DEVICE)
+        last = torch.full_like(first, -1)
+        kernel._run_kernel[(-(-runs // block), 2)](
+            key_ptr=keys.int().to(DEVICE), run_ptr=found, first_ptr=first, last_ptr=last, tokens=tokens,
+            positions=sums, groups=1, group_words=sums, segment_bits=2, padding_idx=-1, RUN=length,
+            **kernel._RUN_CONFIG,
+        )  # fmt: skip
+        for of_places in range(2):
+            starts, ends, in_pieces = found[:, of_places].tolist()
+            entries, pieces = [], {}
+            for run, (start, end, number_in_pieces) in enumerate(zip(starts, ends, in_pieces, strict=True)):
+                taken = range(start - tokens * of_places, end - tokens * of_places)
+                assert len(taken) < 2 * length
+                entries += taken
+                for number in set(numbers[of_places, taken].tolist()):
+                    piece = of_places * runs + run if number == number_in_pieces else None
+                    pieces.setdefault(number, []).append(piece)
+            assert entries == list(range(int((numbers[of_places] < sums).sum())))
+            for number, found_pieces in pieces.items():
+                told = int(first[of_places, number]), int(last[of_places, number])
+                if found_pieces == [None]:
+                    assert told == (-1, -1)
+                else:
+                    assert len(found_pieces) > 1
+                    assert found_pieces == list(range(*told))
+
+
+@pytest.mark.parametrize("padding_idx", [0, 7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_idx_gets_no_gradient(backend, padding_idx):
+    ids, positions, segments = make_indices(40)
+    ids[::5] = padding_idx
+    result = compare(backend, 40, 32, DTYPES["fp32"], 0.1, padding_idx, (ids, positions, segments))
+    assert (result["d word"][padding_idx] == 0).all()
+    assert (result["d position"] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "tokens", "padding_idx"), [("fp32", 0, -1), ("fp32", 50, -1), ("fp32", 50, 7), ("bf16", 50, -1)]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_added_in_place_with_the_bits_of_a_sum(backend, dtypes, padding_idx, tokens):
+    """embedding_layernorm_bwd_add is embedding_layernorm_bwd, and one addition of what that gives."""
+    table, _, out_dtype = DTYPES[dtypes]
+    indices, tables, keys = make_indices(tokens), list(make_tables(24, DTYPES[dtypes]).values())[:4], make_keys(tokens)
+    grad_out = torch.randn(tokens, 24, device=DEVICE).to(out_dtype)
+    statistics = (torch.rand(tokens, device=DEVICE), torch.rand(tokens, device=DEVICE))
+    held = torch.randn(WORDS, 24, device=DEVICE).to(table)
+    arguments = (grad_out, *indices, *tables, *statistics, *keys, 0.1, SITE, padding_idx)
+    with dispatch.use_backend(embedding_layernorm=backend):
+        word, *expected = torch.ops.bert_fast.embedding_layernorm_bwd(*arguments)
+        ours = held.clone()
+        others = torch.ops.bert_fast.embedding_layernorm_bwd_add(*arguments, ours)
+    assert torch.equal(ours, held + word)
+    assert torch.equal(ours[WORDS - 3 :], held[WORDS - 3 :])  # of words that no token is
+    assert torch.equal(ours[7], held[7]) == (padding_idx == 7 or tokens == 0)
+    assert all(torch.equal(a, b) for a, b in zip(others, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_rows_and_large_means(backend):
+    indices, keys = make_indices(20), make_keys(20)
+    tables = make_tables(64, DTYPES["fp32"])
+    for name in ("word", "position", "segment"):
+        tables[name] = torch.full_like(tables[name], 0.25)
+    out = run(backend, indices, tables, torch.randn(20, 64, device=DEVICE), keys)["out"]
+    torch.testing.assert_close(out, tables["bias"].expand(20, 64), rtol=0, atol=0)
+
+    tables = make_tables(64, DTYPES["fp32"])
+    tables["word"] += 1e4
+    out = run(backend, indices, tables, torch.randn(20, 64, device=DEVICE), keys)["out"]
+    z = tables["word"][indices[0]] + tables["segment"][indices[2]] + tables["position"][indices[1]]
+    exact = F.layer_norm(z.double(), (64,), tables["weight"].double(), tables["bias"].double(), EPS)
+    # z is the rounded sum, so the statistics alone are on trial: the mean is right to one unit of 1e4 in fp32, which
+    # shifts the row by 1e-3 of its deviation; E[z^2] - E[z]^2 would be off by more than the variance.
+    assert (out - exact).abs().max() < 3e-3
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("columns", [32, 100])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mask_is_the_function(backend, columns, p):
+    tables, keys = make_tables(columns, DTYPES["fp32"]), make_keys(21)
+    tables["weight"], tables["bias"] = torch.zeros_like(tables["weight"]), torch.ones_like(tables["bias"])
+    out = run(backend, make_indices(21), tables, torch.ones(21, columns, device=DEVICE), keys, p)["out"]
+    keep = dropout_mask.hidden_keep_mask(keys[1], keys[0], columns, p, SITE)
+    assert torch.equal(out, keep * torch.tensor(dropout_mask.dropout_scale(p), device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_twice(backend):
+    indices, tables, keys = make_indices(40), make_tables(64, DTYPES["fp32"]), make_keys(40)
+    grad_out = torch.randn(40, 64, device=DEVICE)
+    first, second = (run(backend, indices, tables, grad_out, keys, 0.1) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def both_ways(indices, tables, grad_out, keys, p):
+    """Output and gradients of the kernels, called past the checks of ops: on a GPU nothing is checked before."""
+    from bert_fast.kernels import embedding_layernorm as kernel
+
+    out, mean, rstd = kernel.embedding_layernorm_fwd(*indices, *tables.values(), *keys, EPS, p, 0, -1, FULL)
+    tensors = list(tables.values())[:4]
+    return out, kernel.embedding_layernorm_bwd(grad_out, *indices, *tensors, mean, rstd, *keys, p, 0, -1)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize(
+    ("which", "value", "p", "valid"),
+    [(0, WORDS, 0.0, 19), (0, -1, 0.5, 16), (1, 2**40, 0.5, 15), (2, SEGMENTS, 0.0, 17), (2, -(2**33), 0.5, 0)],
+)
+def test_index_out_of_range_is_nan_and_goes_nowhere(which, value, p, valid):
+    """One token; and so many that the others are just a run, one less, one more, or none."""
+    indices, tables, keys = list(make_indices(20)), make_tables(32, DTYPES["fp32"]), make_keys(20)
+    grad_out = torch.randn(20, 32, device=DEVICE)
+    bad = torch.randperm(20, device=DEVICE)[valid:]
+    broken = indices[which].clone()
+    broken[bad] = value
+    out, grads = both_ways([*indices[:which], broken, *indices[which + 1 :]], tables, grad_out, keys, p)
+    assert out[bad].isnan().all()
+    others = broken != value
+    fewer = [i[others] for i in indices]
+    good_out, good_grads = both_ways(fewer, tables, grad_out[others], (keys[0][others], keys[1]), p)
+    assert torch.equal(out[others], good_out)
+    for ours, expected in zip(grads, good_grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_keys_of_more_than_32_bits_are_refused():
+    tables = make_tables(1, DTYPES["fp32"], segments=2**16)
+    tables["position"] = torch.zeros(2**16, 1, device=DEVICE)
+    with pytest.raises(ValueError, match=r"of 23, 65536 and 65536 rows need keys of more than 32 bits.*reference"):
+        both_ways(make_indices(3), tables, torch.zeros(3, 1, device=DEVICE), make_keys(3), 0.0)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on CPU tensors")
+@pytest.mark.parametrize(
+    ("which", "value", "message"),
+    [
+        (0, WORDS, rf"ids\[3\] is {WORDS}, allowed is 0 .. {WORDS - 1} \(1 of 9 are out of range\)"),
+        (0, -1, r"ids\[3\] is -1"),
+        (1, POSITIONS, rf"positions\[3\] is {POSITIONS}"),
+        (2, 2, r"segments\[3\] is 2, allowed is 0 .. 1"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_index_out_of_range_raises_on_a_cpu(backend, which, value, message):
+    indices, tables = make_indices(9), make_tables(32, DTYPES["fp32"])
+    indices[which][3] = value
+    with pytest.raises(IndexError, match=message):
+        run(backend, indices, tables, torch.randn(9, 32), make_keys(9))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_not_contiguous(backend):
+    tables = make_tables(64, DTYPES["fp32"])
+    indices = [torch.stack([i, i], dim=1)[:, 0] for i in make_indices(9)]
+    strided = {name: torch.stack([t, t], dim=-1)[..., 0] for name, t in tables.items()}
+    grad_out = torch.randn(64, 9, device=DEVICE).T
+    first = run(backend, indices, strided, grad_out, make_keys(9), 0.1)
+    second = run(backend, [i.contiguous() for i in indices], tables, grad_out.contiguous(), make_keys(9), 0.1)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize(
+    ("backend", "p"), [(b, 0.1) for b in BACKENDS] + [pytest.param(b, 0.0, marks=pytest.mark.slow) for b in BACKENDS]
+)
+def test_opcheck(backend, p):
+    indices, keys = [i % 2 for i in make_indices(5)], make_keys(5)
+    tables = {name: t[:2].clone() if t.dim() == 2 else t for name, t in make_tables(16, DTYPES["fp32"]).items()}
+    leaves = [t.requires_grad_() for t in tables.values()]
+    statistics = (torch.rand(5, device=DEVICE), torch.rand(5, device=DEVICE))
+    with dispatch.use_backend(embedding_layernorm=backend):
+        torch.library.opcheck(
+            torch.ops.bert_fast.embedding_layernorm_fwd, (*indices, *leaves, *keys, EPS, p, SITE, 0, FULL)
+        )
+        detached = [t.detach() for t in leaves[:4]]
+        arguments = (torch.randn(5, 16, device=DEVICE), *indices, *detached, *statistics, *keys, p, SITE, 0)
+        torch.library.opcheck(torch.ops.bert_fast.embedding_layernorm_bwd, arguments)
+        torch.library.opcheck(
+            torch.ops.bert_fast.embedding_layernorm_bwd_add, (*arguments, torch.randn_like(detached[0]))
+        )
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_triton_names_what_it_lacks():
+    tables = make_tables(32, (torch.float64,) * 3)
+    with pytest.raises(TypeError, match=r"word has dtype torch.float64.*reference"):
+        run("triton", make_indices(3), tables, torch.randn(3, 32, device=DEVICE), make_keys(3))
