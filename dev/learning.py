@@ -11,7 +11,7 @@
 4000 updates of mini take a quarter of an hour on two cores of 100 GFLOP/s. Its matrices begin with a standard deviation
 of 0.05: BERT's 0.02 was chosen for width 768, and with it the NSP of so narrow a model needs more updates to leave the
 ground. The vocabulary is small, as the text is: pre-training sees every piece often enough to learn how pieces make
-words, which fine-tuning on a few thousand sentences cannot (docs/learning.md has other sizes and what became of them).
+words, which fine-tuning on a few thousand sentences cannot (docs/log/learning.md has other sizes, and their results).
 """
 
 import argparse

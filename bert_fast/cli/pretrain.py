@@ -24,7 +24,7 @@ def add_parser(subparsers) -> None:
         run,
         "pre-train a BERT on prepared data",
         details="A run that was stopped or killed goes on, exactly where it was, when the same command is given "
-        "again. Several GPUs or machines: start it with torchrun (docs/distributed.md).",
+        "again. Several GPUs or machines: start it with torchrun (docs/guide/scale.md).",
         examples="bert-fast pretrain --data data --out run --model base --steps 100000\n"
         "bert-fast pretrain --data data --out run --phases 128:900000,512:100000 --checkpoint-every 5000\n"
         "bert-fast pretrain --data data --out run --init-from google-bert/bert-base-uncased --lr 5e-5\n"

@@ -3,7 +3,7 @@
 Started by ``torchrun``, which sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without it a run is one process.
 Gradients are averaged by DistributedDataParallel, overlapped with the backward (bert_fast/train/step.py). The
 optimiser's state is sharded by ZeroRedundancyOptimizer over the processes of a machine, and every machine has all of
-it (bert_fast/run/optimizer.py). docs/distributed.md says why, and what the links must carry.
+it (bert_fast/run/optimizer.py). docs/guide/scale.md says why, and what the links must carry.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The C++ operators: one shared library, loaded with ctypes, for every instruction set and version of torch.
 
-The library (built by CMakeLists.txt; see docs/cpu-operators.md) links neither torch nor Python nor an OpenMP
+The library (built by CMakeLists.txt; see docs/design/cpu-operators.md) links neither torch nor Python nor an OpenMP
 runtime. It holds each operator once per instruction set; the best one for the CPU is used, or the one named
 by the environment variable ``BERT_FAST_CPU_ISA``. Threads come from the pool that torch itself uses, and
 ``torch.set_num_threads`` holds. Beside this file lies one module per operator, with the signatures of
