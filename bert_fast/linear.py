@@ -6,7 +6,7 @@ rounded to 16 bits and converted back. Inside :func:`gradients_in_place` the pro
 adds to ``.grad``, with sums in float32, and autograd is given none.
 
 So it is with the gradient of what a product multiplies, where a residual passes beside it: two gradients, which
-autograd adds in a pass of its own. The product of :func:`linear_beside` adds its own to the residual's.
+autograd adds in a pass of its own. The product of :func:`linear_with_residual` adds its own to the residual's.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> 
     return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
 
 
-def linear_beside(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def linear_with_residual(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(``linear(x, weights, bias)``, x): x again, for its use beside the product, a residual's.
 
     Inside :func:`gradients_in_place` the gradient of that use is memory that the product's backward adds to and hands
@@ -84,7 +84,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, beside, *weights):
+    def forward(ctx, x, bias, with_residual, *weights):
         rows, dtype = [w.shape[0] for w in weights], weights[0].dtype
         if autocasts(x.device) and dtype != torch.float64:
             dtype = x.dtype
@@ -99,15 +99,15 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)  # zeros in the place of a gradient that there is not
         out = F.linear(x, weight, None if bias is None else bias.to(dtype))
-        return (out, x) if beside else out
+        return (out, x) if with_residual else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_beside=None):
+    def backward(ctx, grad_out, grad_residual=None):
         if grad_out is None:
-            return grad_beside, *(None,) * (2 + len(ctx.weights))
+            return grad_residual, *(None,) * (2 + len(ctx.weights))
         x, weight = ctx.saved_tensors
-        grad_x = _product_added(grad_beside, grad_out, weight) if ctx.needs_input_grad[0] else None
+        grad_x = _product_added(grad_residual, grad_out, weight) if ctx.needs_input_grad[0] else None
         grad_bias = grad_out.sum(dim=0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None, *_weight_gradients(ctx.weights, ctx.rows, ctx.first, grad_out, x)
 

@@ -615,7 +615,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return _first_output("bias_gelu", x.contiguous(), _contiguous(bias))
 
 
-def made_again(y: Tensor) -> contextlib.AbstractContextManager:
+def recompute_on_backward(y: Tensor) -> contextlib.AbstractContextManager:
     """Around the use of ``y``, what ``bias_gelu`` gave: a backward that needs it computes it again, to the same bits.
 
     It is made from what bias_gelu's own backward keeps, so nothing is kept for it. Where ``y`` has no such origin (no
@@ -689,7 +689,7 @@ _define(
 _differentiate("feed_forward", _feed_forward_setup, _feed_forward_backward)
 
 
-def joins_feed_forward(x: Tensor) -> bool:
+def fuses_feed_forward(x: Tensor) -> bool:
     """Whether a model has to compute the feed-forward of ``x`` by ``feed_forward``: where FEED_FORWARD_EPILOGUE in
     bert_fast/dispatch.py names this GPU, in 16 bits, in forwards that are not compiled."""
     if not (dispatch.FEED_FORWARD_EPILOGUE or choice.active()) or torch.compiler.is_compiling():

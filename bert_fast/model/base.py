@@ -87,7 +87,7 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
             super().__init__(config, *args, **kwargs)
         finally:
             config._attn_implementation_internal = requested
-        swap.exchange(self)
+        swap.swap_classes(self)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
         known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())

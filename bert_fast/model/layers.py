@@ -1,6 +1,6 @@
 """The parts of a BERT on packed rows: subclasses of transformers' modules, each with a forward of our own.
 
-They add no parameters and no constructor: an instance is transformers' own module whose class was exchanged
+They add no parameters and no constructor: an instance is transformers' own module whose class was swapped
 (bert_fast/model/swap.py). Activations are rows (T, H); ``layout`` (bert_fast/packing.py) says what a row is.
 An operator reads the parameters of several modules at once only while all of those are plain; a module with
 hooks, a parametrisation or another class (LoRA, quantisation, offloading) is called instead. A part that is
@@ -18,7 +18,7 @@ from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
 from bert_fast import dropout_mask, ops, packing
-from bert_fast.linear import autocasts, linear, linear_beside
+from bert_fast.linear import autocasts, linear, linear_with_residual
 from bert_fast.model import idcheck
 from bert_fast.packing import Layout
 
@@ -149,9 +149,9 @@ def linear_without_bias(dense: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | N
 def linears_side_by_side(
     linears: tuple[nn.Linear, ...], x: Tensor, bias_apart: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x (T, H) through plain linears of one size, all with a bias or none: their outputs (T, N) beside each other; x
-    for the residual, see ``linear_beside``; and None or, where ``bias_apart`` and it needs a gradient, the bias (N,):
-    it was added detached, and the operator that reads the outputs makes its gradient."""
+    """x (T, H) through plain linears of one size, all with a bias or none: their outputs (T, N) side by side; x for the
+    residual, see ``linear_with_residual``; and None or, where ``bias_apart`` and it needs a gradient, the bias (N,): it
+    was added detached, and the operator that reads the outputs makes its gradient."""
     biases = None if linears[0].bias is None else [m.bias for m in linears]
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.transformed()
     if x.device.type == "cpu" and not recorded and not autocasts(x.device) and x.dtype == torch.float32:
@@ -165,7 +165,7 @@ def linears_side_by_side(
         return out, x, None
     bias = None if biases is None else torch.cat(biases)
     apart = bias_apart and bias is not None and bias.requires_grad
-    out, x = linear_beside(x, tuple(m.weight for m in linears), bias.detach() if apart else bias)
+    out, x = linear_with_residual(x, tuple(m.weight for m in linears), bias.detach() if apart else bias)
     return out, x, bias if apart else None
 
 
@@ -237,10 +237,10 @@ class BertSelfAttention(hf.BertSelfAttention):
     @packed
     def forward(self, x: Tensor, layout: Layout, attentions: list | None = None) -> Tensor:
         """x (T, H) -> (T, H). Appends the weights (B, heads, S, S) to ``attentions`` where it is a list."""
-        return self.beside(x, layout, attentions)[0]
+        return self.with_residual(x, layout, attentions)[0]
 
-    def beside(self, x: Tensor, layout: Layout, attentions: list | None = None) -> tuple[Tensor, Tensor]:
-        """``forward``, and x for the residual beside it, which nothing else may look at; see ``linear_beside``."""
+    def with_residual(self, x: Tensor, layout: Layout, attentions: list | None = None) -> tuple[Tensor, Tensor]:
+        """``forward``, and x for the residual alone, which nothing else may read; see ``linear_with_residual``."""
         linears, bias = (self.query, self.key, self.value), None
         if all(plain(m, nn.Linear) for m in linears) and all(
             (m.bias is None) == (linears[0].bias is None) for m in linears
@@ -326,7 +326,7 @@ class BertAttention(hf.BertAttention):
     ) -> Tensor:  # fmt: skip
         """x (T, H) -> (T, H), or the rows ``only`` (R,) of it."""
         if plain(self.self, BertSelfAttention) and unwatched(self.output, BertSelfOutput):
-            context, x = self.self.beside(x, layout, attentions)
+            context, x = self.self.with_residual(x, layout, attentions)
         else:
             context = self.self(x, layout, attentions)
         if only is not None:
@@ -338,17 +338,17 @@ class BertIntermediate(hf.BertIntermediate):
     """The feed-forward's first product and activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.beside(x)[0] if x.dim() == 2 else super().forward(x)
+        return self.with_residual(x)[0] if x.dim() == 2 else super().forward(x)
 
-    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward``, and x for the residual beside it, which nothing else may look at; see ``linear_beside``."""
+    def with_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward``, and x for the residual alone, which nothing else may read; see ``linear_with_residual``."""
         if plain(self.dense, nn.Linear) and is_gelu(self.intermediate_act_fn):
-            y, x = linear_beside(x, (self.dense.weight,))
+            y, x = linear_with_residual(x, (self.dense.weight,))
             return ops.bias_gelu(y, self.dense.bias), x
         return activate(self.dense, self.intermediate_act_fn, x), x
 
 
-def joined(inner: nn.Module, output: nn.Module) -> bool:
+def fusable_feed_forward(inner: nn.Module, output: nn.Module) -> bool:
     """No hook sees what is between the two modules of a feed-forward, and both products and GELU are our own."""
     return (
         plain(inner, BertIntermediate)
@@ -359,7 +359,7 @@ def joined(inner: nn.Module, output: nn.Module) -> bool:
     )
 
 
-def joined_feed_forward(
+def fused_feed_forward(
     inner: BertIntermediate, output: BertOutput, x: Tensor, layout: Layout, layer: int
 ) -> Tensor:  # fmt: skip
     """output(inner(x), x), its two products and GELU as one operator."""
@@ -384,11 +384,11 @@ class BertLayer(hf.BertLayer):
         x = self.attention(x, layout, attentions, only)
         layout = layout if only is None else packing.select(layout, only)
         layer = self.attention.self.layer_idx
-        if ops.joins_feed_forward(x) and joined(self.intermediate, self.output):
-            return joined_feed_forward(self.intermediate, self.output, x, layout, layer)
+        if ops.fuses_feed_forward(x) and fusable_feed_forward(self.intermediate, self.output):
+            return fused_feed_forward(self.intermediate, self.output, x, layout, layer)
         if plain(self.intermediate, BertIntermediate) and unwatched(self.output, BertOutput):
-            activated, x = self.intermediate.beside(x)
-            with ops.made_again(activated) if self.recompute_gelu else contextlib.nullcontext():
+            activated, x = self.intermediate.with_residual(x)
+            with ops.recompute_on_backward(activated) if self.recompute_gelu else contextlib.nullcontext():
                 return self.output(activated, x, layout, layer)
         return self.output(self.intermediate(x), x, layout, layer)
 

@@ -1,4 +1,4 @@
-"""transformers' modules onto this engine, by exchanging their classes: parameters, names and hooks stay."""
+"""transformers' modules onto this engine, by swapping their classes: parameters, names and hooks stay."""
 
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
@@ -30,7 +30,7 @@ def refuse_unsupported(config) -> None:
         )
 
 
-def exchange(root: nn.Module) -> None:
+def swap_classes(root: nn.Module) -> None:
     """Give every module below and including ``root`` that is exactly transformers' the class of ours."""
     for module in root.modules():
         ours = PARTS.get(type(module)) or MODELS.get(type(module))
@@ -88,5 +88,5 @@ def accelerate(model: nn.Module) -> nn.Module:
             f"bert_fast.accelerate: no transformers.models.bert BertModel in {type(model).__qualname__}; only BERT is "
             "supported"
         )
-    exchange(model)
+    swap_classes(model)
     return model

@@ -23,7 +23,7 @@ from bert_fast import dispatch, dropout_mask, reference
 from bert_fast.kernels import attention as portable
 from tests.support import gluon_emulation as emulation
 
-HALF, BRAIN = torch.float16, torch.bfloat16
+HALF, BF16 = torch.float16, torch.bfloat16
 SITE = 3
 ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 if DEVICE == "cuda" and not ON_HOPPER:
@@ -87,21 +87,21 @@ def compare_forward(hopper, qkv, arguments, same_dtype, truth):
     ids=str,
 )
 def test_lengths(hopper, lengths, p):
-    compare(hopper, lengths, 1, BRAIN, p, tail=3)
+    compare(hopper, lengths, 1, BF16, p, tail=3)
 
 
-@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
 def test_heads_and_a_tail_longer_than_every_sequence(hopper, dtype):
     compare(hopper, [40, 100], 3, dtype, 0.1, tail=700)
 
 
-@pytest.mark.parametrize(("lengths", "dtype", "p"), [([300], BRAIN, 0.1), ([511], HALF, 0.1), ([512], BRAIN, 0.0)])
+@pytest.mark.parametrize(("lengths", "dtype", "p"), [([300], BF16, 0.1), ([511], HALF, 0.1), ([512], BF16, 0.0)])
 def test_long(hopper, lengths, dtype, p):
     compare(hopper, lengths, 1, dtype, p)
 
 
 def test_the_forward_of_a_sequence_longer_than_the_backward_takes(hopper):
-    (_, qkv, *_), arguments = operands([700, 30], 1, BRAIN, 0.1, tail=5)
+    (_, qkv, *_), arguments = operands([700, 30], 1, BF16, 0.1, tail=5)
     cu_seqlens, _, row_key, rng_key, *_ = arguments
     truth, _ = reference.attention_fwd(qkv.double(), *arguments)
     compare_forward(hopper, qkv, arguments, plain(qkv, cu_seqlens, row_key, rng_key, 0.1), truth)
@@ -109,35 +109,35 @@ def test_the_forward_of_a_sequence_longer_than_the_backward_takes(hopper):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
 def test_a_batch(hopper, dtype, p):
     compare(hopper, [512, 84, 301, 257, 3, 192, 0, 448], 2, dtype, p, tail=100)
 
 
 def test_no_token(hopper):
-    tensors, arguments = operands([], 2, BRAIN, 0.0)
-    grad, grad_bias = hopper.attention_bwd(*tensors, *arguments, BRAIN)
+    tensors, arguments = operands([], 2, BF16, 0.0)
+    grad, grad_bias = hopper.attention_bwd(*tensors, *arguments, BF16)
     assert grad.shape == (0, 3, 2, 64)
-    assert torch.equal(grad_bias, torch.zeros(3, 2, 64, dtype=BRAIN, device=DEVICE))
+    assert torch.equal(grad_bias, torch.zeros(3, 2, 64, dtype=BF16, device=DEVICE))
     out, lse = hopper.attention_fwd(tensors[1], *arguments)
     assert (out.shape, lse.shape) == ((0, 128), (2, 0))
 
 
 @pytest.mark.parametrize("lengths", [[70, 100], [200]], ids=["four warps", "eight warps"])
 def test_gradient_of_the_two_kernels(hopper, lengths):
-    ours, tensors, arguments = compare(hopper, lengths, 2, BRAIN, 0.1)
+    ours, tensors, arguments = compare(hopper, lengths, 2, BF16, 0.1)
     two, _ = portable.attention_bwd(*tensors, *arguments)
     difference = (ours.double() - two.double()).norm() / two.double().norm()
-    assert float(difference) < torch.finfo(BRAIN).eps
+    assert float(difference) < torch.finfo(BF16).eps
 
 
 def test_output_of_the_portable_forward(hopper):
     """The same bits of each sum of one block of keys; of several, blocks of another size: rounding."""
-    (_, qkv, *_), arguments = operands([70, 300], 2, BRAIN, 0.1, tail=3)
+    (_, qkv, *_), arguments = operands([70, 300], 2, BF16, 0.1, tail=3)
     found, expected = (module.attention_fwd(qkv, *arguments) for module in (hopper, portable))
     for ours, theirs in zip(found, expected, strict=True):
         difference = (ours.double() - theirs.double()).norm() / theirs.double().norm()
-        assert float(difference) < torch.finfo(BRAIN).eps / 2
+        assert float(difference) < torch.finfo(BF16).eps / 2
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
@@ -175,8 +175,8 @@ def test_the_mask_bit_for_bit(hopper, length, p):
 
 
 def test_same_bits_twice(hopper):
-    tensors, arguments = operands([33, 150], 2, BRAIN, 0.1, tail=5)
-    backward = [hopper.attention_bwd(*tensors, *arguments, BRAIN) for _ in range(2)]
+    tensors, arguments = operands([33, 150], 2, BF16, 0.1, tail=5)
+    backward = [hopper.attention_bwd(*tensors, *arguments, BF16) for _ in range(2)]
     forward = [hopper.attention_fwd(tensors[1], *arguments) for _ in range(2)]
     for pair in (backward, forward):
         for first, second in zip(*pair, strict=True):
@@ -185,7 +185,7 @@ def test_same_bits_twice(hopper):
 
 def test_no_sequence_sees_another(hopper):
     """Also where the other is NaN, and rows past the end are."""
-    (grad_out, qkv, out, lse), arguments = operands([9, 70, 20], 1, BRAIN, 0.1, tail=4)
+    (grad_out, qkv, out, lse), arguments = operands([9, 70, 20], 1, BF16, 0.1, tail=4)
     before, _ = hopper.attention_bwd(grad_out, qkv, out, lse, *arguments)
     out_before, lse_before = hopper.attention_fwd(qkv, *arguments)
     for x in (grad_out, qkv, out):
@@ -205,12 +205,12 @@ def test_no_sequence_sees_another(hopper):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_scores_give_no_nan(hopper, sign):
     """Scores of +-1e4: a key past the end, whose score is 0, must not be exponentiated."""
-    qkv, cu_seqlens, row_key, rng_key, longest = packed([70, 3], 1, 64, BRAIN)
+    qkv, cu_seqlens, row_key, rng_key, longest = packed([70, 3], 1, 64, BF16)
     qkv[:, 0], qkv[:, 1] = 40.0, sign * 20.0 * (1 + torch.rand(73, 1, 1, device=DEVICE))
     arguments = (cu_seqlens, longest, row_key, rng_key, 0.125, 0.1, SITE)
     out, lse = reference.attention_fwd(qkv.double(), *arguments)
-    grad_out = torch.randn(73, 64, device=DEVICE).to(BRAIN)
-    grad, _ = hopper.attention_bwd(grad_out, qkv, out.to(BRAIN), lse.float(), *arguments)
+    grad_out = torch.randn(73, 64, device=DEVICE).to(BF16)
+    grad, _ = hopper.attention_bwd(grad_out, qkv, out.to(BF16), lse.float(), *arguments)
     assert float(lse.abs().min()) > 6e3
     assert grad.isfinite().all()
     found, found_lse = hopper.attention_fwd(qkv, *arguments)
@@ -219,10 +219,10 @@ def test_large_scores_give_no_nan(hopper, sign):
 
 
 def test_what_it_has_not_is_refused(hopper):
-    tensors, arguments = operands([4], 1, BRAIN, 0.0)
+    tensors, arguments = operands([4], 1, BF16, 0.0)
     long = (arguments[0], 513, *arguments[2:])
     floats = [x.float() for x in tensors]
-    unaligned = torch.empty(tensors[0].numel() + 1, dtype=BRAIN, device=DEVICE)[1:].view(tensors[0].shape)
+    unaligned = torch.empty(tensors[0].numel() + 1, dtype=BF16, device=DEVICE)[1:].view(tensors[0].shape)
     for wrong, others in (
         ((unaligned, *tensors[1:]), arguments), (floats, arguments), (tensors, long),
         (tensors, (*arguments[:4], 0.0, *arguments[5:])),
@@ -230,7 +230,7 @@ def test_what_it_has_not_is_refused(hopper):
         with pytest.raises(ValueError, match="one-pass backward"):
             hopper.attention_bwd(*wrong, *others)
     qkv = tensors[1]
-    unaligned = torch.empty(qkv.numel() + 1, dtype=BRAIN, device=DEVICE)[1:].view(qkv.shape)
+    unaligned = torch.empty(qkv.numel() + 1, dtype=BF16, device=DEVICE)[1:].view(qkv.shape)
     for wrong, others in (
         (unaligned, arguments), (qkv.float(), arguments), (qkv[..., :32].contiguous(), arguments),
         (qkv, (*arguments[:4], -0.5, *arguments[5:])),
@@ -253,7 +253,7 @@ def as_on_hopper(hopper, monkeypatch):
 def test_where_it_is_the_default(as_on_hopper, monkeypatch):
     """Nowhere, until ONE_PASS_BACKWARD names a compute capability; what it does not take stays with the two kernels."""
     assert portable.ONE_PASS_BACKWARD == {}
-    tensors, arguments = operands([40], 1, BRAIN, 0.1)
+    tensors, arguments = operands([40], 1, BF16, 0.1)
     called, backward = [], as_on_hopper.attention_bwd
     as_on_hopper.attention_bwd = lambda *all_of_them: called.append(all_of_them[5]) or backward(*all_of_them)
     two, _ = portable.attention_bwd(*tensors, *arguments)
@@ -270,7 +270,7 @@ def test_where_it_is_the_default(as_on_hopper, monkeypatch):
 def test_where_the_forward_is_the_default(as_on_hopper, monkeypatch):
     """Likewise."""
     assert portable.ASYNCHRONOUS_FORWARD == {}
-    (_, qkv, *_), arguments = operands([200], 1, BRAIN, 0.1)
+    (_, qkv, *_), arguments = operands([200], 1, BF16, 0.1)
     called, forward = [], as_on_hopper.attention_fwd
     as_on_hopper.attention_fwd = lambda *all_of_them: called.append(all_of_them[2]) or forward(*all_of_them)
     expected, _ = portable.attention_fwd(qkv, *arguments)
@@ -279,7 +279,7 @@ def test_where_the_forward_is_the_default(as_on_hopper, monkeypatch):
     monkeypatch.setattr(portable, "ASYNCHRONOUS_FORWARD", {90: 200})
     portable.attention_fwd(qkv.float(), *arguments)
     assert called == []
-    out, _ = portable.attention_fwd(qkv, *arguments, torch.zeros(3, 1, 64, dtype=BRAIN, device=DEVICE))
+    out, _ = portable.attention_fwd(qkv, *arguments, torch.zeros(3, 1, 64, dtype=BF16, device=DEVICE))
     assert called == [200]
     assert torch.equal(out, forward(qkv, *arguments)[0])
 
@@ -293,7 +293,7 @@ def test_the_benchmark_times_it_where_it_is_right(as_on_hopper, monkeypatch, dir
         assert (candidate in operators.contenders_of("attention", other, "cuda")) == (other == direction)
     monkeypatch.setitem(MODELS, "one head", MODELS["micro"] | {"num_attention_heads": 1})
     with dispatch.use_backend(attention="triton"):
-        case = operators.build_case("attention", DEVICE, BRAIN, model="one head", seq=40, batch=1)
+        case = operators.build_case("attention", DEVICE, BF16, model="one head", seq=40, batch=1)
         run = operators.call_of(case, direction, candidate)
         expected = case.calls(direction)["bert_fast"]()
         assert operators.same(run(), expected)
@@ -323,7 +323,7 @@ def guards() -> list[str]:
 def run_edited(edit):
     """Both directions, of blocks of keys that are the first, in between, and not whole."""
     module = emulation.load_module("attention_hopper", edit)
-    tensors, arguments = operands([500], 1, BRAIN, 0.1)
+    tensors, arguments = operands([500], 1, BF16, 0.1)
     return module.attention_fwd(tensors[1], *arguments)[0], module.attention_bwd(*tensors, *arguments)[0]
 
 
@@ -374,7 +374,7 @@ def test_a_wrong_access_is_found(what, instead):
         assert source.count(what) == 1
         return source.replace(what, instead)
 
-    tensors, arguments = operands([300], 1, BRAIN, 0.1)
+    tensors, arguments = operands([300], 1, BF16, 0.1)
     module = emulation.load_module("attention_hopper", changed)
     try:
         found, _ = module.attention_bwd(*tensors, *arguments)

@@ -21,7 +21,7 @@ if "triton" not in available_backends("feed_forward"):
 from bert_fast.kernels import bias_gelu
 from bert_fast.kernels.experiments import feed_forward
 
-HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 EVERYWHERE = {"fwd": {90: 1, 100: 1}, "bwd": {90: 1, 100: 1}}
 
 
@@ -78,25 +78,25 @@ SHAPES = [(1, 64, 128), (7, 40, 136), (129, 72, 264), (1000, 64, 128)]
 
 
 @pytest.mark.parametrize(("tokens", "hidden", "columns"), SHAPES)
-@pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, HALF, FULL], ids=str)
 def test_shapes(in_epilogue, tokens, hidden, columns, dtype):
     compare(tokens, hidden, columns, dtype)
     assert in_epilogue == ["product_gelu", "product_gelu_bwd"]
 
 
-@pytest.mark.parametrize("bias", [None, BRAIN], ids=str)
+@pytest.mark.parametrize("bias", [None, BF16], ids=str)
 def test_biases(in_epilogue, bias):
-    compare(130, 80, 144, BRAIN, bias)
+    compare(130, 80, 144, BF16, bias)
     assert in_epilogue == ["product_gelu", "product_gelu_bwd"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [BRAIN, FULL], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FULL], ids=str)
 def test_a_layer_of_bert(in_epilogue, dtype):
     compare(300, 768, 3072, dtype)
 
 
-@pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, HALF, FULL], ids=str)
 def test_rounds_where_a_product_and_bias_gelu_do(dtype):
     """GELU and its derivative are of z as it is stored; the gradient of the activation alone is not rounded before."""
     x, weight_in, bias, weight_out, grad_out = operands(150, 72, 200, dtype)
@@ -112,7 +112,7 @@ def test_rounds_where_a_product_and_bias_gelu_do(dtype):
     assert_near_truth("d bias", grad_bias, separate[1], exact[1])
 
 
-@pytest.mark.parametrize(("tokens", "dtype"), [(1200, BRAIN), (200, FULL)])
+@pytest.mark.parametrize(("tokens", "dtype"), [(1200, BF16), (200, FULL)])
 def test_same_bits_whoever_computes_a_tile(monkeypatch, tokens, dtype):
     """By some programs, by one, by as many as there are tiles: the order of the sums is that of the rows."""
     x, weight_in, bias, weight_out, grad_out = operands(tokens, 40, 200, dtype)
@@ -130,14 +130,14 @@ def test_same_bits_whoever_computes_a_tile(monkeypatch, tokens, dtype):
 
 
 def test_same_bits_twice(in_epilogue):
-    *inputs, grad_out = operands(130, 40, 200, BRAIN)
+    *inputs, grad_out = operands(130, 40, 200, BF16)
     first, second = (differentiate(ops.feed_forward, *inputs, grad_out=grad_out) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_nothing_but_its_own_rows(in_epilogue):
     """A row that is NaN leaves the others as they were: rows past the end of a tile's are no one's."""
-    x, weight_in, bias, weight_out, _ = operands(130, 64, 128, BRAIN)
+    x, weight_in, bias, weight_out, _ = operands(130, 64, 128, BF16)
     before = ops.feed_forward(x, weight_in, bias, weight_out)
     x[129] = float("nan")
     after = ops.feed_forward(x, weight_in, bias, weight_out)
@@ -157,7 +157,7 @@ def test_far_out(in_epilogue):
 
 @pytest.mark.parametrize(
     ("tokens", "hidden", "columns", "dtype"),
-    [(5, 12, 16, BRAIN), (5, 16, 12, BRAIN), (5, 6, 8, FULL), (0, 16, 16, BRAIN), (5, 16, 16, torch.float64)],
+    [(5, 12, 16, BF16), (5, 16, 12, BF16), (5, 6, 8, FULL), (0, 16, 16, BF16), (5, 16, 16, torch.float64)],
 )
 def test_what_the_kernels_have_not_is_two_operators(in_epilogue, tokens, hidden, columns, dtype):
     *inputs, grad_out = operands(tokens, hidden, columns, dtype)
@@ -175,9 +175,9 @@ def test_what_the_kernels_have_not_is_two_operators(in_epilogue, tokens, hidden,
 
 
 def test_addresses_and_strides_that_a_descriptor_has_not():
-    aligned = torch.zeros(8, 8, dtype=BRAIN)
+    aligned = torch.zeros(8, 8, dtype=BF16)
     assert feed_forward.takes(8, aligned, aligned)
-    assert not feed_forward.takes(8, aligned, torch.zeros(65, dtype=BRAIN)[1:].view(8, 8))
+    assert not feed_forward.takes(8, aligned, torch.zeros(65, dtype=BF16)[1:].view(8, 8))
     assert not feed_forward.takes(8, aligned.T, aligned)
     assert not feed_forward.takes(8, aligned, aligned.half())
     assert not feed_forward.takes(4, aligned, aligned)
@@ -199,7 +199,7 @@ def test_opcheck(backend, bias):
 
 
 def test_a_weight_that_is_fixed_has_no_gradient(in_epilogue):
-    x, weight_in, bias, weight_out, grad_out = operands(5, 16, 16, BRAIN)
+    x, weight_in, bias, weight_out, grad_out = operands(5, 16, 16, BF16)
     out = ops.feed_forward(x, weight_in.requires_grad_(), bias.requires_grad_(), weight_out)
     out.backward(grad_out)
     expected = differentiate(ops.feed_forward, x, weight_in, bias, weight_out, grad_out=grad_out)
@@ -215,16 +215,16 @@ def test_a_weight_that_is_fixed_has_no_gradient(in_epilogue):
 
 def test_nowhere_until_a_constant_says_so(monkeypatch):
     assert dispatch.FEED_FORWARD_EPILOGUE == {}
-    gpu = SimpleNamespace(device=torch.device("cuda"), shape=(4096, 8), dtype=BRAIN)
+    gpu = SimpleNamespace(device=torch.device("cuda"), shape=(4096, 8), dtype=BF16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert not ops.joins_feed_forward(gpu)
+    assert not ops.fuses_feed_forward(gpu)
     monkeypatch.setattr(dispatch, "FEED_FORWARD_EPILOGUE", {"bwd": {90: 4096}})
-    assert ops.joins_feed_forward(gpu)
+    assert ops.fuses_feed_forward(gpu)
     assert [dispatch.in_epilogue(direction, gpu) for direction in ("fwd", "bwd")] == [False, True]
     for other in ({"shape": (4095, 8)}, {"dtype": FULL}, {"device": torch.device("cpu")}):
-        assert not ops.joins_feed_forward(SimpleNamespace(**(vars(gpu) | other)))
+        assert not ops.fuses_feed_forward(SimpleNamespace(**(vars(gpu) | other)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert not ops.joins_feed_forward(gpu)
+    assert not ops.fuses_feed_forward(gpu)
 
 
 def small_model(**changes):
@@ -247,19 +247,19 @@ def step(model, dtype, autocast):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_model_computes_the_same_either_way(in_epilogue, monkeypatch, autocast):
     model = small_model()
-    model = model if autocast else model.to(BRAIN)
-    loss, grads = step(model, BRAIN, autocast)
+    model = model if autocast else model.to(BF16)
+    loss, grads = step(model, BF16, autocast)
     assert in_epilogue == []
     monkeypatch.setattr(dispatch, "FEED_FORWARD_EPILOGUE", EVERYWHERE)
-    joined_loss, joined_grads = step(model, BRAIN, autocast)
+    fused_loss, fused_grads = step(model, BF16, autocast)
     assert in_epilogue == ["product_gelu"] * 2 + ["product_gelu_bwd"] * 2
 
     exact = copy.deepcopy(model).double()
     monkeypatch.setattr(dispatch, "FEED_FORWARD_EPILOGUE", {})
     with dispatch.use_backend("reference"):
-        true_loss, truth = step(exact, BRAIN, False)
-    assert abs(joined_loss - true_loss) <= 1.5 * abs(loss - true_loss) + 0.01 * true_loss
-    for name, grad in joined_grads.items():
+        true_loss, truth = step(exact, BF16, False)
+    assert abs(fused_loss - true_loss) <= 1.5 * abs(loss - true_loss) + 0.01 * true_loss
+    for name, grad in fused_grads.items():
         norm, scale = torch.linalg.vector_norm, torch.linalg.vector_norm(truth[name])
         assert grad.dtype == grads[name].dtype
         error, separate = norm(grad.double() - truth[name]), norm(grads[name].double() - truth[name])
@@ -275,13 +275,13 @@ def test_who_looks_on_or_differs_keeps_two_operators(in_epilogue, monkeypatch, w
         watched = {"hook on the intermediate": layer.intermediate, "hook on a dense": layer.output.dense}.get(who)
         if watched is not None:
             watched.register_forward_hook(lambda *_: seen.append(1))
-    step(model.to(FULL if who == "float32" else BRAIN), BRAIN, False)
+    step(model.to(FULL if who == "float32" else BF16), BF16, False)
     assert in_epilogue == []
     assert len(seen) == (2 if who.startswith("hook") else 0)
 
 
 def test_a_joined_layer_is_made_of_our_own_modules():
     layer = small_model().bert.encoder.layer[0]
-    assert layers.joined(layer.intermediate, layer.output)
+    assert layers.fusable_feed_forward(layer.intermediate, layer.output)
     layer.output.dense.register_forward_pre_hook(lambda *_: None)
-    assert not layers.joined(layer.intermediate, layer.output)
+    assert not layers.fusable_feed_forward(layer.intermediate, layer.output)

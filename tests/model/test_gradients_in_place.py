@@ -11,14 +11,14 @@ from transformers import BertConfig
 
 from bert_fast import BertForPreTraining, optim
 from bert_fast.data import Capacities, Sample, pack_samples
-from bert_fast.linear import gradients_in_place, linear, linear_beside
+from bert_fast.linear import gradients_in_place, linear, linear_with_residual
 from bert_fast.products import multiply
 from bert_fast.train.distributed import Ranks
 from bert_fast.train.step import Step
 from tests.support.parity import DEVICE, assert_near_truth
 
-FULL, BRAIN = torch.float32, torch.bfloat16
-DTYPES = {"fp32": (FULL, None), "autocast-bf16": (FULL, BRAIN), "bf16": (BRAIN, None)}
+FULL, BF16 = torch.float32, torch.bfloat16
+DTYPES = {"fp32": (FULL, None), "autocast-bf16": (FULL, BF16), "bf16": (BF16, None)}
 LONGEST, COLUMNS, INNER = 24, 32, 88
 SIZE = Capacities(tokens=72, sequences=4, masked=12)
 QUERY, KEY, VALUE, OUTPUT, IN, OUT = (
@@ -49,7 +49,7 @@ def build(dtype=FULL, **fields):
 
 def step_of(model, autocast=None) -> Step:
     place = Ranks(0, 1, next(model.parameters()).device)
-    return Step(model, _Kept(model.parameters()), place, bf16=autocast == BRAIN)
+    return Step(model, _Kept(model.parameters()), place, bf16=autocast == BF16)
 
 
 def batches(count: int = 3) -> list[dict]:
@@ -213,7 +213,7 @@ def test_gradients_that_hooks_keep_stay_as_they_were(place, dropout):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("autocast", [None, BRAIN])
+@pytest.mark.parametrize("autocast", [None, BF16])
 def test_gradient_checkpointing_gives_the_same_bits(use_reentrant, autocast):
     model, made = build(), batches()
     expected = {name: grad.clone() for name, grad in run(step_of(model, autocast), made).items()}
@@ -311,15 +311,15 @@ def test_whatever_the_use(use, kept):
     ],
 )
 @pytest.mark.parametrize("leaf", [False, True])
-def test_a_residual_beside_a_product(use, leaf):
+def test_a_product_with_its_residual(use, leaf):
     weights, x, bias = tensors()
 
-    def run(beside) -> list:
+    def run(in_place) -> list:
         for w in (*weights, x, bias):
             w.grad = None
-        with gradients_in_place(weights) if beside else contextlib.nullcontext():
+        with gradients_in_place(weights) if in_place else contextlib.nullcontext():
             given = x if leaf else x.exp()
-            y, again = linear_beside(given, weights, bias) if beside else (linear(given, weights, bias), given)
+            y, again = linear_with_residual(given, weights, bias) if in_place else (linear(given, weights, bias), given)
             use(y, again).backward()
         return [w.grad for w in (*weights, x, bias)]
 
@@ -333,10 +333,10 @@ def test_a_residual_beside_a_product(use, leaf):
 def test_a_residual_of_another_dtype_is_autograds():
     """Under autocast a float32 residual keeps its own gradient: the product's has 16 bits."""
     weights, x, bias = tensors(FULL)
-    with gradients_in_place(weights), torch.autocast(DEVICE, BRAIN):
-        y, again = linear_beside(x, weights, bias)
-        assert (y.dtype, again) == (BRAIN, x)
-        y, again = linear_beside(x.to(BRAIN), weights, bias)
+    with gradients_in_place(weights), torch.autocast(DEVICE, BF16):
+        y, again = linear_with_residual(x, weights, bias)
+        assert (y.dtype, again) == (BF16, x)
+        y, again = linear_with_residual(x.to(BF16), weights, bias)
     assert type(again.grad_fn).__name__ == type(y.grad_fn).__name__ == "_LinearBackward"
 
 
@@ -394,7 +394,7 @@ def test_elsewhere_gradients_are_autograds():
 @pytest.mark.parametrize("add", [False, True])
 def test_a_product_that_is_converted_goes_by_blocks(monkeypatch, rows, add):
     monkeypatch.setattr("bert_fast.products.BLOCK", 8)
-    a, b = torch.randn(11, rows, device=DEVICE).to(BRAIN), torch.randn(11, 6, device=DEVICE).to(BRAIN)
+    a, b = torch.randn(11, rows, device=DEVICE).to(BF16), torch.randn(11, 6, device=DEVICE).to(BF16)
     before = torch.randn(rows, 6, device=DEVICE) if add else torch.full((rows, 6), torch.nan, device=DEVICE)
     out = before.clone()
     multiply(a.t(), b, out, add=add)
@@ -416,6 +416,6 @@ def test_one_product_reads_no_value():
     with FakeTensorMode():
         weights = [torch.nn.Parameter(torch.empty(8, 4)) for _ in range(3)]
         for _ in range(2):
-            with gradients_in_place(weights), torch.autocast("cpu", BRAIN):
+            with gradients_in_place(weights), torch.autocast("cpu", BF16):
                 linear(torch.empty(5, 4), weights).sum().backward()
         assert weights[2].grad.storage_offset() == 64

@@ -10,7 +10,7 @@ from transformers import BertConfig
 from bert_fast import BertForPreTraining, BertModel, use_backend
 from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
-BRAIN = torch.bfloat16
+BF16 = torch.bfloat16
 OPERATORS = ("embedding_layernorm", "attention", "residual_layernorm", "bias_gelu", "mlm_loss")
 BACKENDS = [b for b in available_backends("attention") if all(b in available_backends(o) for o in OPERATORS)]
 
@@ -25,10 +25,10 @@ def models(**fields):
     )  # fmt: skip
     theirs = transformers.BertForPreTraining(config)
     for p in theirs.parameters():
-        p.data = p.data.to(BRAIN).float()  # what all three have alike
+        p.data = p.data.to(BF16).float()  # what all three have alike
     ours = BertForPreTraining(config)
     ours.load_state_dict(theirs.state_dict())
-    return [model.to(DEVICE) for model in (ours, copy.deepcopy(theirs).to(BRAIN), theirs.double())]
+    return [model.to(DEVICE) for model in (ours, copy.deepcopy(theirs).to(BF16), theirs.double())]
 
 
 def batch() -> dict:
@@ -50,8 +50,8 @@ def gradients(model, **options) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_near_to_the_truth_as_a_model_of_16_bits(backend):
     ours, theirs, truth = models()
-    with use_backend(**dict.fromkeys(OPERATORS, backend)), torch.autocast(DEVICE, BRAIN):
-        found = gradients(ours.train(), hidden_dtype=BRAIN)
+    with use_backend(**dict.fromkeys(OPERATORS, backend)), torch.autocast(DEVICE, BF16):
+        found = gradients(ours.train(), hidden_dtype=BF16)
     same, exact = gradients(theirs.train()), gradients(truth.train())
     assert found.keys() == exact.keys()
     errors = {"ours": 0.0, "theirs": 0.0}
@@ -59,7 +59,7 @@ def test_as_near_to_the_truth_as_a_model_of_16_bits(backend):
         assert found[name].dtype == torch.float32
         if "key.bias" not in name:  # exactly 0: both have rounding alone
             # of one parameter the largest of a few errors is held against another such: chance counts
-            assert_near_truth(name, found[name].to(BRAIN), same[name].to(BRAIN), expected, factor=3.0)
+            assert_near_truth(name, found[name].to(BF16), same[name].to(BF16), expected, factor=3.0)
         errors["ours"] += float((found[name].double() - expected).square().sum())
         errors["theirs"] += float((same[name].double() - expected).square().sum())
     assert 0 < errors["ours"] <= errors["theirs"]
@@ -68,10 +68,10 @@ def test_as_near_to_the_truth_as_a_model_of_16_bits(backend):
 def test_every_hidden_state_has_it():
     ours, _, truth = models()
     asked = {"input_ids": batch()["input_ids"], "attention_mask": batch()["attention_mask"]}
-    with torch.autocast(DEVICE, BRAIN):
-        found = ours.bert(**asked, output_hidden_states=True, hidden_dtype=BRAIN)
+    with torch.autocast(DEVICE, BF16):
+        found = ours.bert(**asked, output_hidden_states=True, hidden_dtype=BF16)
         default = ours.bert(**asked, output_hidden_states=True)
-    assert {x.dtype for x in found.hidden_states} == {found.last_hidden_state.dtype} == {BRAIN}
+    assert {x.dtype for x in found.hidden_states} == {found.last_hidden_state.dtype} == {BF16}
     assert {x.dtype for x in default.hidden_states} == {torch.float32}
     exact = truth.bert(**asked).last_hidden_state
     real = asked["attention_mask"].bool()
@@ -92,11 +92,11 @@ def test_half_as_much_is_kept():
                 kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes again
             return tensor
 
-        with torch.autocast(DEVICE, BRAIN), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast(DEVICE, BF16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             ours.train()(**batch(), **options)
         return len(kept)
 
-    assert wide(hidden_dtype=BRAIN) == 0
+    assert wide(hidden_dtype=BF16) == 0
     assert wide() == 2 * 2  # the sums before both LayerNorms of two whole layers
 
 
@@ -108,7 +108,7 @@ def test_the_default_is_the_parameters_dtype_to_the_bit():
         assert torch.equal(grad, first[name]), name
 
 
-@pytest.mark.parametrize("dtype", [BRAIN, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float64])
 def test_a_dtype_without_its_products_is_refused(dtype):
     ours, *_ = models()
     with pytest.raises(ValueError, match=r"call the model under torch\.autocast"):

@@ -18,11 +18,11 @@ from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
 optim = pytest.importorskip("bert_fast.optim")
 
-FULL, BRAIN = torch.float32, torch.bfloat16
+FULL, BF16 = torch.float32, torch.bfloat16
 LONGEST, WORDS, COLUMNS = 24, 128, 32  # few words: Triton's interpreter takes a millisecond a table row
 SIZE = Capacities(tokens=72, sequences=4, masked=12)
 BACKENDS = available_backends("embedding_layernorm")
-DTYPES = {"fp32": (FULL, None), "autocast-bf16": (FULL, BRAIN), "bf16": (BRAIN, None)}
+DTYPES = {"fp32": (FULL, None), "autocast-bf16": (FULL, BF16), "bf16": (BF16, None)}
 
 
 def build(dtype=FULL, kind=BertForPreTraining, **fields):
@@ -111,7 +111,7 @@ def large_blocks(run, size: int) -> int:
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 def test_one_buffer_of_the_tables_size_is_made(backend, dtypes):
     dtype, autocast = DTYPES[dtypes]
-    if (backend, autocast, DEVICE) == ("triton", BRAIN, "cpu"):
+    if (backend, autocast, DEVICE) == ("triton", BF16, "cpu"):
         pytest.skip("a CPU that stands in for a GPU makes float32 copies to multiply bfloat16")
     model, batch = build(dtype), packed()
     size = WORDS * COLUMNS * dtype.itemsize
@@ -134,7 +134,7 @@ class _NoUpdate(optim.AdamW):
 def step_of(model, optimizer, autocast, recorder=None) -> Step:
     """A step like pre-training's, of the whole batch at once."""
     place = Ranks(0, 1, next(model.parameters()).device)
-    return Step(model, optimizer, place, bf16=autocast == BRAIN, recorder=recorder)
+    return Step(model, optimizer, place, bf16=autocast == BF16, recorder=recorder)
 
 
 def apply(step: Step, batch: dict, lr: float, seed: int) -> torch.Tensor:
@@ -145,7 +145,7 @@ def apply(step: Step, batch: dict, lr: float, seed: int) -> torch.Tensor:
     return step([batch], seed=seed, lr=lr, predicted=predicted, sequences=labelled).scalars[:2].sum()
 
 
-@pytest.mark.parametrize("autocast", [None, BRAIN])
+@pytest.mark.parametrize("autocast", [None, BF16])
 def test_captured_steps_make_one_buffer(autocast):
     model, batch = build(), packed()
     step = step_of(model, _NoUpdate(model.parameters()), autocast)

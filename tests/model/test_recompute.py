@@ -13,7 +13,7 @@ from tests.support.parity import DEVICE
 from tests.support.recorded_runs import Rerun
 from tests.train import test_captured_step as steps
 
-BRAIN = torch.bfloat16
+BF16 = torch.bfloat16
 CONFIG = BertConfig(
     vocab_size=120, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96,
     max_position_embeddings=32,
@@ -28,13 +28,13 @@ def gradients(recompute: str, autocast: bool = False, **fields) -> dict[str, tor
     mask = torch.arange(20, device=DEVICE) < torch.tensor([[20], [7], [13]], device=DEVICE)
     labels = torch.where(mask & (ids % 3 == 0), ids, -100)
     torch.manual_seed(1)
-    with torch.autocast(DEVICE, BRAIN, enabled=autocast):
+    with torch.autocast(DEVICE, BF16, enabled=autocast):
         loss = model(ids, attention_mask=mask, labels=labels, next_sentence_label=ids[:, 0] % 2, **fields).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("fields", [{}, {"hidden_dtype": BRAIN}], ids=["", "hidden_dtype"])
+@pytest.mark.parametrize("fields", [{}, {"hidden_dtype": BF16}], ids=["", "hidden_dtype"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("what", RECOMPUTED[1:])
 def test_the_same_bits(what, autocast, fields):

@@ -8,7 +8,7 @@ import torch
 from bert_fast import dispatch, dropout_mask, ops, reference
 from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
-HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 BACKENDS = available_backends("attention")
 SITE = 3
 LENGTHS = {
@@ -113,7 +113,7 @@ def test_lengths(backend, lengths, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, HALF, FULL], ids=str)
 @pytest.mark.parametrize("size", [8, 32, 40, 64, 128])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_head_sizes_and_dtypes(backend, size, dtype, p):
@@ -127,7 +127,7 @@ def test_full_length(backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, HALF, FULL], ids=str)
 @pytest.mark.parametrize(
     ("lengths", "heads", "size"),
     [([511, 512, 3], 1, 64), ([127, 128, 129], 3, 32), ([100, 1, 65], 2, 256), ([90], 2, 200), ([40, 33], 5, 1)],
@@ -215,7 +215,7 @@ def test_mask_is_the_function_of_what_an_element_is(backend, p):
     assert (grad[:, 2, 1] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [BRAIN, FULL], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FULL], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_twice(backend, dtype):
     qkv, cu_seqlens, row_key, rng_key, longest = packed([33, 70], 1, 32, dtype, tail=5)
@@ -264,7 +264,7 @@ def test_strided_and_unaligned_qkv(backend):
             torch.testing.assert_close(ops.attention(x, cu_seqlens, longest), expected)
 
 
-@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_bias_of_16_bit_qkv(backend, dtype):
     """As under autocast: the gradient is the sum of what is rounded to 16 bits only where it is qkv's."""
@@ -328,7 +328,7 @@ def test_opcheck(backend, p):
             torch.library.opcheck(torch.ops.bert_fast.attention_fwd, (qkv, *arguments, given))
         with torch.no_grad():
             out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments, None)
-        for bias_dtype in (FULL, BRAIN, None):
+        for bias_dtype in (FULL, BF16, None):
             torch.library.opcheck(
                 torch.ops.bert_fast.attention_bwd,
                 (torch.randn_like(out), qkv.detach(), out, lse, *arguments, bias_dtype),

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from bert_fast import dispatch, ops, reference
 from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
-HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {  # x, bias
     "fp32": (FULL, FULL),
-    "bf16": (BRAIN, BRAIN),
+    "bf16": (BF16, BF16),
     "fp16": (HALF, HALF),
-    "autocast-bf16": (BRAIN, FULL),
+    "autocast-bf16": (BF16, FULL),
     "fp32-x-fp16-bias": (FULL, HALF),
 }
 BACKENDS = available_backends("bias_gelu")
@@ -124,7 +124,7 @@ def test_triton_names_what_it_lacks():
         ops.bias_gelu(torch.randn(2, 32, dtype=torch.float64, device=DEVICE))
 
 
-@pytest.mark.parametrize("dtype", [BRAIN, HALF])
+@pytest.mark.parametrize("dtype", [BF16, HALF])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_16_bit_inputs(backend, dtype):
     """Over every finite 16-bit input the error of value and slope is PyTorch's, in the largest and in the mean square;

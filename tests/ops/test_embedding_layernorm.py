@@ -9,13 +9,13 @@ from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
 EPS = 1e-12
 SITE = 0
-HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {  # tables, LayerNorm parameters, output
     "fp32": (FULL, FULL, FULL),
-    "bf16": (BRAIN, BRAIN, BRAIN),
+    "bf16": (BF16, BF16, BF16),
     "fp16": (HALF, HALF, HALF),
-    "autocast-bf16": (FULL, FULL, BRAIN),
-    "bf16-tables": (BRAIN, FULL, FULL),
+    "autocast-bf16": (FULL, FULL, BF16),
+    "bf16-tables": (BF16, FULL, FULL),
 }
 BACKENDS = available_backends("embedding_layernorm")
 WORDS, POSITIONS, SEGMENTS = 23, 9, 2  # few: Triton's interpreter takes a millisecond a table row

@@ -9,14 +9,14 @@ from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
 EPS = 1e-12
 SITE = 5
-HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {  # x, residual, parameters
     "fp32": (FULL, FULL, FULL),
-    "bf16": (BRAIN, BRAIN, BRAIN),
+    "bf16": (BF16, BF16, BF16),
     "fp16": (HALF, HALF, HALF),
-    "autocast-bf16": (BRAIN, FULL, FULL),
-    "bf16-activations": (BRAIN, BRAIN, FULL),
-    "fp32-x-fp16-residual": (FULL, HALF, BRAIN),
+    "autocast-bf16": (BF16, FULL, FULL),
+    "bf16-activations": (BF16, BF16, FULL),
+    "fp32-x-fp16-residual": (FULL, HALF, BF16),
 }
 BACKENDS = available_backends("residual_layernorm")
 
@@ -174,9 +174,9 @@ def test_gradient_of_x_is_the_residuals_where_nothing_differs(backend):
             dtype: torch.ops.bert_fast.residual_layernorm_bwd(
                 torch.randn_like(z), z, mean, rstd, inputs["weight"], none, none, 0.0, 0, dtype, False
             )
-            for dtype in (BRAIN, FULL)
+            for dtype in (BF16, FULL)
         }
-    assert grads[BRAIN][0].shape == (0, 32)
+    assert grads[BF16][0].shape == (0, 32)
     assert grads[FULL][0].shape == (4, 32)
     assert grads[FULL][0].dtype == FULL
     assert grads[FULL][2].shape == (0,)
