@@ -1,21 +1,21 @@
-"""What results files say, in Markdown and pictures; writes the measured tables of docs/performance.md and README.md.
+"""What results files say, in Markdown and pictures; writes docs/performance.md and the table of README.md.
 
     python benchmarks/report.py [--check]
 
-What stands between the comments ``<!-- NAME: made by benchmarks/report.py -->`` and ``<!-- end of NAME -->`` is made
-here and nowhere by hand; the names are whole-steps-cpu, measured-gpu and step-model, in README.md how-fast. With
---check nothing is written: the exit status is 1 where a document is not what the files give. Of each device the newest
-file counts, of a GPU the newest with whole steps where there is one, of a CPU the newest of each mode, length and
-dtype; trials and files without limits are left out.
+docs/performance.md is made whole of performance_template.md. In README.md what stands between ``<!-- how-fast: made by
+benchmarks/report.py -->`` and ``<!-- end of how-fast -->`` is made here and nowhere by hand. With --check nothing is
+written: the exit status is 1 where a document is not what the files give. Of each device the newest file counts, of a
+GPU the newest with whole steps where there is one, of a CPU the newest of each mode, length and dtype; trials and files
+without limits are left out.
 """
 
 import argparse
 import json
-import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
 
@@ -27,6 +27,7 @@ from benchmarks.tables import Table, number, percent
 from benchmarks.tune import settings
 from benchmarks.workload import TOKENS, lengths_of, model_config
 
+TEMPLATE = Path(__file__).resolve().parent / "performance_template.md"
 MOST_KERNELS = 25  # lines of a profile; the others in one
 
 
@@ -57,20 +58,40 @@ def link(path: Path, results: Path) -> str:
     return f"[{path.parent.name}/{path.name}](../benchmarks/results/{path.relative_to(results).as_posix()})"
 
 
+def command(data: dict) -> str:
+    """The command that measured ``data``, without where it wrote to."""
+    words = list(data["command"])
+    for option in ("--json", "--plot"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    return f"`python {' '.join(word for word in words if word != '--save')}`" if words else "command not recorded"
+
+
+def how(path: Path, data: dict, results: Path) -> str:
+    """A line of a list: the file of a run, and how it was measured."""
+    versions, machine, limits = data["environment"]["versions"], data["environment"].get("machine"), data["limits"]
+    device = data["device"]
+    if data["kind"] == "run" and machine:
+        device = f"{machine['processor']} ({machine['instruction set of torch']}, {machine['threads']} threads)"
+    rates = ", ".join(f"{name} {number(value)}" for name, value in limits["matmul_tflops"].items())
+    step = f"; the step is {data['step']}" if "step" in data else ""
+    return (
+        f"- {link(path, results)}: {device}, commit {data['commit']}, {command(data)}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; matrix product {rates} TFLOP/s, copy "
+        f"{number(limits['copy_gbs'])} GB/s{step}"
+    )
+
+
+def compared(runs: list[tuple[Path, dict]], results: Path) -> str:
+    """One table of the whole steps of ``runs``, and of each run how it was measured."""
+    table = tables.compared([(path.parent.name, data.get("steps", [])) for path, data in runs]).markdown()
+    return "\n\n".join([table, "\n".join(how(path, data, results) for path, data in runs)])
+
+
 def whole_steps_cpu(results: Path) -> str:
-    """A table of each CPU's run: throughput, share of the matrix-product rate, memory, and how ours compares."""
-    parts = []
-    for path, data in newest("run", results):
-        work, facts, limits = data["work"], data["environment"], data["limits"]
-        rates = ", ".join(f"{name} {1e3 * value:.0f} GFLOP/s" for name, value in limits["matmul_tflops"].items())
-        parts.append(
-            f"BERT-{work['model']}, {work['mode']}, {work['batch']} x {work['seq']}, dropout 0.1, optimizer "
-            f"{work['optimizer']}, {work['rounds']} rounds, on {facts['machine']['processor']} "
-            f"({facts['machine']['instruction set of torch']}, {facts['machine']['threads']} threads; matrix product "
-            f'{rates}, copy {limits["copy_gbs"]:.1f} GB/s); {link(path, results)}. "ours is": the paired median over '
-            f"rounds of their time over ours.\n\n{tables.steps(data['steps'], tables.CPU).markdown()}"
-        )
-    return "\n\n".join(parts) or "Nothing has been measured."
+    runs = newest("run", results)
+    return compared(runs, results) if runs else "Nothing has been measured."
 
 
 def how_fast(results: Path) -> str:
@@ -249,13 +270,11 @@ def gpu_text(data: dict, heading: str) -> str:
 
 
 def measured_gpu(results: Path) -> str:
-    """What was measured on each GPU, with the step model's figures beside it; says so where nothing was."""
-    parts = []
-    for path, data in newest("gpu", results):
-        versions = ", ".join(f"{name} {version}" for name, version in data["environment"]["versions"].items())
-        facts = f"{link(path, results)}, {data['date']}; {versions}"
-        parts += [f"### {data['device']}, commit {data['commit']}", facts, gpu_text(data, "####")]
-    return "\n\n".join(parts) or "**Nothing has been measured on a GPU yet**, and no GPU figure is claimed."
+    """The whole steps of each GPU; says so where nothing was measured. The rest stands in the text beside the file."""
+    runs = newest("gpu", results)
+    return (
+        compared(runs, results) if runs else "**Nothing has been measured on a GPU yet**, and no GPU figure is claimed."
+    )
 
 
 def beside(data: dict) -> str:
@@ -346,61 +365,50 @@ def pictures(data: dict, stem: Path) -> list[Path]:
 
 
 def step_model_text(results: Path) -> str:
-    """The prediction: every case, a case line by line, and the bytes that are kept."""
+    """The prediction of every case, and the ceilings that it takes."""
     stated = Ceilings()
     forward, backward = stated.attention_forward / 1e12, stated.attention_backward / 1e12
-    return "\n\n".join(
-        [
-            f"At {stated.matmul / 1e12:.0f} TFLOP/s for products, {stated.copy / 1e12:.1f} TB/s read and written, "
-            f"attention at {forward:.0f} TFLOP/s forward and {backward:.0f} backward, "
-            f"{stated.instructions / 1e12:.1f}e12 instructions/s of a lane, {1e6 * stated.between_kernels:.0f} us from "
-            f"one kernel to the next; captured, 16-bit weights, LAMB, dropout 0.1, {TOKENS} real tokens a "
-            'step. MFU counts the full formula of every real token, "executed" what is computed of it: the last layer '
-            "only where it is read.",
-            step_model.summary(stated),
-            'BERT-large at 512, full lengths, line by line. "avoidable" is the share of the bytes that the operator\'s '
-            "inputs and outputs alone do not need:",
-            step_model.detail("large", 512, "full", stated),
-            "Bytes per token and layer that are kept from the forward to the backward:",
-            step_model.memory(),
-        ]
+    return (
+        f"At {stated.matmul / 1e12:.0f} TFLOP/s for products, {stated.copy / 1e12:.1f} TB/s read and written, "
+        f"attention at {forward:.0f} TFLOP/s forward and {backward:.0f} backward, "
+        f"{stated.instructions / 1e12:.1f}e12 instructions/s of a lane, {1e6 * stated.between_kernels:.0f} us from "
+        f"one kernel to the next; 16-bit weights, LAMB, dropout 0.1, {TOKENS} real tokens a step. MFU counts the full "
+        'formula of every real token, "executed" what is computed of it: the last layer only where it is read.\n\n'
+        + step_model.summary(stated)
     )
 
 
-SECTIONS = {
-    "README.md": {"how-fast": how_fast},
-    "performance.md": {
-        "whole-steps-cpu": whole_steps_cpu, "measured-gpu": measured_gpu, "step-model": step_model_text
-    },
-}  # fmt: skip
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
+def performance(results: Path) -> str:
+    """docs/performance.md."""
+    parts = {"cpu": whole_steps_cpu, "gpu": measured_gpu, "step_model": step_model_text}
+    made = {name: make(results) for name, make in parts.items()}
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(made)
 
 
-def rewritten(document: Path, results: Path = FOLDER) -> str:
-    """The text of ``document`` with its sections made anew. Raises ValueError for one whose comments are missing."""
-    text = document.read_text(encoding="utf-8")
-    for name, make in SECTIONS[document.name].items():
-        begin, end = f"<!-- {name}: made by benchmarks/report.py -->", f"<!-- end of {name} -->"
-        pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise ValueError(f"the document needs exactly one pair of comments {begin} ... {end}")
-        body = f"{begin}\n\n{make(results)}\n\n{end}"
-        text = pattern.sub(lambda _, body=body: body, text)
-    return text
+def readme(results: Path, document: Path = ROOT / "README.md") -> str:
+    """The text of ``document`` with its table made anew. Raises ValueError where its comments are missing."""
+    begin, end = "<!-- how-fast: made by benchmarks/report.py -->", "<!-- end of how-fast -->"
+    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed) or begin in after or end in after:
+        raise ValueError(f"{document}: it needs exactly one pair of comments {begin} ... {end}")
+    return f"{before}{begin}\n\n{how_fast(results)}\n\n{end}{after}"
+
+
+DOCUMENTS = {ROOT / "README.md": readme, ROOT / "docs" / "performance.md": performance}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a document is out of date")
-    parser.add_argument("--document", type=Path, help="README.md or performance.md (default: both)")
     parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
     status = 0
-    for document in [options.document] if options.document else DOCUMENTS:
+    for document, make in DOCUMENTS.items():
         try:
-            text = rewritten(document, options.results)
+            text = make(options.results)
         except ValueError as error:
-            print(f"benchmarks/report.py: {document}: {error}", file=sys.stderr)
+            print(f"benchmarks/report.py: {error}", file=sys.stderr)
             return 2
         if not options.check:
             document.write_text(text, encoding="utf-8")

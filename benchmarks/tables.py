@@ -110,7 +110,6 @@ STEP_COLUMNS: dict[str, Callable[[dict], str]] = {
 }
 RUN = ("contender", "step ms (p20-p80)", "sequences/s", "real tokens/s", "TFLOP/s", "of the matrix rate", "MFU",
        "peak MiB", "ours is")  # fmt: skip
-CPU = ("lengths, dtype", "contender", "sequences/s", "real tokens/s", "of the matrix rate", "peak MiB", "ours is")
 README = ("lengths, dtype", "contender", "sequences/s", "peak MiB", "ours is")
 GPU = ("BERT", "contender", "sequences", "step ms (p20-p80)", "predicted", "sequences/s", "real tokens/s",
        "of the matrix rate", "MFU", "peak MiB", "ours is")  # fmt: skip
@@ -131,6 +130,29 @@ def steps(rows: Sequence[dict], columns: Sequence[str] = RUN, title: str = "") -
     if own:
         columns = [f"ours ({own}) is" if c == "ours is" else c for c in columns]
     return Table(columns, lines, title)
+
+
+def compared(runs: Sequence[tuple[str, Sequence[dict]]]) -> Table:
+    """A line for each kind of step of each run (its device, its rows): ours, and what it is beside each other."""
+    lines = []
+    for device, rows in runs:
+        groups: dict[tuple, list[dict]] = {}
+        for x in rows:
+            groups.setdefault(tuple(x[key] for key in ("model", "seq", "lengths", "dtype", "optimizer")), []).append(x)
+        for (model, seq, lengths, dtype, optimizer), found in groups.items():
+            ours = next((x for x in found if x["contender"] == "bert_fast" and "failed" not in x), None)
+            others = [x for x in found if x["contender"] != "bert_fast"]
+            if ours is None:
+                continue
+            memory = [x["peak_memory_mib"] for x in others if x.get("peak_memory_mib")]
+            peak = STEP_COLUMNS["peak MiB"](ours) + (f" ({min(memory):.0f} to {max(memory):.0f})" if memory else "")
+            ratios = [f"{name_of(x)} {'failed' if 'failed' in x else times(x.get('ours_is'))}" for x in others]
+            work = f"{ours.get('mode', 'train')} {model}, {ours['sequences']} x {seq}, {lengths}, {dtype}"
+            work += "" if optimizer == "none" else f", {optimizer}"
+            cells = [STEP_COLUMNS[c](ours) for c in ("sequences/s", "real tokens/s", "of the matrix rate")]
+            lines.append([device, work, *cells, peak, "; ".join(ratios)])
+    header = ["device", "step", "sequences/s", "real tokens/s", "of the matrix rate", "peak MiB (others)", "ours is"]
+    return Table(header, lines)
 
 
 def operators(rows: Sequence[dict]) -> Table:

@@ -28,7 +28,7 @@ from bert_fast.flops import step_flops
 CASES = [(model, seq, kind) for model in ("base", "large") for seq in (128, 512) for kind in ("full", "wikipedia")]
 WEIGHTS = ("bfloat16", "float32")  # float32: products and hidden states in bfloat16, as `pretrain` has it
 TILE = 64  # queries and keys of an attention tile (kernels/attention.py, 16-bit dtypes at head size 64)
-# Instructions of one lane an element, counted in what the kernels compile to (docs/performance.md). Of attention's
+# Instructions of one lane an element, counted in what the kernels compile to (docs/log/performance.md). Of attention's
 # inner loops on sm_90: what dropout adds to a computed score (Philox, the comparison), forward and in dq and dkv.
 DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 5.3, 5.1, 6.6
 # In kernels/experiments/attention_hopper.py: of its forward, and of its backward, where they are drawn once.

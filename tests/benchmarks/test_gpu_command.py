@@ -22,7 +22,7 @@ FULL = {"model": "large", "seq": 512, "lengths": "full"}
 
 
 def new_results(path: Path, **data) -> Results:
-    environment = {"versions": {"torch": "2.11"}}
+    environment = {"versions": {"torch": "2.11", "transformers": "5.23.0"}}
     return Results(path, {"schema": 2, "kind": "gpu", "device": "Example GPU", "smoke": False, "date": "2026-01-02",
                           "commit": "abc1234", "command": ["x"], "environment": environment, **data})  # fmt: skip
 
@@ -439,22 +439,10 @@ def measured() -> dict:
     }  # fmt: skip
 
 
-def test_the_report_tells_everything_and_changes_nothing_twice(tmp_path):
-    folder, document = tmp_path / "results", tmp_path / "performance.md"
-    for name, more in (("example-gpu", {}), ("trial", {"smoke": True, "device": "Trial"})):
-        (folder / name).mkdir(parents=True)
-        new_results(folder / name / "2026-01-02-abc1234.json", **measured(), **more)
-    document.write_text((ROOT / "docs" / "performance.md").read_text())
-    arguments = ["--document", str(document), "--results", str(folder)]
-    assert report.main([*arguments, "--check"]) == 1
-    assert report.main(arguments) == 0
-    once = document.read_text()
-    assert report.main(arguments) == 0
-    assert document.read_text() == once
-    assert report.main([*arguments, "--check"]) == 0
-    assert "Trial" not in once
+def test_the_text_beside_a_file_tells_everything(tmp_path):
+    text = report.beside(new_results(tmp_path / "r.json", **measured()).data)
     for told in (
-        "### Example GPU, commit abc1234",
+        "# Example GPU, 2026-01-02, commit abc1234",
         "| large 512, full, bfloat16, adamw | bert_fast | 64 | 150.0 (150.0-150.0) | 130.0 |",
         "| hf-sdpa (cudnn) |", "| 2.00x |", "RuntimeError: no compiler",
         "| large 512, full | bert_fast-one-pass | 125.0 | 1.200x | 0.0 %, 1.2 % |",
@@ -463,8 +451,30 @@ def test_the_report_tells_everything_and_changes_nothing_twice(tmp_path):
         "| large | qkv, forward: 1 x 2 x 3 | 877 | 1000 | 2000 | 2.00x |",
         "Loss of bert_fast over 2 steps: 10.000 to 9.000",
     ):  # fmt: skip
-        assert told in once, told
-    assert "Nothing has been measured on a GPU yet" not in once
+        assert told in text, told
+
+
+def test_the_page_has_a_line_a_step_beside_all_others_and_how_it_was_measured(tmp_path, monkeypatch, capsys):
+    page, folder = tmp_path / "performance.md", tmp_path / "results"
+    page.write_text("")
+    monkeypatch.setattr(report, "DOCUMENTS", {page: report.performance})
+    for name, more in (("example-gpu", {}), ("trial", {"smoke": True, "device": "Trial"})):
+        (folder / name).mkdir(parents=True)
+        command = ["benchmarks/gpu.py", "--json", "x.json", "--budget", "9"]
+        new_results(folder / name / "2026-01-02-abc1234.json", **measured(), command=command, **more)
+    assert report.main(["--results", str(folder), "--check"]) == 1
+    assert "out of date" in capsys.readouterr().err
+    assert report.main(["--results", str(folder)]) == 0
+    assert report.main(["--results", str(folder), "--check"]) == 0
+    text = page.read_text()
+    assert "Trial" not in text
+    assert "Nothing has been measured on a GPU yet" not in text
+    for told in (
+        "| example-gpu | train large, 64 x 512, full, bfloat16, adamw | 400.00 | 200000 | 50 % | "
+        "30000 (30000 to 30000) | bert_fast-one-pass 0.83x; hf-sdpa (cudnn) 2.00x; hf-compile failed |",
+        "Example GPU, commit abc1234, `python benchmarks/gpu.py --budget 9`", "matrix product bfloat16 700 TFLOP/s",
+    ):  # fmt: skip
+        assert told in text, told
 
 
 def test_the_report_takes_the_newest_of_each_work_and_of_a_gpu_with_whole_steps(tmp_path):
@@ -487,12 +497,18 @@ def test_the_report_takes_the_newest_of_each_work_and_of_a_gpu_with_whole_steps(
     assert [path.stem for path, _ in report.newest("gpu", tmp_path)] == ["b"]
 
 
-def test_the_report_needs_its_comments(tmp_path, capsys):
-    document = tmp_path / "performance.md"
-    document.write_text("# Performance\n")
-    assert report.main(["--document", str(document)]) == 2
-    assert "exactly one pair of comments" in capsys.readouterr().err
-    assert document.read_text() == "# Performance\n"
+def test_readmes_table_needs_its_comments_and_changes_nothing_else(tmp_path):
+    document = tmp_path / "README.md"
+    pair = "<!-- how-fast: made by benchmarks/report.py -->old<!-- end of how-fast -->"
+    for text in ("# bert_fast\n", pair + pair, pair.partition("old")[0]):
+        document.write_text(text)
+        with pytest.raises(ValueError, match="exactly one pair of comments"):
+            report.readme(results.FOLDER, document)
+    document.write_text(f"before {pair} after")
+    made = report.readme(results.FOLDER, document)
+    assert made.startswith("before <!-- how-fast")
+    assert made.endswith("end of how-fast --> after")
+    assert "old" not in made
 
 
 def test_a_text_or_pictures_that_cannot_be_made_end_no_run(tmp_path, monkeypatch):
