@@ -111,7 +111,7 @@ def sweep(
     path = dispatch.TABLE[operator]["triton"].removeprefix("bert_fast.").replace(".", "/") + ".py"
     row |= {
         "default_us": default, "best_us": best["us"] if won else default, "left_out": len(wanted) - len(row["tried"]),
-        "write": f"{'bert_fast/ops.py' if launch == 'chunk' else path}, {launch} at {seq}: "
+        "write": f"{'bert_fast/ops/mlm_loss.py' if launch == 'chunk' else path}, {launch} at {seq}: "
                  f"{settings(best['changed'])} ({default / best['us']:.2f}x)" if won else "leave it",
     }  # fmt: skip
     results.save()
