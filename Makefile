@@ -8,7 +8,7 @@ CPU_SOURCES := CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kerne
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench figures test test-all gpu gpu-test gpu-rehearsal sanitize emulate lint format clean
+.PHONY: help setup demo bench figures test test-all gpu gpu-test gpu-rehearsal sanitize emulate lint format docs clean
 
 help:
 	@echo "make bench     set up .venv and run the benchmark: python benchmarks/run.py --seq 512 (more: ARGS=...)"
@@ -22,6 +22,7 @@ help:
 	@echo "make sanitize  the C++ operators' tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make emulate   the C++ operators' tests with their AVX-512 code run by AVX2 instructions"
 	@echo "make lint      check style (ruff); make format rewrites it"
+	@echo "make docs      build the documentation's site, build/site/index.html; a warning is an error"
 	@echo "make clean     remove .venv and what was built"
 
 setup: $(VENV)/.installed
@@ -128,6 +129,11 @@ lint: setup
 format: setup
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# The variable silences an advertisement of the theme's successor.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/cpu/*.so

@@ -404,10 +404,6 @@ def test_the_sweeps_begin_with_the_worst(tmp_path):
 # What a person reads
 
 
-def test_the_documents_tables_are_those_of_the_results():
-    assert report.main(["--check"]) == 0
-
-
 def measured() -> dict:
     """Two steps, a candidate, one that failed, a profile, and an operator."""
     common = {**FULL, "sequences": 64, "optimizer": "adamw", "dtype": "bfloat16"}
