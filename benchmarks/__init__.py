@@ -4,9 +4,9 @@ run.py is the door (``python benchmarks/run.py --seq 512``), gpu.py the list of 
 
     workload     real text to batches, the same for every contender; sizes of models
     contenders   who is compared, and the one way to build each and to make its step
-    exported     encoders of other libraries
-    operators    each operator alone: operands, both sides, what it has to do
-    clock        seconds: of a step, of a call with cold caches, interleaved; quantiles and ratios
+    onnx_openvino  encoders of other libraries
+    operators    each operator and optimiser alone: a table of operands, both sides, what it has to do
+    clock        seconds: of a step, of its kernels, of a call with cold caches, interleaved; quantiles and ratios
     memory       peak memory of a step
     limits       what the machine can do: products, copies, launches
     parity       the gate: the step that is timed, encoders and operators, each against float64

@@ -1,10 +1,13 @@
-"""The one clock: seconds of a step, or of a call with cold caches; rounds interleaved, their quantiles and ratios."""
+"""The one clock: seconds of a step, of its kernels, or of a call with cold caches; rounds interleaved, their quantiles
+and ratios."""
 
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 CACHE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # more than any last-level cache
 GPU_CYCLES = 2e9  # a second, at the highest clock of any GPU so far or above it
@@ -101,3 +104,22 @@ def quantiles(times: list[float]) -> dict[str, float]:
 def paired_ratio(times: list[float], ours: list[float]) -> float:
     """The median over rounds of theirs / ours: above 1 where ours is faster."""
     return float(np.median(np.array(times) / np.array(ours)))
+
+
+def kernels_of(run: Callable[[], object], device: str, steps: int = 5) -> list[dict]:
+    """The kernels and copies of a step by name, those that take longest in all first: "kernel", "calls" and "us" of a
+    step. Of a CPU, which has none, PyTorch's operators, each without those that it calls."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            run()
+        synchronize(device)
+    lines: dict[str, dict] = {}
+    for event in profiler.events():
+        if device == "cuda" and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue
+        line = lines.setdefault(event.name, {"kernel": event.name, "calls": 0, "us": 0.0})
+        line["calls"] += 1
+        line["us"] += event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total
+    found = [{"kernel": x["kernel"], "calls": x["calls"] / steps, "us": x["us"] / steps} for x in lines.values()]
+    return sorted(found, key=lambda line: -line["us"])

@@ -27,6 +27,8 @@ from bert_fast.train.captured import Recorder, recordable
 from bert_fast.train.distributed import Ranks
 from bert_fast.train.step import Step
 
+Tensor = torch.Tensor
+
 RATE = 1e-6  # of the updates that are timed
 DEFAULTS = PretrainConfig(data="of no run", out="of no run", lr=RATE)
 
@@ -185,32 +187,45 @@ class Built:
         with torch.inference_mode(), precision(self.setting.device, self.setting.dtype):
             return self.model(**self.inputs(batch))
 
-    def step(self, batch: Batch) -> Callable[[], object]:
-        """A function that does one step on ``batch``: an update, forward and backward alone, or encoding."""
-        inputs, setting = self.inputs(batch), self.setting
+    def step(self, batch: Batch) -> Callable[..., object]:
+        """A function that does one step: an update, forward and backward alone, or encoding.
+
+        Of training it takes another batch of the same shapes too, and another rate; :meth:`loss` reads what it gives.
+        """
+        setting = self.setting
         if not setting.train:
-            if self.contender.library == "openvino":  # now, not in the first step, whose memory is measured
-                self.model.compile_for(tuple(inputs["input_ids"].shape))
+            if self.contender.library == "openvino":  # here, not in the first step, whose memory is measured
+                self.model.compile_for(tuple(self.inputs(batch)["input_ids"].shape))
+            return lambda: self.encode(batch)
+        return self.trainer(batch, (our_optimizer if self.ours else their_optimizer)(self.model, setting.optimizer))
 
-            def encode() -> None:
-                with torch.inference_mode(), precision(setting.device, setting.dtype):
-                    self.model(**inputs)
+    def trainer(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Callable[..., object]:
+        """:meth:`step` of training, by ``optimizer``."""
+        return self._our_trainer(batch, optimizer) if self.ours else self._their_trainer(batch, optimizer)
 
-            return encode
-        if self.ours:
-            return self.trainer(batch, our_optimizer(self.model, setting))
-        update = their_update(self.model, setting)
+    def _their_trainer(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
+        """The loop of their documentation: clipping to norm 1 before an update."""
+        update = (
+            optimizer.step if isinstance(optimizer, NoUpdate) else clipped(list(self.model.parameters()), optimizer)
+        )
 
-        def step() -> None:
+        def step(batch: Batch = batch, rate: float = RATE) -> Tensor:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             self.model.zero_grad(set_to_none=True)
-            with precision(setting.device, setting.dtype):
-                loss = self.model(**inputs).loss
+            with precision(self.setting.device, self.setting.dtype):
+                loss = self.model(**self.inputs(batch)).loss
             loss.backward()
             update()
+            return loss.detach()
 
         return step
 
-    def trainer(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    def loss(self, result) -> Tensor:
+        """The loss of what a step has given."""
+        return result.scalars[:2].sum() if self.ours else result
+
+    def _our_trainer(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Callable[..., object]:
         """What ``bert-fast pretrain`` runs for an update of ``batch``, gradients in place, captured on a GPU.
 
         Each call draws other dropout masks, and may have another batch of the same shapes and another rate. What is to
@@ -244,19 +259,12 @@ class Built:
             train.prepare([self.inputs(batch)])
         return step
 
-    def gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """The loss and every gradient of the step that is timed, float64 on the CPU, by parameters' names."""
-        if self.ours:
-            kept = Kept(self.model.parameters())
-            outcome = self.trainer(batch, kept)()
-            gradients = kept.gradients()
-            found = {n: gradients[p] for n, p in self.model.named_parameters() if p in gradients}
-            return {"loss": outcome.scalars[:2].sum()} | found
-        with precision(self.setting.device, self.setting.dtype):
-            loss = self.model.train()(**self.inputs(batch)).loss
-        loss.backward()
-        gradients = {n: p.grad.double().cpu() for n, p in self.model.named_parameters() if p.grad is not None}
-        return {"loss": loss.detach().double().cpu()} | gradients
+        kept = Kept(self.model.parameters())
+        loss = self.loss(self.trainer(batch, kept)())
+        named = {n: kept.gradients[p] for n, p in self.model.named_parameters() if p in kept.gradients}
+        return {name: tensor.double().cpu() for name, tensor in ({"loss": loss} | named).items()}
 
     def attention(self, batch: Batch) -> str | None:
         """The kernel that PyTorch picks for scaled_dot_product_attention on ``batch``; None where none is asked for."""
@@ -327,40 +335,37 @@ class NoUpdate(torch.optim.Optimizer):
 
 
 class Kept(NoUpdate):
-    """Keeps a copy of every gradient, in float64, where an optimiser would use it: also inside of a graph."""
+    """Keeps a copy of every gradient where an optimiser would use it: also inside of a graph."""
 
     def __init__(self, parameters):
         super().__init__(parameters)
-        self._at: dict[torch.Tensor, torch.Tensor] = {}
+        self.gradients: dict[Tensor, Tensor] = {}
 
     def step(self, closure=None, *, grad_norm=None):
         for p in self.param_groups[0]["params"]:
             if p.grad is not None:
-                if p not in self._at:
-                    self._at[p] = torch.empty_like(p.grad)
-                self._at[p].copy_(p.grad)
-
-    def gradients(self) -> dict[torch.Tensor, torch.Tensor]:
-        return {p: gradient.double().cpu() for p, gradient in self._at.items()}
+                if p not in self.gradients:
+                    self.gradients[p] = torch.empty_like(p.grad)
+                self.gradients[p].copy_(p.grad)
 
 
-def our_optimizer(model: torch.nn.Module, setting: Setting) -> torch.optim.Optimizer:
+def our_optimizer(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
     """What a run has for ``--optimizer``, clipping to norm 1."""
-    if setting.optimizer == "none":
+    if name == "none":
         return NoUpdate(model.parameters())
-    config = replace(DEFAULTS, optimizer=setting.optimizer)
-    return build_optimizer(model, config, Ranks(0, 1, next(model.parameters()).device))
+    return build_optimizer(model, replace(DEFAULTS, optimizer=name), Ranks(0, 1, next(model.parameters()).device))
 
 
-def their_update(model: torch.nn.Module, setting: Setting) -> Callable[[], None]:
-    """Clipping to norm 1 and an update: PyTorch's fused AdamW, or a LAMB of PyTorch's operations, which has none."""
-    if setting.optimizer == "none":
-        return lambda: None
-    parameters, groups = list(model.parameters()), optim.parameter_groups(model)
-    optimizer = (
-        torch.optim.AdamW(groups, lr=RATE, eps=DEFAULTS.eps, fused=True)
-        if setting.optimizer == "adamw" else ForeachLamb(groups, lr=RATE)
-    )  # fmt: skip
+def their_optimizer(model: torch.nn.Module, name: str, *, fused: bool = True) -> torch.optim.Optimizer:
+    """PyTorch's AdamW, or a LAMB of PyTorch's operations, which has none; for other names none that does anything."""
+    groups = optim.parameter_groups(model)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=RATE, eps=DEFAULTS.eps, fused=fused, foreach=not fused)
+    return ForeachLamb(groups, lr=RATE) if name == "lamb" else NoUpdate(groups)
+
+
+def clipped(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Clipping to norm 1 and an update, as PyTorch's documentation has them."""
 
     def clip_and_step() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -23,13 +23,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
 
 import torch
+import transformers
 
-from benchmarks import clock, device_tests, limits, operators, optimizers, parity, report, results, steps, tables, tune
+from benchmarks import clock, device_tests, limits, operators, parity, report, results, steps, tables, tune, workload
 from benchmarks.clock import Clock
 from benchmarks.contenders import CANDIDATES, CONTENDERS, REFERENCES, Setting, build, capability, why_unavailable
-from benchmarks.curves import curve
 from benchmarks.predict.step_model import CHANGES, ceilings_of, operator_seconds, predict, step, update
-from benchmarks.profiling import kernels_of
 from benchmarks.results import ROOT, Results
 from benchmarks.supervise import Case, supervise, work
 from benchmarks.workload import TOKENS, lengths_of, masked_positions, model_config, random_batch, wikipedia_quantiles
@@ -84,7 +83,7 @@ class Run:
             *(self.table("all references", 90, model, seq, kind, *REFERENCES)
               for model in self.models for seq in self.lengths for kind in both),
             *(Case(f"operators, {model} {seq} {kind}", 45, partial(
-                self.measure_operators, model, seq, kind, operators.OPERATORS, compiled=kind == "full"
+                self.measure_operators, model, seq, kind, operators.OF_THE_MODEL, compiled=kind == "full"
             )) for model in self.models for seq in self.lengths for kind in both),
             Case("the step in float32 against float64", 20, partial(self.whole_model, torch.float32)),
             *(Case(f"products of {model}'s step", 20, partial(self.products, model)) for model in self.models),
@@ -137,7 +136,7 @@ class Run:
         """Every operator and candidate, then the whole step. Raises RuntimeError where something is not right."""
         model = self.models[-1]
         seq, lengths = (24, [24, 9]) if self.smoke else (512, [512, 84, 301, 512])
-        for operator in (*operators.OPERATORS, "feed_forward"):
+        for operator in operators.OPERATORS:
             names = ["bert_fast", *(
                 name for name in CANDIDATES if why_unavailable(name, self.setting()) is None
                 and any(kernel.startswith(operator) for kernel in CONTENDERS[name].ours.choices)
@@ -184,7 +183,7 @@ class Run:
                     )
             found.add("operators", *rows)
         for weights in (torch.float32, BF16) if optimisers else ():
-            rows = optimizers.measure(own, model, limits=measured, rounds=self.rounds, weights=weights)
+            rows = operators.measure_optimizers(own, model, limits=measured, rounds=self.rounds, weights=weights)
             for x in rows:
                 if x["contender"] == "bert_fast" and x["operator"] != "norm":
                     lines = update(config, limits.NAMES[weights], x["operator"])
@@ -245,7 +244,7 @@ class Run:
             config, batch = model_config(model, dropout=steps.DROPOUT), self.batch(model, real, kind, len(lengths))
             run = build("bert_fast", config, self.setting()).step(batch)
             run()  # it is recorded
-            kernels = kernels_of(run, self.device)
+            kernels = clock.kernels_of(run, self.device)
             if not kernels:
                 raise RuntimeError("the profiler saw no kernel")
             found.add("profiles", {"model": model, "seq": real, "lengths": kind, "sequences": len(lengths),
@@ -273,8 +272,17 @@ class Run:
         found.add("products", *({"model": model} | x for x in rows))
 
     def curve(self, name: str, found: Results) -> None:
+        """The loss of every step over some hundred updates of real text: AdamW with a linear warm-up to 1e-4, the same
+        weights, batches and schedule for each, with masks of its own."""
         model, sequences, seq, count = ("micro", 4, 32, 4) if self.smoke else ("base", 64, 128, 200)
-        losses = curve(name, model, self.setting(), sequences=sequences, seq=seq, count=count)
+        config = model_config(model, dropout=steps.DROPOUT)
+        config.vocab_size = max(config.vocab_size, workload.VOCABULARY)
+        batches = workload.Workload().batches(count, sequences, seq, self.device)
+        torch.manual_seed(0)
+        weights = transformers.BertForPreTraining(config).state_dict()
+        built = build(name, config, self.setting(), weights=weights)
+        step = built.step(batches[0])
+        losses = [float(built.loss(step(x, 1e-4 * min(1.0, (n + 1) / 50)))) for n, x in enumerate(batches)]
         found.add("curves", {"contender": name, "model": model, "seq": seq, "sequences": sequences, "losses": losses})
 
 

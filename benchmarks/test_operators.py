@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 
 from benchmarks.clock import Clock, synchronize
-from benchmarks.operators import DIRECTIONS, OPERATORS, Case, build_case
+from benchmarks.operators import DIRECTIONS, OF_THE_MODEL, Case, build_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -39,10 +39,10 @@ def clock() -> Clock:
 
 @pytest.mark.parametrize("implementation", ["bert_fast", "pytorch"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", OF_THE_MODEL)
 def test_speed(benchmark, operator, direction, implementation):
     case = case_of(operator)
-    call = case.calls(direction)[implementation]
+    call = case.call(direction, ours=implementation == "bert_fast")
     benchmark.group = f"{operator} {direction}, {case.shape}, {str(DTYPE).removeprefix('torch.')}, {DEVICE}"
     benchmark.extra_info["backend"] = case.backend if implementation == "bert_fast" else "torch"
 
@@ -58,11 +58,11 @@ def test_speed(benchmark, operator, direction, implementation):
     benchmark.pedantic(run, setup=empty_caches, rounds=ROUNDS, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", OF_THE_MODEL)
 def test_both_sides_compute_the_same(operator):
     """Without dropout ours and PyTorch's composition agree: output and every gradient."""
     case = build_case(operator, DEVICE, torch.float32, model="tiny", seq=24, batch=3, dropout=0.0)
     torch.testing.assert_close(case.ours(), case.torch(), rtol=1e-4, atol=1e-4)
-    gradients = [call() for call in case.calls("backward").values()]
+    gradients = [case.call("backward", ours=ours)() for ours in (True, False)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

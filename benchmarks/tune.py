@@ -78,7 +78,7 @@ def sweep(
     with choice.use(epilogue):
         case = build_case(operator, device, dtype, model=model, seq=seq, lengths=lengths_of("full", seq, tokens),
                           parameters=dtype)  # fmt: skip
-        call = case.ours if direction == "forward" else case.backward("bert_fast", case.ours())
+        call = case.call(direction)
         own = clock.Clock(device)
 
         def microseconds() -> float:

@@ -43,8 +43,8 @@ def every_gradient_right(parity) -> None:
     """Truth, reference and ours are not computed: that all three have the same names is left to compare. Neither is a
     step with candidates nor the one that it is held against; a loss may be 0, by which it divides."""
 
-    def rows_of(truth: dict, reference: dict, ours: dict, floor: float) -> list[dict]:
-        row = {"error": 0.0, "reference_error": 0.0, "bound": floor}
+    def rows_of(truth: dict, reference: dict, ours: dict, floor: float, *, factor=0.0, little=0.0, **facts):
+        row = {**facts, "error": 0.0, "reference_error": 0.0, "bound": floor}
         return [{"what": name, **row, "passed": name in ours and name in reference} for name in truth]
 
     def operator_rows(*arguments, **options) -> list[dict]:

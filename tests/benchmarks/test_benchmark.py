@@ -20,7 +20,6 @@ from benchmarks import (
     onnx_openvino,
     options,
     parity,
-    profiling,
     run,
     steps,
     tables,
@@ -30,6 +29,7 @@ from benchmarks.contenders import CONTENDERS, Ours, Setting, build
 from benchmarks.workload import model_config, random_batch
 from bert_fast import dispatch, flops
 from bert_fast.train.step import Step
+from dev import step_profile
 from tests.support.recorded_runs import Rerun
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -160,11 +160,12 @@ def test_encoding_names_its_precision_and_what_is_missing(tmp_path, capsys, monk
 def test_an_encoder_that_is_wrong_is_not_timed_and_keeps_no_other_from_it(tmp_path, monkeypatch, capsys):
     right = parity._encoding
 
-    def encode(name, *arguments):
-        found = right("hf-eager" if name == "openvino" else name, *arguments)
-        return {what: 1.5 * t for what, t in found.items()} if name == "openvino" else found
+    def encode(built, batch):
+        found = right(built, batch)
+        return {what: 1.5 * t for what, t in found.items()} if built.name == "openvino" else found
 
     monkeypatch.setattr(parity, "_encoding", encode)
+    monkeypatch.setattr(onnx_openvino, "export", lambda name, model, dtype: model)
     monkeypatch.setattr(contenders, "why_unavailable", lambda *_: None)
     file = tmp_path / "r.json"
     encode_alone = ("--mode", "encode", "--lengths", "wikipedia", "--peers", "hf-eager,openvino")
@@ -279,11 +280,12 @@ def test_recording_that_fails_fails_the_row(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 def test_the_peers_optimizers_are_ours(optimizer):
     """The update that the reference's variants run gives the weights that a run's own gives."""
-    weights, setting = [], replace(CPU, optimizer=optimizer)
+    weights = []
     for ours in (True, False):
         torch.manual_seed(3)
         model = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.LayerNorm(40))
-        update = contenders.our_optimizer(model, setting).step if ours else contenders.their_update(model, setting)
+        made = (contenders.our_optimizer if ours else contenders.their_optimizer)(model, optimizer)
+        update = made.step if ours else contenders.clipped(list(model.parameters()), made)
         for _ in range(3):
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
@@ -409,14 +411,20 @@ def test_parity_rows_fail_on_a_wrong_missing_or_undefined_gradient():
 
 
 def test_parity_of_encodings_fails_on_wrong_outputs_and_names_a_peer_that_cannot_run(monkeypatch):
-    right = parity._encoding
+    build_right, right = parity.build, parity._encoding
 
-    def encode(name, *arguments):
+    def build(name, *arguments, **options):
         if name == "broken":
             raise RuntimeError("no such thing here\nmore")
-        outputs = right("hf-sdpa" if name.startswith("wrong") else name, *arguments)
-        return {what: t * 1.001 for what, t in outputs.items()} if name.startswith("wrong") else outputs
+        built = build_right("hf-sdpa" if name.startswith("wrong") else name, *arguments, **options)
+        built.name = name
+        return built
 
+    def encode(built, batch):
+        outputs = right(built, batch)
+        return {what: t * 1.001 for what, t in outputs.items()} if built.name.startswith("wrong") else outputs
+
+    monkeypatch.setattr(parity, "build", build)
     monkeypatch.setattr(parity, "_encoding", encode)
     rows, failed = parity.compare_encodings(
         micro(0.0), batch(), replace(CPU, train=False), ["wrong", "wrong-int8", "broken"]
@@ -566,18 +574,18 @@ def test_the_profile_of_a_step_names_every_operator():
     """A tiny step's time lies where it belongs, and the floors count all FLOPs of the step."""
     config, made = micro(), batch()
     step = build("bert_fast", config, CPU).step(made)
-    seconds = profiling.seconds_by_part(step, 1, "cpu")
+    seconds = step_profile.seconds_by_part(step, 1, "cpu")
     operators = {"embedding_layernorm", "attention", "residual_layernorm", "bias_gelu", "mlm_loss", "matrix products"}
     assert operators <= seconds.keys()
     assert all(value >= 0 for value in seconds.values())
 
-    floor = profiling.floors(config, made, CPU, rate=1.0, copy=float("inf"))
+    floor = step_profile.floors(config, made, CPU, rate=1.0, copy=float("inf"))
     attention = 3 * config.num_hidden_layers * 4 * config.hidden_size * (24**2 + 9**2)
     executed = flops.step_flops(config, [24, 9], 5, train=True, read=5 + 2)
     assert floor["matrix products"] + attention == executed
     assert floor["attention"] == pytest.approx(attention * 7 / 6)  # the backward's fifth product
 
-    kernels = profiling.kernels_of(step, "cpu", steps=1)
+    kernels = clock.kernels_of(step, "cpu", steps=1)
     calls = {line["kernel"]: line["calls"] for line in kernels}
     assert calls["bert_fast::attention_fwd"] == calls["bert_fast::attention_bwd"] == config.num_hidden_layers
     assert [line["us"] for line in kernels] == sorted((line["us"] for line in kernels), reverse=True)

@@ -70,7 +70,7 @@ def test_a_gate_limits_and_a_table(tmp_path, small):
     data = json.loads((tmp_path / "r.json").read_text())
     assert {"cuda", "cudnn", "driver", "ptxas"} <= data["environment"]["versions"].keys()
     assert data["limits"]["matmul_tflops"]["bfloat16"] > 0 < data["limits"]["copy_gbs"]
-    assert [x["what"] for x in data["parity"]] == [*operators.OPERATORS, "feed_forward", "the step of micro"]
+    assert [x["what"] for x in data["parity"]] == [*operators.OPERATORS, "the step of micro"]
     assert all(x["passed"] and x["compared"] >= 2 for x in data["parity"])
     assert [(x["contender"], x["padding"]) for x in data["steps"][:3]] == [
         ("bert_fast", "packed"), ("hf-sdpa", "padded"), ("hf-sdpa", "longest"),

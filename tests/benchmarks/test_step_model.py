@@ -305,7 +305,7 @@ def test_operators_alone_against_the_copy_bandwidth():
     config, lengths, ceilings = model_config("large", dropout=0.1), [512] * 64, step_model.Ceilings()
 
     def share(operator: str, direction: str) -> float:
-        work = operators.WORK[operator](config, lengths, 2, 2)[direction]
+        work = operators.work_of(operator, direction, config, lengths, 2, 2)
         seconds = step_model.operator_seconds(config, lengths, operator, direction, ceilings)
         return operators.rate_of(work, seconds, {"copy_gbs": ceilings.copy / 1e9}, torch.bfloat16)["share_of_limit"]
 

@@ -16,7 +16,7 @@ WIKITEXT = DATA / "wikitext-2"
 def learn(tmp_path, *arguments) -> dict:
     """What the script measures, without Triton's interpreter, as a user runs it."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "benchmarks" / "learning.py", *arguments, "--json", "--out", tmp_path / "proof"]
+    command = [sys.executable, ROOT / "dev" / "learning.py", *arguments, "--json", "--out", tmp_path / "proof"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

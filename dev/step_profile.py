@@ -1,6 +1,6 @@
 """Where a step's time goes: PyTorch's profiler over whole steps of ours, by what the time was spent on or by kernel.
 
-    python -m benchmarks.profiling --seq 512 --batch 1 [--lengths wikipedia] [--mode encode] [--steps 5]
+    python dev/step_profile.py --seq 512 --batch 1 [--lengths wikipedia] [--mode encode] [--steps 5]
 
 "floor" is the part's executed FLOPs at the matrix-product rate, or its bytes at the copy rate, both measured in the
 same run; what has no entry there is overhead. A profiled step is a little slower than an unobserved one, whose median
@@ -10,11 +10,13 @@ is printed beside it.
 import argparse
 import re
 import statistics
-from collections.abc import Callable
+import sys
+from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
 
 from benchmarks import limits, operators
 from benchmarks.clock import Clock, synchronize
@@ -53,25 +55,6 @@ def seconds_by_part(step, steps: int, device: str) -> dict[str, float]:
     return seconds
 
 
-def kernels_of(run: Callable[[], object], device: str, steps: int = 5) -> list[dict]:
-    """The kernels and copies of a step by name, those that take longest in all first: "kernel", "calls" and "us" of a
-    step. Of a CPU, which has none, PyTorch's operators, each without those that it calls."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=activities) as profiler:
-        for _ in range(steps):
-            run()
-        synchronize(device)
-    lines: dict[str, dict] = {}
-    for event in profiler.events():
-        if device == "cuda" and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
-            continue
-        line = lines.setdefault(event.name, {"kernel": event.name, "calls": 0, "us": 0.0})
-        line["calls"] += 1
-        line["us"] += event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total
-    found = [{"kernel": x["kernel"], "calls": x["calls"] / steps, "us": x["us"] / steps} for x in lines.values()]
-    return sorted(found, key=lambda line: -line["us"])
-
-
 def floors(config, batch: Batch, setting: Setting, rate: float, copy: float) -> dict[str, float]:
     """Seconds of every part at the machine's limits; matrix products are all of the executed FLOPs but attention's."""
     train, element = setting.train, setting.dtype.itemsize
@@ -86,9 +69,8 @@ def floors(config, batch: Batch, setting: Setting, rate: float, copy: float) -> 
         times["residual_layernorm"] += -2 + 2 * read / tokens
         times["bias_gelu"] += -1 + read / tokens
     for operator, often in times.items():
-        work = operators.WORK[operator](config, batch.lengths, element, element)
-        each = sum(work[d].flops / rate + work[d].bytes / copy for d in directions)
-        seconds[operator] = often * each
+        work = [operators.work_of(operator, d, config, batch.lengths, element, element) for d in directions]
+        seconds[operator] = often * sum(w.flops / rate if w.products else w.bytes / copy for w in work)
     return seconds
 
 
