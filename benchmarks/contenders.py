@@ -1,7 +1,7 @@
 """Who is compared, and the one way to build each: this engine's product, its candidates, what others publish.
 
 A contender's step is what its own users train with: of ours the step of ``bert-fast pretrain``
-(bert_fast/train/step.py) with its defaults on the device, of transformers' models the loop of its documentation, with
+(bert_fast/train/) with its defaults on the device, of transformers' models the loop of its documentation, with
 PyTorch's fused AdamW.
 """
 
@@ -23,9 +23,8 @@ from benchmarks.workload import Batch
 from bert_fast import choice, optim
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.optimizer import build_optimizer
-from bert_fast.train.captured import Recorder, recordable
 from bert_fast.train.distributed import Ranks
-from bert_fast.train.step import Step
+from bert_fast.train.recorded import make_step
 
 Tensor = torch.Tensor
 
@@ -239,9 +238,8 @@ class Built:
             error = sys.exc_info()[1]
             raise error if isinstance(error, torch.OutOfMemoryError) else RuntimeError(reason)
 
-        recorder = Recorder(self.model.parameters()) if ours.captured and recordable(ranks) else None
         products = self.setting.dtype == torch.bfloat16 and ours.weights == torch.float32
-        train = Step(self.model, optimizer, ranks, bf16=products, recorder=recorder, tell=refuse)
+        train = make_step(self.model, optimizer, ranks, bf16=products, capture=ours.captured, tell=refuse)
         seeds, served = itertools.count(), set()
 
         def step(batch: Batch = batch, rate: float = RATE):

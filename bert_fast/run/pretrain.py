@@ -32,10 +32,10 @@ from bert_fast.run.plot import plot_runs
 from bert_fast.run.process import Stop, locked, stop_on_signals
 from bert_fast.run.resume import identity, last_checkpoint
 from bert_fast.run.validation import Validation, hold_out
-from bert_fast.train import captured
+from bert_fast.train import recorded
 from bert_fast.train.distributed import Ranks, started
 from bert_fast.train.schedule import learning_rate, phase_of
-from bert_fast.train.step import Outcome, Step, derived_seed
+from bert_fast.train.step import Outcome, derived_seed
 
 DONE, NOT_FINITE = 0, 3
 
@@ -105,15 +105,13 @@ class _Run:
         if ranks.first:
             options = effective(config.as_dict())
             write_atomically(self.folder / "config.json", (json.dumps(options, indent=1) + "\n").encode())
-        recordable = captured.recordable(ranks)
         # recorded or not: shapes decide the last bits of a product on a GPU
-        self.sizes = sizes_of_phases(self.dataset, self.phases, self.tokens) if recordable else None
+        self.sizes = sizes_of_phases(self.dataset, self.phases, self.tokens) if recorded.recordable(ranks) else None
         self.prepared: Phase | None = None  # whose shapes the step is ready to record
         self.model.recompute(config.recompute)
-        self.update = Step(
-            self.model, self.optimizer, ranks, bf16=self.bf16, tell=output.warn,
-            recorder=captured.Recorder(self.model.parameters()) if recordable and config.capture else None,
-        )  # fmt: skip
+        self.update = recorded.make_step(
+            self.model, self.optimizer, ranks, bf16=self.bf16, capture=config.capture, tell=output.warn
+        )
 
     @property
     def precision(self) -> str:

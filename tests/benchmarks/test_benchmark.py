@@ -28,7 +28,7 @@ from benchmarks import (
 from benchmarks.contenders import CONTENDERS, Ours, Setting, build
 from benchmarks.workload import model_config, random_batch
 from bert_fast import dispatch, flops
-from bert_fast.train.step import Step
+from bert_fast.train import recorded
 from dev import step_profile
 from tests.support.recorded_runs import Rerun
 
@@ -242,26 +242,26 @@ def test_what_is_timed_is_the_products_step(monkeypatch):
     """With hidden states of 16 bits under bfloat16, with a run's optimiser, and captured where a recorder can be."""
     made = []
 
-    class Seen(Step):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            made.append((self, options))
+    def make_step(*arguments, **options):
+        made.append(recorded.make_step(*arguments, **options))
+        return made[-1]
 
-    monkeypatch.setattr(contenders, "Step", Seen)
-    monkeypatch.setattr(contenders, "recordable", lambda ranks: True)
-    monkeypatch.setattr(contenders, "Recorder", Rerun)
+    monkeypatch.setattr(contenders, "make_step", make_step)
+    monkeypatch.setattr(recorded, "recordable", lambda ranks: True)
+    monkeypatch.setattr(recorded, "Recorder", Rerun)
     for name, captured in (("bert_fast", True), ("bert_fast-eager", False)):
         built = build(name, micro(), replace(CPU, dtype=torch.bfloat16, optimizer="adamw"))
         before = [p.detach().clone() for p in built.model.parameters()]
         step = built.step(batch())
         step(), step()
-        used, given = made[-1]
-        assert given["bf16"] is True
-        assert (used.recorder is not None) == captured == (used.captured > 0)
+        used = made[-1]
+        assert used.bf16 is True
+        assert isinstance(used, recorded.RecordedStep) == captured
+        assert not captured or used.captured > 0
         assert all(group["eps"] == 1e-6 for group in used.optimizer.param_groups)
         assert any(not torch.equal(p, b) for p, b in zip(built.model.parameters(), before, strict=True))
     build("bert_fast-16bit", micro(), replace(CPU, dtype=torch.bfloat16)).step(batch())
-    assert made[-1][1]["bf16"] is False  # its products are in its weights' dtype
+    assert made[-1].bf16 is False  # its products are in its weights' dtype
 
 
 def test_recording_that_fails_fails_the_row(monkeypatch):
@@ -269,8 +269,8 @@ def test_recording_that_fails_fails_the_row(monkeypatch):
         def _recorded(self, function):
             raise self.error
 
-    monkeypatch.setattr(contenders, "recordable", lambda ranks: True)
-    monkeypatch.setattr(contenders, "Recorder", Full)
+    monkeypatch.setattr(recorded, "recordable", lambda ranks: True)
+    monkeypatch.setattr(recorded, "Recorder", Full)
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("operation not permitted")):
         Full.error = error
         with pytest.raises(type(error), match=str(error)):

@@ -11,8 +11,8 @@ from transformers import BertConfig
 
 from bert_fast import BertForMaskedLM, BertForPreTraining, dispatch, ops
 from bert_fast.data import Capacities, Sample, pack_samples
-from bert_fast.train.captured import Recorder
 from bert_fast.train.distributed import Ranks
+from bert_fast.train.recorded import make_step
 from bert_fast.train.step import Step
 from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
@@ -131,10 +131,10 @@ class _NoUpdate(optim.AdamW):
         return None
 
 
-def step_of(model, optimizer, autocast, recorder=None) -> Step:
+def step_of(model, optimizer, autocast, capture=False) -> Step:
     """A step like pre-training's, of the whole batch at once."""
     place = Ranks(0, 1, next(model.parameters()).device)
-    return Step(model, optimizer, place, bf16=autocast == BF16, recorder=recorder)
+    return make_step(model, optimizer, place, bf16=autocast == BF16, capture=capture)
 
 
 def apply(step: Step, batch: dict, lr: float, seed: int) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_training_does_not_notice(kind, dtypes):
     def trained():
         model = build(dtype)
         optimizer = getattr(optim, kind)(optim.parameter_groups(model), lr=1.0, max_grad_norm=1.0)
-        step = step_of(model, optimizer, autocast, Recorder(model.parameters()) if DEVICE == "cuda" else None)
+        step = step_of(model, optimizer, autocast, capture=True)
         step.prepare([{**batch, "max_length_q": LONGEST}])
         losses = [apply(step, batch, 1e-2, i).clone() for i in range(5)]
         return losses, [p.detach().clone() for p in model.parameters()]

@@ -9,7 +9,8 @@ import torch
 from bert_fast.data import PretrainingDataset, load_tokenizer, masked_count, open_corpus
 from bert_fast.data.graph_shapes import example, fitted, phase_sizes, sample_lengths
 from bert_fast.data.updates import Place, Stream
-from bert_fast.train import captured
+from bert_fast.train import cuda_graphs, recorded
+from bert_fast.train.recorded import RecordedStep
 from bert_fast.train.step import Step
 from tests.support.parity import DEVICE
 from tests.support.recorded_runs import Rerun
@@ -22,14 +23,14 @@ PHASES = {"phases": "16:5:batch=8,32:7:batch=6", "micro_tokens": 64}
 def recorders(monkeypatch) -> list:
     """Those of the runs to come: the real ones where there is a GPU, else their stand-ins."""
     made = []
-    kind = captured.Recorder if DEVICE == "cuda" else Rerun
+    kind = cuda_graphs.Recorder if DEVICE == "cuda" else Rerun
 
     def new(parameters):
         made.append(kind(parameters))
         return made[-1]
 
-    monkeypatch.setattr(captured, "Recorder", new)
-    monkeypatch.setattr(captured, "recordable", lambda ranks: True)
+    monkeypatch.setattr(recorded, "Recorder", new)
+    monkeypatch.setattr(recorded, "recordable", lambda ranks: True)
     return made
 
 
@@ -46,13 +47,13 @@ def test_recorded_and_eager_runs_are_the_same_bit_for_bit(configure, tmp_path, r
     assert recorders == []
     whole = configure(out=str(tmp_path / "whole"), **options)
     counts = []
-    prepare = Step.prepare
+    prepare = RecordedStep.prepare
 
     def counting(self, examples):
         counts.append(self.captured)
         prepare(self, examples)
 
-    monkeypatch.setattr(Step, "prepare", counting)
+    monkeypatch.setattr(RecordedStep, "prepare", counting)
     assert train(whole) == 0
     assert len(recorders) == 1
     assert len(counts) == 2  # one phase after the other
@@ -62,7 +63,8 @@ def test_recorded_and_eager_runs_are_the_same_bit_for_bit(configure, tmp_path, r
     for first, then in ((True, False), (False, True), (True, True)):
         config = configure(out=str(tmp_path / f"{first}-{then}"), capture=first, **options)
         with monkeypatch.context() as patch:
-            apply, done = Step.__call__, []
+            kind = RecordedStep if first else Step
+            apply, done = kind.__call__, []
 
             def dying(self, *args, apply=apply, done=done, **kwargs):
                 if len(done) == 7:
@@ -70,7 +72,7 @@ def test_recorded_and_eager_runs_are_the_same_bit_for_bit(configure, tmp_path, r
                 done.append(1)
                 return apply(self, *args, **kwargs)
 
-            patch.setattr(Step, "__call__", dying)
+            patch.setattr(kind, "__call__", dying)
             with pytest.raises(Killed):
                 train(config)
         assert train(dataclasses.replace(config, capture=then)) == 0
@@ -97,7 +99,7 @@ def test_a_recording_that_fails_is_told_once_and_the_run_goes_on(configure, tmp_
 def test_without_a_gpu_nothing_is_recorded(configure):
     config = configure(steps=2)
     assert config.capture
-    assert train(config) == 0  # captured.Recorder would refuse
+    assert train(config) == 0  # the recorder would refuse
 
 
 def stream_of(prepared, nsp: bool, seq: int) -> tuple[PretrainingDataset, Stream]:

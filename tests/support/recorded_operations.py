@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
-from bert_fast.train.captured import Recorder
+from bert_fast.train.cuda_graphs import Recorder
 
 Tensor = torch.Tensor
 

@@ -1,6 +1,6 @@
 """A recorder without a GPU: what a replayed graph does and does not do, with the function's Python run again."""
 
-from bert_fast.train.captured import Recorder
+from bert_fast.train.cuda_graphs import Recorder
 
 
 class Rerun(Recorder):

@@ -1,7 +1,7 @@
 """CUDA graphs: functions recorded once and replayed with one call, so that the CPU stays out of a training step.
 
 A micro-batch of BERT is about a thousand small launches. Over packed batches of fixed capacities nothing in it depends
-on what a tensor holds, so it can be recorded; bert_fast/train/step.py says what is, this module how.
+on what a tensor holds, so it can be recorded; bert_fast/train/recorded.py says what is, this module how.
 
     memory      recorded functions share one pool. That is right in whatever order they are replayed, as long as
                 nothing that one leaves in the pool is read by another: they take their inputs from, and leave their
@@ -21,13 +21,6 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-
-from bert_fast.train.distributed import Ranks
-
-
-def recordable(ranks: Ranks) -> bool:
-    """Whether steps of these processes can be recorded: of one alone on a GPU. Between several gradients travel."""
-    return ranks.world == 1 and ranks.device.type == "cuda"
 
 
 class Recorder:
