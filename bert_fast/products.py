@@ -1,4 +1,7 @@
-"""Matrix products that the library behind torch does not have, or has less exactly, on a CPU."""
+"""Matrix products that the library behind torch does not have, or has less exactly."""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -19,6 +22,28 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     else:  # as on a CPU, which has no product of 16-bit matrices with a float32 result
         for rows, part in zip(a.split(BLOCK), out.split(BLOCK), strict=True):
             (part.add_ if add else part.copy_)(rows @ b)
+
+
+_REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+@contextlib.contextmanager
+def sums_in_float32() -> Iterator[None]:
+    """Within, products of 16-bit matrices on a GPU are rounded once.
+
+    cuBLAS may split a product with a long K, as a weight's gradient is, and by PyTorch's default round each part to 16
+    bits before it adds them up. The setting is the process's, so it holds for autograd's thread too.
+    Source: PyTorch's "Numerical accuracy", "Reduced Precision Reduction for FP16 and BF16 GEMMs".
+    """
+    settings = torch.backends.cuda.matmul
+    allowed = [name for name in _REDUCTIONS if getattr(settings, name)]
+    for name in allowed:
+        setattr(settings, name, False)
+    try:
+        yield
+    finally:
+        for name in allowed:
+            setattr(settings, name, True)
 
 
 def long_product(x: Tensor, y: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bert_fast import optim
 from bert_fast.linear import gradients_in_place
 from bert_fast.model.losses import cross_entropy
+from bert_fast.products import sums_in_float32
 from bert_fast.train.distributed import Ranks
 
 Tensor = torch.Tensor
@@ -72,7 +73,7 @@ class Step:
     """Applies updates to ``model`` (a pre-training model of bert_fast on the ranks' device).
 
     ``bf16`` computes products in bfloat16 under autocast and has hidden states in it, statistics and sums in float32;
-    else everything is in the parameters' dtype.
+    else everything is in the parameters' dtype. Products round to 16 bits once, cuBLAS's default notwithstanding.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bf16: bool):
@@ -130,7 +131,7 @@ class Step:
         The first gradients of weights are written ``into`` this memory where it is given.
         """
         own = gradients_in_place(self.parameters, into) if self.ranks.world == 1 else contextlib.nullcontext()
-        with own:
+        with own, sums_in_float32():
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
                 hidden = torch.bfloat16 if self.bf16 else None
                 output = self.parallel(**batch, **self._counts, hidden_dtype=hidden)

@@ -9,6 +9,7 @@ from bert_fast.data.loader import BatchMaker, load_updates, updates
 from bert_fast.data.phase import Phase
 from bert_fast.data.updates import Place
 from bert_fast.model import BertForPreTraining
+from bert_fast.products import sums_in_float32
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.optimizer import build_optimizer, load_state, owned, state_tensors
 from bert_fast.train.distributed import Ranks
@@ -95,6 +96,29 @@ def test_bf16_keeps_weights_and_moments_in_float32(prepared):
     assert {parameter.dtype for parameter in step.model.parameters()} == {torch.float32}
     moments = {v.dtype for k, v in state_tensors(step.optimizer, step.model).items() if k.startswith("exp_avg")}
     assert moments == {torch.float32}
+
+
+def test_a_gpus_products_add_in_float32(prepared):
+    """Forward and backward; outside of updates the process has the settings that it had."""
+    seen = []
+
+    def see(*_):
+        matmul = torch.backends.cuda.matmul
+        seen.append([matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction])
+
+    step = new_step(prepared, bf16=True)
+    layer = step.model.bert.encoder.layer[0].output.dense
+    layer.register_forward_hook(see)
+    layer.weight.register_hook(see)
+    work = works(prepared, 4096)[0]
+    apply(step, work, 0)
+    see()
+    with sums_in_float32():
+        apply(step, work, 1)
+        see()
+    see()
+    allowed, refused = [True, True], [False, False]
+    assert seen == [refused, refused, allowed, refused, refused, refused, allowed]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
