@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bert_fast import graph_memory
 from bert_fast.kernels import rows
 from bert_fast.optim.reference import by_dtype
 
@@ -33,7 +34,6 @@ Tensor = torch.Tensor
 _CONFIG = {"BLOCK": 2048, "num_warps": 8, "num_stages": 1}
 _PARAM, _MASTER, _GRAD, _EXP_AVG, _EXP_AVG_SQ = (tl.constexpr(i) for i in range(5))  # rows of a table
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_captured: list[Tensor] = []  # tables that a graph copies from or reads; it may be replayed at any time
 
 
 @triton.jit
@@ -303,7 +303,7 @@ def _cached(make):
             kept.move_to_end(args)
         else:
             found = make(*args)
-            if not (args[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            if not graph_memory.recording(args[-1]):
                 kept[args] = found
                 if len(kept) > 64:
                     kept.popitem(last=False)
@@ -331,9 +331,9 @@ def _plan(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[tup
 
 
 def _held(tables: tuple[Tensor, Tensor]) -> Tensor:
-    """The table on the device. Where a graph is being recorded both are kept: it outlives what the caches keep."""
-    if tables[1].is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.extend(tables)
+    """The table on the device. Where a graph is being recorded it owns both: it outlives what the caches keep."""
+    if graph_memory.recording(tables[1].device):
+        graph_memory.keep(tables)
     return tables[1]
 
 

@@ -11,6 +11,7 @@ on what a tensor holds, so it can be recorded; bert_fast/train/recorded.py says 
                 kernels would have (torch's Note [CUDA Graph-safe RNG states], aten/src/ATen/cuda/CUDAGeneratorImpl.h;
                 ``replay_prologue`` in CUDAGeneratorImpl.cpp, and pytorch/pytorch#84967 for the seed). So
                 ``torch.manual_seed`` before a replay gives the keys that it gives before the eager function.
+    tables      what a kernel reads and no caller holds belongs to what was recorded (bert_fast/graph_memory.py).
     failure     recording runs nothing, so one that fails changes no tensor; what it leaves open is ended here.
 
 Source of the method: PyTorch's notes on CUDA graphs, "Whole-network capture" and "Graph memory management".
@@ -18,9 +19,24 @@ Source of the method: PyTorch's notes on CUDA graphs, "Whole-network capture" an
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
+
+from bert_fast import graph_memory
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded function: a call replays it. It owns the ``tables`` that its launches read."""
+
+    replay: Callable[[], None]
+    tables: list[torch.Tensor]
+
+    def __call__(self) -> None:
+        self.replay()
 
 
 class Recorder:
@@ -43,19 +59,25 @@ class Recorder:
             function()
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def record(self, function: Callable[[], None]) -> Recording:
         """What runs ``function`` again as it is now: its launches, none of its Python. Now nothing is run.
 
         The parameters keep the gradients that they have. Whatever ``function`` raises is raised; everything is as it
         was then.
         """
-        with self._gradients_kept():
-            return self._recorded(function)
+        tables: list[torch.Tensor] = []
+        with self._gradients_kept(), graph_memory.owned_by(tables):
+            recording = Recording(self._recorded(function), tables)
+        weakref.finalize(recording, self._wait).atexit = False  # it may go while a replay reads its tables
+        return recording
 
     def forget(self) -> None:
         """Waits for what is being replayed, before what was recorded goes; then a pool of its own begins."""
-        torch.cuda.synchronize(self.device)
+        self._wait()
         self._pool = None
+
+    def _wait(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
     def _gradients_kept(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bert_fast import optim
-from bert_fast.train.cuda_graphs import Recorder
+from bert_fast.train.cuda_graphs import Recorder, Recording
 from bert_fast.train.distributed import Ranks
 from bert_fast.train.step import Outcome, Step, moved
 
@@ -108,7 +108,7 @@ class RecordedStep(Step):
 
     def _forget(self) -> None:
         self._inputs: dict[tuple, dict] = {}  # what a graph reads, by the shapes of batches
-        self._graphs: dict[tuple, Callable[[], None]] = {}  # by shapes, first, last
+        self._graphs: dict[tuple, Recording] = {}  # by shapes, first, last
         self._gradients: dict[Tensor, Tensor] | None = None  # between two micro-batches
         self._trained: list[list[Tensor]] = []  # parameters with gradients, those that share memory together
         self._address, self._versions = None, []
@@ -152,7 +152,7 @@ class RecordedStep(Step):
                 buffer.copy_(batch[name], non_blocking=True)
         return self._graphs[key]
 
-    def _record(self, shape: tuple, first: bool, last: bool) -> Callable[[], None]:
+    def _record(self, shape: tuple, first: bool, last: bool) -> Recording:
         """Gradients begin as products and autograd make them, without a buffer of zeros that they would be added to,
         and where the update is not at its end they are left where the next micro-batch finds them."""
         if not last and self._gradients is None:

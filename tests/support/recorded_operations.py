@@ -130,6 +130,9 @@ class Replay(Recorder):
     def forget(self):
         self.recordings = []
 
+    def _wait(self):
+        pass
+
     def _recorded(self, function):
         operations = Operations()
         with _everything_put_back(), operations.recording():

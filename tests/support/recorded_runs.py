@@ -20,7 +20,7 @@ class Rerun(Recorder):
     def warm(self, function):
         function()
 
-    def forget(self):
+    def _wait(self):
         pass
 
     def _recorded(self, function):
