@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from bert_fast import __version__, dispatch
+from bert_fast import __version__, compilers, dispatch
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn", "apex")
 
@@ -20,14 +20,18 @@ def _version(package: str) -> str:
 
 
 def environment() -> dict:
-    """What runs here: {"versions", "machine", "devices", "backends", "operators"}, of plain strings and numbers."""
-    devices = []
+    """What runs here: {"versions", "warnings", "machine", "devices", "backends", "operators"}, of plain strings and
+    numbers."""
+    devices, capabilities = [], []
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
+        capabilities.append(10 * major + minor)
         devices.append(f"{torch.cuda.get_device_name(i)} (compute capability {major}.{minor})")
     return {
         "versions": {"bert_fast": __version__, "python": platform.python_version()}
-        | {package: _version(package) for package in _PACKAGES},
+        | {package: _version(package) for package in _PACKAGES}
+        | {"ptxas": compilers.assemblers()},
+        "warnings": compilers.warnings_for(capabilities),
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
@@ -65,6 +69,8 @@ def main() -> None:
         print(title)
         for name, value in facts[title].items():
             print(f"  {name:26} {value}")
+    for warning in facts["warnings"]:
+        print(f"warning: {warning}")
     print("devices")
     for device in facts["devices"] or ["no GPU is visible to torch"]:
         print(f"  {device}")
