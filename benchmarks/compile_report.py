@@ -6,6 +6,9 @@ Every file of kernels/ names its default configurations at BERT's sizes in ``aot
 for each target by Triton, and read with the cuobjdump of Triton's package. The exit status is 1 where a rule is broken:
 
     spills      no register is spilled (STL, LDL: stores to and loads from local memory)
+    registers   nothing touches a register that an asynchronous product still reads or adds to (sass.py)
+    fences      a fence stands between writes to shared memory and a product that reads them by descriptor (sass.py)
+    programs    as many fit a multiprocessor as occupancy.json states: one register more may cost a quarter of them
     shared      shared memory fits the part's limit for one program, tensor memory its 512 columns
     products    a 16-bit kernel with matrix products uses its target's own tensor-core instruction
     waits       the products of a Gluon kernel, which issues them asynchronously, have not been made to wait in turn,
@@ -13,15 +16,16 @@ for each target by Triton, and read with the cuobjdump of Triton's package. The 
     width       a row operator reads and writes memory by 16 bytes: "wide" is at least a half
     coverage    every kernel that the host launches is in some file's aot_cases
 
+A broken rule that is known of this pair of Triton and ptxas and tolerated (bert_fast/compilers.py) is listed as known.
 "waits" are instructions that wait for asynchronous products (HGMMA): as many of them as of products mean that the
 assembler saw their registers used meanwhile and made them wait in turn. Triton's own pipelining (num_stages of 2 and
 more) leads to that in some kernels: there it is shown, and no rule. The assembler also moves waits up, and work down
 past them, unless something that it does not move stands between.
-Occupancy is computed from registers, shared memory and warps, not measured. "wasted" is the share of the scores that an
-attention kernel's tiles compute past the ends of sequences of Wikipedia's lengths at 512 and at 128 (a quarter of each
-length). "wide" is the share of accesses to global memory of 16 bytes a thread or more, by the bytes that instructions
-name; each counts once, also one that reads a single number a row, and one for a tensor's last, masked piece. Nothing
-here says how fast a kernel is.
+Occupancy is computed from registers, shared memory, tensor memory and warps, not measured. "wasted" is the share of
+the scores that an attention kernel's tiles compute past the ends of sequences of Wikipedia's lengths at 512 and at
+128 (a quarter of each length). "wide" is the share of accesses to global memory of 16 bytes a thread or more, by the
+bytes that instructions name; each counts once, also one that reads a single number a row, and one for a tensor's
+last, masked piece. Nothing here says how fast a kernel is.
 """
 
 import argparse
@@ -39,7 +43,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
+
+from benchmarks import sass
+from bert_fast import compilers
+
 ROOT = Path(__file__).resolve().parent.parent
+OCCUPANCY = ROOT / "benchmarks" / "occupancy.json"  # kernel -> compute capability -> programs a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,6 @@ PARTS = {
 TENSOR_MEMORY_COLUMNS = 512
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA", "IMMA", "IGMMA", "DMMA")
 BULK_COPY = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
-WAIT = "WARPGROUP.DEPBAR"  # for asynchronous products
-SPILL = ("STL", "LDL")
 GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
 ROW_OPERATORS = ("embedding_layernorm", "residual_layernorm", "bias_gelu")
 
@@ -80,7 +88,8 @@ class Row:
     spills: int  # instructions
     local_bytes: int
     shared_bytes: int
-    occupancy: float  # share of the part's warps that can be resident
+    programs: int  # that fit a multiprocessor
+    occupancy: float  # share of the part's warps that they are
     tensor_core: dict[str, int]  # opcode -> instructions
     product_waits: int  # instructions that wait for asynchronous products
     bulk_copies: int  # instructions
@@ -88,18 +97,19 @@ class Row:
     wasted: dict[int, float] = field(default_factory=dict)  # full length -> share of the computed scores
     idle_waits: int = 0  # waits with little between them and the wait before, and no product
     broken: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)  # broken too, and tolerated with these versions
 
 
-def occupancy(part: Part, registers: int, shared: int, warps: int) -> float:
-    """Share of the part's warps resident at once; registers are given out in units of 256 a warp."""
+def programs(part: Part, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> int:
+    """How many fit a multiprocessor; registers are given out in units of 256 a warp, tensor memory in columns."""
     per_warp = -(-registers * 32 // 256) * 256
-    programs = min(
+    return min(
         part.programs_per_sm,
         part.warps_per_sm // warps,
         part.registers_per_sm // per_warp // warps,
         part.shared_per_sm // (shared + part.reserved_shared),
+        TENSOR_MEMORY_COLUMNS // tensor_memory if tensor_memory else part.programs_per_sm,
     )
-    return programs * warps / part.warps_per_sm
 
 
 @functools.cache
@@ -115,27 +125,19 @@ def wasted_scores(block_m: int, block_n: int, seq: int) -> float:
     return 1 - useful / computed
 
 
-def access_bytes(instruction: str) -> int:
-    """Bytes a thread of a load or store, by its modifiers: LDG.E.128 is 16, LDG.E 4."""
-    sizes = [int(width) // 8 for width in re.findall(r"\.[US]?(8|16|64|128|256)\b", instruction)]
-    return sizes[-1] if sizes else 4
-
-
 def wide_share(instructions: Counter) -> float | None:
     """See Row.wide; ``instructions`` with their modifiers."""
     found = Counter()
     for name, count in instructions.items():
         if name.partition(".")[0] in GLOBAL_ACCESS:
-            size = access_bytes(name)
+            size = sass.access_bytes(name)
             found[size >= 16] += count * size
     return found[True] / found.total() if found else None
 
 
 def broken_rules(row: Row, part: Part, needs_tensor_core: bool, tensor_memory: int, asynchronous: bool) -> list[str]:
-    """What ``row`` breaks, in words."""
+    """What ``row``'s numbers break, in words."""
     broken = []
-    if row.spills:
-        broken.append(f"{row.spills} instructions spill registers")
     if row.shared_bytes > part.shared_per_program:
         broken.append(f"{row.shared_bytes} bytes of shared memory, the limit is {part.shared_per_program}")
     if tensor_memory > TENSOR_MEMORY_COLUMNS:
@@ -162,32 +164,49 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def idle_waits(instructions: list[str]) -> int:
-    """How many waits for products have fewer than 64 instructions and no product between them and the wait before."""
-    idle, since = 0, None
-    for at, name in enumerate(instructions):
-        if name.startswith(WAIT):
-            idle += since is not None and at - since <= 64
-            since = at
-        elif name.startswith("HGMMA"):
-            since = None
-    return idle
+def _summary(findings: list[str]) -> list[str]:
+    """The first of a rule's findings about a kernel, and how many more there are."""
+    more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
+    return [findings[0] + more] if findings else []
 
 
-def _disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers a thread, local bytes a thread (stack included), and the instructions, with their modifiers, as they
-    stand."""
+def judge_code(row: Row, listing: sass.Listing, faults: list[compilers.Fault]) -> None:
+    """Adds to ``row.broken`` what the instructions break, or to ``row.known`` where one of ``faults`` tolerates it."""
+    spills = [place for place, instruction in enumerate(listing.code) if instruction.name in sass.SPILL]
+    if spills:
+        inside = sum(place in listing.looped for place in spills)
+        row.broken.append(f"{len(spills)} instructions spill registers, {inside} of them in a loop")
+    found = {"registers": sass.early_registers, "fences": sass.missing_fences, "unknown": sass.unknown}
+    for rule, check in found.items():
+        tolerated = [fault for fault in faults if fault.rule == rule and fault.tolerated]
+        for line in _summary(check(listing)):
+            if tolerated:
+                row.known.append(f"{line}: {tolerated[0].what}")
+            else:
+                row.broken.append(line)
+
+
+def judge_occupancy(row: Row, stated: dict[str, dict[str, int]]) -> None:
+    """Adds to ``row.broken`` where fewer programs fit a multiprocessor than ``stated``, or where none are."""
+    least = stated.get(row.kernel, {}).get(str(row.target))
+    if least is None:
+        row.broken.append(f"{OCCUPANCY.name} does not state how many programs fit a multiprocessor: {row.programs}")
+    elif row.programs < least:
+        row.broken.append(f"{row.programs} programs fit a multiprocessor, {OCCUPANCY.name} states {least}")
+
+
+def _disassemble(cubin: bytes) -> tuple[int, int, sass.Listing]:
+    """Registers a thread, local bytes a thread (stack included), and the instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
     numbers = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")}
-    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], found
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], sass.Listing.parse(code)
 
 
-def compile_case(case: dict, capability: int) -> Row:
-    """Compile one case as the launcher would and read what came out."""
+def compile_case(case: dict, capability: int, stated: dict | None) -> Row:
+    """Compile one case as the launcher would and judge what came out; ``stated`` is what occupancy.json has."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -204,28 +223,33 @@ def compile_case(case: dict, capability: int) -> Row:
         options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]},
     )
     metadata = compiled.metadata
-    registers, local_bytes, code = _disassemble(compiled.asm["cubin"])
-    opcodes = Counter(name.partition(".")[0] for name in code)
-    warps = metadata.num_warps
+    registers, local_bytes, listing = _disassemble(compiled.asm["cubin"])
+    opcodes = Counter(instruction.name for instruction in listing.code)
+    warps, tensor_memory = metadata.num_warps, getattr(metadata, "tmem_size", 0) or 0
+    resident = programs(part, registers, metadata.shared, warps, tensor_memory)
     row = Row(
         kernel=case["name"],
         target=capability,
         warps=warps,
         registers=registers,
-        spills=sum(opcodes[name] for name in SPILL),
+        spills=sum(opcodes[name] for name in sass.SPILL),
         local_bytes=local_bytes,
         shared_bytes=metadata.shared,
-        occupancy=occupancy(part, registers, metadata.shared, warps),
+        programs=resident,
+        occupancy=resident * warps / part.warps_per_sm,
         tensor_core={name: opcodes[name] for name in TENSOR_CORE if opcodes[name]},
-        product_waits=sum(name.startswith(WAIT) for name in code),
+        product_waits=sum(instruction.opcode.startswith(sass.WAIT) for instruction in listing.code),
         bulk_copies=sum(opcodes[name] for name in BULK_COPY),
-        wide=wide_share(Counter(code)),
+        wide=wide_share(Counter(instruction.opcode for instruction in listing.code)),
         wasted={seq: wasted_scores(*case["score_tile"], seq) for seq in (512, 128) if "score_tile" in case},
-        idle_waits=idle_waits(code),
+        idle_waits=sass.idle_waits(listing),
     )
     sixteen_bits = any(kind in ("*bf16", "*fp16") for kind in signature.values())
-    tensor_memory = getattr(metadata, "tmem_size", 0) or 0
     row.broken = broken_rules(row, part, case["dot"] and sixteen_bits, tensor_memory, kernel.is_gluon())
+    ptxas = compilers.ptxas_version(capability)
+    judge_code(row, listing, compilers.known_faults(triton.__version__, ptxas, capability))
+    if stated is not None:
+        judge_occupancy(row, stated)
     return row
 
 
@@ -275,6 +299,7 @@ HEADER = (
     "spills",
     "local B",
     "shared B",
+    "programs",
     "occup.",
     "tensor cores",
     "bulk",
@@ -289,13 +314,13 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         tensor_core = " ".join(f"{name} {count}" for name, count in row.tensor_core.items()) or "-"
         tensor_core += f", {row.product_waits} waits" if row.product_waits else ""
-        numbers = (row.warps, row.registers, row.spills, row.local_bytes, row.shared_bytes)
+        numbers = (row.warps, row.registers, row.spills, row.local_bytes, row.shared_bytes, row.programs)
         wasted = " ".join(f"{seq}: {share:.0%}" for seq, share in row.wasted.items()) or "-"
         wide = "-" if row.wide is None else f"{row.wide:.0%}"
         last = (f"{row.occupancy:.0%}", tensor_core, str(row.bulk_copies or "-"), wide, wasted)
         cells.append((row.kernel, f"sm_{row.target}", *map(str, numbers), *last))
     widths = [max(len(line[i]) for line in cells) for i in range(len(HEADER))]
-    left = (0, 1, 8)
+    left = (0, 1, 9)
     lines = []
     for line in cells:
         padded = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
@@ -320,7 +345,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     os.environ.pop("TRITON_INTERPRET", None)  # acts when a kernel is decorated; an interpreted one cannot be compiled
-    sys.path.insert(0, str(ROOT))
     cases, uncovered = collect(options.folder.resolve(), options.targets)
     wanted = [part for part in options.kernels.split(",") if part]
     cases = [(t, case) for t, case in cases if not wanted or any(part in case["name"] for part in wanted)]
@@ -328,21 +352,28 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no case of {options.folder} matches --kernels {options.kernels!r}", file=sys.stderr)
         return 2
 
+    versions = {"triton": compilers.triton_version(), "ptxas": compilers.assemblers()}
+    print(f"triton {versions['triton']}, ptxas {versions['ptxas']}\n")
+    own = options.folder.resolve() == ROOT / "kernels"
+    stated = json.loads(OCCUPANCY.read_text(encoding="utf-8")) if own else None
     rows = []
     for number, (target, case) in enumerate(cases, 1):
         if sys.stderr.isatty():
             print(f"\r\x1b[Kcompiling {number} of {len(cases)}: {case['name']}, sm_{target}", end="", file=sys.stderr)
-        rows.append(compile_case(case, target))
+        rows.append(compile_case(case, target, stated))
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
     rows.sort(key=lambda row: (row.kernel, row.target))
     print(table(rows))
 
     broken = [f"{row.kernel}, sm_{row.target}: {rule}" for row in rows for rule in row.broken] + uncovered
+    known = [f"{row.kernel}, sm_{row.target}: {rule}" for row in rows for rule in row.known]
     if options.json:
-        report = {"rows": [asdict(row) for row in rows], "broken": broken}
+        report = {"versions": versions, "rows": [asdict(row) for row in rows], "broken": broken, "known": known}
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{len(rows)} compilations, {len(broken)} broken rules" + "".join(f"\n  {line}" for line in broken))
+    print("".join(f"\nwarning: {line}" for line in compilers.warnings_for({row.target for row in rows})))
+    for title, lines in (("known faults, tolerated", known), ("broken rules", broken)):
+        print(f"{len(rows)} compilations, {len(lines)} {title}" + "".join(f"\n  {line}" for line in lines))
     return 1 if broken else 0
 
 

@@ -93,6 +93,13 @@ def _product(kind="bf16", warps=8, stages=2):
     return PRODUCT.replace("KIND", kind).replace("WARPS", str(warps)).replace("STAGES", str(stages))
 
 
+def _row(**changed):
+    numbers = {"kernel": "attention one_pass", "target": 90, "warps": 8, "registers": 255, "spills": 0}
+    numbers |= {"local_bytes": 0, "shared_bytes": 0, "programs": 1, "occupancy": 0.1, "tensor_core": {"HGMMA": 24}}
+    numbers |= {"product_waits": 3, "bulk_copies": 0, "wide": None}
+    return compile_report.Row(**numbers | changed)
+
+
 def _report(*arguments, timeout=590):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # the report must clear it by itself
     command = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), *map(str, arguments)]
@@ -107,11 +114,14 @@ def _report_of(tmp_path, source, target):
 
 
 @pytest.mark.slow
-def test_every_kernel_keeps_the_rules(tmp_path):
-    done = _report("--json", tmp_path / "report.json")
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_every_kernel_keeps_the_rules(tmp_path, target):
+    done = _report("--targets", target, "--json", tmp_path / "report.json")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert {row["target"] for row in report["rows"]} == {80, 90, 100}
+    stated = json.loads(compile_report.OCCUPANCY.read_text())
+    assert {row["kernel"] for row in report["rows"]} == {name for name, on in stated.items() if str(target) in on}
+    assert report["versions"].keys() == {"triton", "ptxas"}
 
 
 @pytest.mark.parametrize(
@@ -189,32 +199,55 @@ def test_a_row_operator_that_reads_single_elements_is_reported(tmp_path, name, e
     assert ("are read and written by 16" in done.stdout) == broken
 
 
-@pytest.mark.parametrize(
-    ("instruction", "size"),
-    [("LDG.E.128", 16), ("LDG.E", 4), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.EF.64", 8), ("STG.E.U8", 1),
-     ("LDG.E.ENL2.256", 32), ("LDGSTS.E.BYPASS.128", 16), ("LDGSTS.E.LTC128B.128", 16), ("LDG.E.LTC128B", 4)],
-)  # fmt: skip
-def test_bytes_of_an_access(instruction, size):
-    assert compile_report.access_bytes(instruction) == size
-
-
 @pytest.mark.parametrize(("waits", "asynchronous", "broken"), [(24, True, True), (3, True, False), (24, False, False)])
 def test_products_made_to_wait_in_turn_are_reported(waits, asynchronous, broken):
     """By the assembler, in a kernel that issues them asynchronously itself; in others they are shown, not judged."""
-    row = compile_report.Row("attention one_pass", 90, 8, 255, 0, 0, 0, 0.1, {"HGMMA": 24}, waits, 0, None)
+    row = _row(product_waits=waits)
     assert bool(compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, asynchronous)) == broken
     assert f"HGMMA 24, {waits} waits" in compile_report.table([row])
 
 
-@pytest.mark.parametrize(("between", "idle"), [(10 * ["FMNMX"], 1), (80 * ["FMNMX"], 0), (["HGMMA.64x64x16"], 0)])
-def test_a_wait_that_follows_another_at_once_is_reported(between, idle):
-    code = ["HGMMA.64x128x16", "WARPGROUP.DEPBAR.LE", *between, "WARPGROUP.DEPBAR.LE", "EXIT"]
-    assert compile_report.idle_waits(code) == idle
-    row = compile_report.Row(
-        "attention asynchronous", 90, 8, 255, 0, 0, 0, 0.1, {"HGMMA": 24}, 2, 0, None, idle_waits=idle
-    )
+@pytest.mark.parametrize("idle", [0, 1])
+def test_a_wait_that_follows_another_at_once_is_reported(idle):
+    row = _row(idle_waits=idle)
     assert len(compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, True)) == idle
     assert not compile_report.broken_rules(row, compile_report.PARTS[90], True, 0, False)
+
+
+SPILL = "/*0000*/ HGMMA.64x64x16.F32 R56, R24, gdesc[UR16], R56, gsb0 ;\n/*0010*/ STL [R1], R9 ;"
+OVERWRITTEN = "/*0000*/ HGMMA.64x64x16.F32 R56, R24, gdesc[UR16], R56, gsb0 ;\n/*0010*/ CS2R R24, SRZ ;"
+UNFENCED = "/*0000*/ STS [R2], R4 ;\n/*0010*/ BAR.SYNC 0x0 ;\n/*0020*/ UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;"
+UNKNOWN = "/*0000*/ HGMMA.64x64x16.F32 R56, R24, gdesc[UR16], R56, gsb0 ;\n/*0010*/ FOO R1, R2 ;"
+
+
+@pytest.mark.parametrize(("code", "rule", "said"), [
+    (SPILL, "spills", "1 instructions spill registers, 0 of them in a loop"),
+    (OVERWRITTEN, "registers", "CS2R at 0010 writes R24, operand of HGMMA"), (UNFENCED, "fences", "without a fence"),
+    (UNKNOWN, "unknown", "FOO is unknown"),
+])  # fmt: skip
+def test_what_the_instructions_break_is_reported(code, rule, said):
+    """And is listed as known instead where that very rule is tolerated, and no other."""
+    listing, fault = compile_report.sass.Listing.parse(code), compile_report.compilers.Fault
+    for faults in ((), [fault(rule, "seen before")], [fault("another", "tolerated", True)]):
+        row = _row()
+        compile_report.judge_code(row, listing, faults)
+        assert [said in line for line in row.broken] == [True]
+        assert row.known == []
+    row = _row()
+    compile_report.judge_code(row, listing, [fault(rule, "seen before", True)])
+    assert (len(row.broken), len(row.known)) == ((1, 0) if rule == "spills" else (0, 1))
+
+
+@pytest.mark.parametrize(("stated", "said"), [
+    ({"attention one_pass": {"90": 2}}, "1 programs fit a multiprocessor, occupancy.json states 2"),
+    ({"attention one_pass": {"90": 1, "100": 2}}, None), ({"attention one_pass": {"90": 0}}, None),
+    ({"attention one_pass": {"100": 1}}, "does not state how many programs fit a multiprocessor: 1"),
+    ({}, "does not state"),
+])  # fmt: skip
+def test_a_lost_occupancy_step_is_reported(stated, said):
+    row = _row()
+    compile_report.judge_occupancy(row, stated)
+    assert [said in line for line in row.broken] == ([True] if said else [])
 
 
 def test_launched_kernel_without_a_case_is_reported(tmp_path):
@@ -231,9 +264,10 @@ def test_nothing_to_compile_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("registers", "shared", "warps", "expected"),
-    [(32, 0, 4, 1.0), (255, 0, 4, 0.125), (64, 100 * 1024, 4, 0.125), (168, 0, 8, 0.125), (16, 0, 1, 0.5)],
-)
-def test_occupancy(registers, shared, warps, expected):
-    """Known cases of an sm_90: 64 warps, 65536 registers, 228 KiB, 32 programs."""
-    assert compile_report.occupancy(compile_report.PARTS[90], registers, shared, warps) == expected
+    ("registers", "shared", "warps", "tensor_memory", "expected"),
+    [(32, 0, 4, 0, 16), (128, 0, 4, 0, 4), (129, 0, 4, 0, 3), (255, 0, 4, 0, 2), (64, 100 * 1024, 4, 0, 2),
+     (168, 0, 8, 0, 1), (16, 0, 1, 0, 32), (64, 0, 4, 256, 2)],
+)  # fmt: skip
+def test_programs_that_fit_a_multiprocessor(registers, shared, warps, tensor_memory, expected):
+    """Known cases of an sm_90 (and 512 columns of tensor memory): 64 warps, 65536 registers, 228 KiB, 32 programs."""
+    assert compile_report.programs(compile_report.PARTS[90], registers, shared, warps, tensor_memory) == expected
