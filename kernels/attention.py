@@ -90,6 +90,8 @@ def _launch_config(kernel: str, capability: int, head_dim: int, dtype: torch.dty
         block_m, warps = 128, 8
     elif capability >= 100 and max_seqlen > 64 and (kernel == "fwd" or (kernel == "dq" and block_d == 64)):
         block_m = 128  # one row of scores a thread; dq of smaller heads spills with them
+    if kernel == "dq" and capability >= 100:
+        stages = 1  # with two, Triton before 3.9 leaves out the fence between copies and the products that read them
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
