@@ -37,12 +37,13 @@ M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018.
 
 import itertools
 import math
+import warnings
 
 import torch
 import triton
 import triton.language as tl
 
-from bert_fast import choice
+from bert_fast import choice, compilers
 from bert_fast.dropout_mask import dropout_scale, dropout_threshold
 from bert_fast.kernels import rows
 from bert_fast.kernels.philox import attention_keep
@@ -64,6 +65,7 @@ _AOT_SCALARS |= dict.fromkeys(_UNSPECIALIZED, "i32")
 # {90: 256} would be what to write.
 ASYNCHRONOUS_FORWARD: dict[int, int] = {}
 ONE_PASS_BACKWARD: dict[int, int] = {}
+_without_gluon: set[str] = set()  # "forward", "backward": where attention_hopper.py could not be had in this process
 
 
 def _launch_config(kernel: str, capability: int, head_dim: int, dtype: torch.dtype, max_seqlen: int) -> dict:
@@ -423,13 +425,30 @@ def _check(qkv: torch.Tensor, scale: float) -> None:
         raise ValueError(f"bert_fast.attention: the Triton kernel needs a scale above 0, got {scale}")
 
 
-def _hopper(table: dict[int, int], qkv, max_seqlen):
-    """attention_hopper.py where ``table`` says that it is to be used, else None."""
-    if max_seqlen < table.get(rows.capability(qkv.device), math.inf):
-        return None
-    from bert_fast.kernels.experiments import attention_hopper
+def _gluon(direction: str, table: dict[int, int], qkv, max_seqlen: int, call):
+    """``call`` with attention_hopper.py, where ``table`` says that it is to be used; else None.
 
-    return attention_hopper
+    Also None where it cannot be had: an untested Gluon, a name that is not there, an error of the compiler. That is
+    said once, and not tried again.
+    """
+    if direction in _without_gluon or max_seqlen < table.get(rows.capability(qkv.device), math.inf):
+        return None
+    try:
+        compilers.refuse_untested_gluon()
+        from bert_fast.kernels.experiments import attention_hopper
+
+        return call(attention_hopper)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, not of the kernel
+        raise
+    except Exception as error:
+        _without_gluon.add(direction)
+        warnings.warn(
+            f"bert_fast.attention: the Gluon {direction} cannot run here ({type(error).__name__}: {error}); the "
+            "portable kernel serves in its place, with the same masks",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias=None):
@@ -438,10 +457,14 @@ def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site,
     Raises TypeError for other dtypes, ValueError where ``scale`` is not above 0.
     """
     _check(qkv, scale)
-    hopper = _hopper(choice.of("attention.asynchronous", ASYNCHRONOUS_FORWARD), qkv, max_seqlen)
-    if hopper is not None and hopper.takes_forward(qkv):
+    given = (qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
+    table = choice.of("attention.asynchronous", ASYNCHRONOUS_FORWARD)
+    found = _gluon(
+        "forward", table, qkv, max_seqlen, lambda own: own.attention_fwd(*given) if own.takes_forward(qkv) else None
+    )
+    if found is not None:
         choice.served("attention.asynchronous")
-        return hopper.attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site)
+        return found
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty((tokens, heads * head_dim))
     lse = qkv.new_empty((heads, tokens), dtype=torch.float32)
@@ -461,12 +484,19 @@ def attention_bwd(
     """-> gradients of qkv (T, 3, A, D) in its dtype and of its bias (3, A, D) in ``bias_dtype``, empty (0,) where that
     is None: see reference.attention_bwd. Raises as attention_fwd."""
     _check(qkv, scale)
-    hopper = _hopper(choice.of("attention.one_pass", ONE_PASS_BACKWARD), qkv, max_seqlen)
-    if hopper is not None and hopper.takes_backward(grad_out, qkv, out, max_seqlen):
+    given = (grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias_dtype)
+    asked = (grad_out, qkv, out, max_seqlen)
+    table = choice.of("attention.one_pass", ONE_PASS_BACKWARD)
+    found = _gluon(
+        "backward",
+        table,
+        qkv,
+        max_seqlen,
+        lambda own: own.attention_bwd(*given) if own.takes_backward(*asked) else None,
+    )
+    if found is not None:
         choice.served("attention.one_pass")
-        return hopper.attention_bwd(
-            grad_out, qkv, out, lse, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias_dtype
-        )  # fmt: skip
+        return found
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     tokens, _, heads, head_dim = qkv.shape

@@ -4,6 +4,7 @@ The emulation (tests/support/gluon_emulation.py) finds races. That it does is te
 waits away.
 """
 
+import importlib
 import itertools
 import re
 import sys
@@ -19,12 +20,13 @@ pytest.importorskip("triton")
 
 from benchmarks import operators
 from benchmarks.workload import MODELS
-from bert_fast import dispatch, dropout_mask, reference
+from bert_fast import choice, dispatch, dropout_mask, reference
 from bert_fast.kernels import attention as portable
 from tests.support import gluon_emulation as emulation
 
 HALF, BF16 = torch.float16, torch.bfloat16
 SITE = 3
+EXPERIMENTS = "bert_fast.kernels.experiments"
 ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 if DEVICE == "cuda" and not ON_HOPPER:
     pytest.skip("the kernel is for compute capability 9.0", allow_module_level=True)
@@ -245,8 +247,9 @@ def as_on_hopper(hopper, monkeypatch):
     names = ("takes_forward", "takes_backward", "attention_fwd", "attention_bwd")
     spy = SimpleNamespace(**{name: getattr(hopper, name) for name in names})
     monkeypatch.setattr(portable.rows, "capability", lambda device: 90)
-    monkeypatch.setitem(sys.modules, "bert_fast.kernels.experiments.attention_hopper", spy)
-    monkeypatch.setattr(sys.modules["bert_fast.kernels"], "attention_hopper", spy, raising=False)
+    monkeypatch.setitem(sys.modules, f"{EXPERIMENTS}.attention_hopper", spy)
+    monkeypatch.setattr(importlib.import_module(EXPERIMENTS), "attention_hopper", spy, raising=False)
+    monkeypatch.setattr(portable, "_without_gluon", set())
     return spy
 
 
@@ -282,6 +285,54 @@ def test_where_the_forward_is_the_default(as_on_hopper, monkeypatch):
     out, _ = portable.attention_fwd(qkv, *arguments, torch.zeros(3, 1, 64, dtype=BF16, device=DEVICE))
     assert called == [200]
     assert torch.equal(out, forward(qkv, *arguments)[0])
+
+
+def fails(error):
+    def call(*given):
+        raise error
+
+    return call
+
+
+@pytest.fixture(params=["untested", "import", "name", "compiler"])
+def without_gluon(request, as_on_hopper, monkeypatch):
+    """Gluon kernels are asked for, and cannot be had, in one of the ways in which that happens; gives the reason."""
+    monkeypatch.setattr(portable, "ASYNCHRONOUS_FORWARD", {90: 0})
+    monkeypatch.setattr(portable, "ONE_PASS_BACKWARD", {90: 0})
+    if request.param == "untested":
+        monkeypatch.setattr(portable.compilers, "triton_version", lambda: "3.10.0")
+        return "not 3.10.0"
+    if request.param == "import":
+        monkeypatch.delattr(sys.modules[EXPERIMENTS], "attention_hopper")
+        monkeypatch.setitem(sys.modules, f"{EXPERIMENTS}.attention_hopper", None)
+        return "attention_hopper"
+    error = AttributeError("no warpgroup_mma") if request.param == "name" else RuntimeError("PassManager::run failed")
+    as_on_hopper.attention_fwd = as_on_hopper.attention_bwd = fails(error)
+    return str(error)
+
+
+def test_where_it_cannot_be_had_the_portable_kernels_serve_with_one_note(without_gluon):
+    tensors, arguments = operands([70, 3], 1, BF16, 0.1)
+    calls = {
+        "forward": lambda: portable.attention_fwd(tensors[1], *arguments)[0],
+        "backward": lambda: portable.attention_bwd(*tensors, *arguments)[0],
+    }
+    for direction, call in calls.items():
+        with choice.use({}) as served, pytest.warns(RuntimeWarning, match=f"Gluon {direction} cannot run") as notes:
+            found = [call(), call()]
+        assert [without_gluon in str(note.message) for note in notes] == [True]
+        assert not served  # so that nobody times the portable kernel under the other's name
+        with choice.use({"attention.asynchronous": {90: 10**9}, "attention.one_pass": {90: 10**9}}):
+            assert all(torch.equal(x, call()) for x in found)
+
+
+def test_errors_of_the_device_are_not_taken_for_errors_of_the_compiler(as_on_hopper, monkeypatch):
+    monkeypatch.setattr(portable, "ASYNCHRONOUS_FORWARD", {90: 0})
+    (_, qkv, *_), arguments = operands([70], 1, BF16, 0.1)
+    for error in (torch.OutOfMemoryError("full"), torch.AcceleratorError("illegal address")):
+        as_on_hopper.attention_fwd = fails(error)
+        with pytest.raises(type(error)):
+            portable.attention_fwd(qkv, *arguments)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
