@@ -27,7 +27,7 @@ def _tool(name: str) -> str | None:
 
 
 class BuildCpuOperators(build_ext):
-    """Configures, builds and installs CMakeLists.txt's library into the package; a failure is told, not fatal."""
+    """Configures, builds and installs CMakeLists.txt's library into the package. A failure is a message."""
 
     def run(self) -> None:
         # What an earlier build left is of other sources: where this one fails it must not serve in its place.

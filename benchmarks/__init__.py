@@ -3,7 +3,7 @@
 run.py is the door (``python benchmarks/run.py --seq 512``), gpu.py the list of cases that a GPU is borrowed for.
 
     workload     real text to batches, the same for every contender; sizes of models
-    contenders   who is compared, and the one way to build each and to make its step
+    contenders   what is compared, and the one way to build each and to make its step
     onnx_openvino  encoders of other libraries
     operators    each operator and optimiser alone: a table of operands, both sides, what it has to do
     clock        seconds: of a step, of its kernels, of a call with cold caches, interleaved; quantiles and ratios

@@ -140,7 +140,7 @@ def why_unavailable(name: str, setting: Setting) -> str | None:
 
 
 class MaskedHead(transformers.BertForPreTraining):
-    """The reference with its MLM head on masked positions only, so that nobody can say the head alone won."""
+    """The reference with its MLM head on masked positions only: it shows what the head alone is worth."""
 
     def forward(self, labels=None, next_sentence_label=None, **inputs):
         outputs = self.bert(**inputs)

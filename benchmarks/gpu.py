@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that is not installed
 
 import torch
 import transformers
@@ -193,7 +193,7 @@ class Run:
     def measure_steps(
         self, model: str, seq: int, kind: str, names: Sequence[str], found: Results, *, optimizer: str = "adamw"
     ) -> None:
-        """A table; candidates are held against ours as built first. What cannot run here is told in its row."""
+        """A table; candidates are held against ours as built first. What cannot run here says why in its row."""
         setting, (real, lengths) = self.setting(optimizer), self.sizes(seq, kind)
         entries, refused, differs = [], [], {}
         for name in names:

@@ -453,7 +453,7 @@ def measure(
     return rows
 
 
-# The optimisers: who each is compared with, and bytes an element of float32 weights that it has to move: the norm reads
+# The optimisers: their peers, and bytes an element of float32 weights that it has to move: the norm reads
 # g; AdamW reads w, g, m, v and writes w, m, v; LAMB reads those, writes m and v, then reads w, m, v and writes w.
 # PyTorch's clipping reads g for the norm, then reads and writes it. With weights and gradients of 16 bits, ours keeps
 # float32 weights besides, PyTorch and apex do not: they move less than half.

@@ -60,7 +60,7 @@ def compare(config, batch: Batch, setting: Setting, *, name: str = "bert_fast",
     """Rows {"what", "error", "reference_error", "bound", "passed"} of our step ``name`` (with gradients in place, as it
     trains): the loss, then each parameter's gradient.
 
-    ``config`` must have dropout 0. ``progress(text)`` is told what is computed.
+    ``config`` must have dropout 0. ``progress(text)`` says what is computed.
     """
     weights, bits16 = None, CONTENDERS[name].ours.weights == torch.bfloat16
     found = {}

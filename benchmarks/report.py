@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from string import Template
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that is not installed
 
 from benchmarks import tables
 from benchmarks.predict import step_model
@@ -294,7 +294,7 @@ def beside(data: dict) -> str:
 
 def write_beside(found: Results) -> None:
     """The readable form beside the JSON, and the pictures where matplotlib is there. Neither is worth a run: what goes
-    wrong here is told in the text."""
+    wrong here stands in the text."""
     stem = found.path.with_suffix("")
     try:
         text = beside(found.data)

@@ -38,7 +38,7 @@ class Results:
             self.save()
 
     def save(self) -> None:
-        """Write the file in one piece: who reads it, or is left with it, has the old or the new one."""
+        """Write the file in one piece: a reader has the old or the new one, also after a kill."""
         if self.path is None:
             return
         part = self.path.with_name(self.path.name + ".part")

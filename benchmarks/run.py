@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that is not installed
 
 import torch
 import transformers

@@ -1,4 +1,4 @@
-"""Other launch configurations than the kernels' own, timed; what to write into the constants is told.
+"""Other launch configurations than the kernels' own, timed; it prints what to write into the constants.
 
 Nothing is changed. A configuration counts only where its results are those of the default one, to rounding.
 """

@@ -1,4 +1,4 @@
-"""Products with weights, whose gradients may be summed in place where nobody looks on.
+"""Products with weights, whose gradients may be summed in place where no hook sees them.
 
 Autograd makes a weight's gradient in memory of its own and then adds it to ``.grad``: of every weight, in every
 micro-batch after the first, two reads and a write that a product could do itself; under autocast it is besides
@@ -59,7 +59,7 @@ def linear_with_residual(x: Tensor, weights: Sequence[Tensor], bias: Tensor | No
     """(``linear(x, weights, bias)``, x): x again, for its use beside the product, a residual's.
 
     Inside :func:`gradients_in_place` the gradient of that use is memory that the product's backward adds to and hands
-    on: nobody else may keep it, as a hook could. The caller knows that there is none between here and there.
+    on: nothing else may keep it, as a hook could. The caller knows that there is none between here and there.
     """
     if _owned(weights) and x.dtype == product_dtype(x):
         return _Linear.apply(x, bias, True, *weights)

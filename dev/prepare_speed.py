@@ -27,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Works on a checkout that nobody installed. No torch here: this file is imported by the workers of `prepare`.
+# Works on a checkout that is not installed. No torch here: this file is imported by the workers of `prepare`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 MIB = 1 << 20

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that is not installed
 
 from benchmarks import limits, operators
 from benchmarks.clock import Clock, synchronize

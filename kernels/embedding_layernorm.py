@@ -14,7 +14,7 @@ for another kernel. (d z in fp32, written once and read for three tables, was T 
 instructions an element, a quarter of them dropout's: together as long as the memory takes.
 
     lists     The tokens sorted (stable) by group and word, and by group, position and segment, in one sort of 2 T
-              keys. A token with an index out of range is at the end of both, where nobody reads.
+              keys. A token with an index out of range is at the end of both, where nothing reads.
     groups    Words are dealt out to groups, so many that d out and word rows of a group's tokens are 16 MiB. Programs
               of either list are resident side by side and walk through it group by group, so what one has read from
               memory is in the L2 cache for the other. A position of a group is a place, and has a sum of its own.

@@ -13,7 +13,7 @@ from pathlib import Path
 import griffe
 from mkdocs.structure.files import File
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that is not installed
 
 from bert_fast.cli import build_parser
 

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated:
         print(f"bert-fast {options.command}: terminated", file=sys.stderr)
         return TERMINATED
-    except BrokenPipeError:  # the reader of a pipe has gone (`| head`): nobody is left to tell
+    except BrokenPipeError:  # the reader of a pipe has gone (`| head`), and messages with it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:  # whatever it is, a user gets one line and an exit code; the traceback on demand

@@ -29,8 +29,8 @@ def add_parser(subparsers) -> None:
         "turn sentences into vectors",
         details="One sentence a line, from FILE or stdin; vectors come in the same order. A folder of "
         "sentence-transformers says how they are made (pooling, scaling, length, prompts), and SentenceTransformer "
-        "makes the same; of any other model they are the mean over the last hidden states of all tokens. Flags go "
-        "before both. Any number of sentences in bounded memory, packed by length, without padding. [SEP] and other "
+        "makes the same; of any other model they are the mean over the last hidden states of all tokens. Flags "
+        "override both. Any number of sentences in bounded memory, packed by length, without padding. [SEP] and other "
         "special tokens in a sentence are such tokens, as in transformers.",
         examples="""
 bert-fast encode run sentences.txt --out vectors.npy

@@ -20,7 +20,8 @@ def add_parser(subparsers) -> None:
         "measure a model on prepared data: MLM loss, perplexity, accuracy, NSP accuracy",
         details="Beside the MLM loss stands that of the unigram baseline, which predicts every token by how frequent "
         "it is: a model that has learned is well below. Where DIR is what a run was trained on, the documents that it "
-        "held out are measured. Masks and pairs are drawn from --seed alone, so figures of several models compare.",
+        "held out are measured. Masks and pairs are drawn from --seed alone, so figures of several models can be "
+        "compared.",
         examples="""
 bert-fast evaluate run --data data
 bert-fast prepare heldout/ --tokenizer tok --out heldout

@@ -20,8 +20,8 @@ def add_parser(subparsers) -> None:
         "fill-mask",
         run,
         "fill the [MASK]s of a text",
-        details="MODEL is a run of `bert-fast pretrain`, still going or not, or any Hugging Face folder with a BERT. A "
-        "text that cannot be filled is told with its number and the others go on; the exit code is then 1. [SEP] and "
+        details="MODEL is a run of `bert-fast pretrain`, still going or not, or any Hugging Face folder with a BERT. "
+        "The command names a text that it cannot fill by its number and goes on; the exit code is then 1. [SEP] and "
         "other special tokens in a text are such tokens, as in transformers.",
         examples="""
 bert-fast fill-mask run "The animal didn't cross the street because the [MASK] was too tired."
@@ -35,7 +35,7 @@ bert-fast fill-mask path/to/bert-base-uncased "Paris is the [MASK] of France." -
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the tokens; a text that fails is told with its number, and the others are filled."""
+    """Prints the tokens; names a text that fails by its number, and fills the others."""
     from bert_fast import BertForMaskedLM
     from bert_fast.use.inference import load_model
 

@@ -22,12 +22,12 @@ def add_parser(subparsers) -> None:
         "prepare",
         run,
         "turn a corpus into memory-mapped shards of token ids",
-        details="Documents are split into sentences and encoded on all cores, in bounded memory; exact duplicates are "
-        "dropped and counted. A run that was stopped or killed goes on where it was when started again; machines share "
-        "the work by --shard in one common folder, with the same result as one machine. A pipe is read once and not "
-        "copied: give the same again to go on. What was skipped or changed is said, with the first places. [SEP], "
-        "[MASK] and the other special tokens of BERT are text where the corpus holds them; a tokenizer's other added "
-        "tokens are tokens.",
+        details="It splits documents into sentences and encodes them on all cores, in bounded memory; it drops exact "
+        "duplicates and counts them. A run that was stopped or killed goes on where it was when started again. "
+        "Machines share the work by --shard in one common folder, with the same result as one machine. A pipe is read "
+        "once and not copied: give the same again to go on. The command says what it skipped or changed, with the "
+        "first places. [SEP], [MASK] and the other special tokens of BERT are text where the corpus holds them; a "
+        "tokenizer's other added tokens are tokens.",
         examples="""
 bert-fast prepare corpus/ --tokenizer tok --out data
 bert-fast prepare corpus.txt --tokenizer vocab.txt --uncased --out data
@@ -155,7 +155,7 @@ def _alone(manifest: dict) -> tuple[float, float]:
 
 
 def _warn(copies: tuple[float, float], alone: tuple[float, float], out: Output) -> None:
-    """Of shares of copies and of single sentences that nobody would expect."""
+    """Warns of an unexpected share of copies or of single sentences."""
     if copies[0] > COPIES:
         out.warn(
             f"{copies[0]:.1%} of the documents were dropped, as they are copies of others (the same token ids): is the "

@@ -32,7 +32,7 @@ def add_parser(subparsers) -> None:
         "torchrun --nproc-per-node 8 -m bert_fast pretrain --data data --out run --model large --optimizer lamb",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="TOML or JSON file with any of these options; flags go before it"
+        "--config", metavar="FILE", help="TOML or JSON file with any of these options; flags override it"
     )
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for field, kind in fields():

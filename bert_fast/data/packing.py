@@ -39,7 +39,7 @@ def plan_batches(
 ) -> list[np.ndarray]:  # fmt: skip
     """Deals samples into batches that fit ``size``; every sample of ``order`` is in exactly one.
 
-    A batch takes samples in the order given (sample numbers, shuffled) until the longest might not fit any more;
+    A batch takes samples in the order given (sample numbers, shuffled) until the longest might not fit;
     the rest of its budget goes to the longest that do fit among the next ``pool`` samples (at least four batches of
     sequences). So batches stay mixed,
     and hardly a token is wasted. A sequence is never cut or joined to another. Returns int64 arrays of sample

@@ -359,7 +359,7 @@ def _checksum(path: Path) -> str:
 
 def damages(folder: str | Path, progress: Callable[[int], None] = lambda size: None) -> list[str]:
     """A line for each file that is not what the manifest says, for an index that is not what whole shards give, and for
-    a tokenizer that is not the manifest's. ``progress`` is told the bytes of a file when it has been read.
+    a tokenizer that is not the manifest's. ``progress`` gets the bytes of each file that has been read.
 
     FileNotFoundError where there is no manifest, ValueError where that is damaged.
     """

@@ -1,4 +1,4 @@
-"""Which samples form an update, and who computes them: pure functions of (seed, place in the data).
+"""Which samples form an update, and which process computes them: pure functions of (seed, place in the data).
 
 The stream of a phase is epoch after epoch, each in the order of ``PretrainingDataset.order``; an update takes the
 next ``batch_size`` sequences of it, and one that meets the end of an epoch goes on with the next epoch's first. So

@@ -455,7 +455,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
     def _rows_read(self, asked: Tensor, layout: Layout) -> Tensor | None:
         """The rows that a head and the pooler read, in this order; None where the last layer has to make all: it is
-        hooked, so somebody may look at it, or nothing would be saved."""
+        hooked, so a hook may look at it, or nothing would be saved."""
         if self.pooler is not None and not self._pools_first():
             return None
         if not (len(self.encoder.layer) and layers.unhooked(self.encoder.layer[-1])):

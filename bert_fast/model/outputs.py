@@ -1,5 +1,5 @@
 """Outputs of a training step in which the MLM head ran at the masked positions alone: its logits are None, and code
-that reads them is told, once, how to get them."""
+that reads them gets a message, once, that says how to get them."""
 
 import sys
 

@@ -71,7 +71,7 @@ class _EmbeddingLayerNormAndTable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         output = call("embedding_layernorm_fwd", *inputs)
-        ctx.set_materialize_grads(False)  # a table that nobody read has no gradient
+        ctx.set_materialize_grads(False)  # a table without a reader has no gradient
         _setup(ctx, inputs, output)
         return output[0], inputs[3].detach()
 

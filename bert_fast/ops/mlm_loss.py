@@ -31,7 +31,7 @@ _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def _is_last_backward(grad_loss: Tensor) -> bool:
-    """Nobody needs the saved gradients again: the graph is freed, no second derivative is recorded, nobody traces."""
+    """The saved gradients serve once: the graph is freed, no second derivative is recorded, nothing traces."""
     return (
         type(grad_loss) is Tensor
         and not torch.compiler.is_compiling()

@@ -10,7 +10,8 @@ import types
 import typing
 from pathlib import Path
 
-from bert_fast.data.phase import Phase
+if typing.TYPE_CHECKING:
+    from bert_fast.data.phase import Phase
 
 SIZES = {  # hidden layers, hidden size, attention heads; the feed-forward is four times as wide
     "tiny": (2, 128, 2),
@@ -104,15 +105,15 @@ class PretrainConfig:
         choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
     recompute: str = option(
-        "nothing", "device", "in the backward, to keep less: gelu's output, or layers but for their input; the numbers "
-        "are the same",
+        "nothing", "device", "what the backward computes again, to keep less: gelu's output, or all of a layer but its "
+        "input; the numbers are the same",
         choices=("nothing", "gelu", "layers"),
     )  # fmt: skip
     capture: bool = option(
         True,
         "device",
-        "record the step as CUDA graphs, on a GPU that trains alone; the numbers are the same without, "
-        "and code of your own in forward hooks then runs in every update, not once",
+        "record the step as CUDA graphs, on a GPU that trains alone; without it the numbers are the same, and your "
+        "forward hooks run in every update, not once",
     )
     peak_tflops: float | None = option(
         None, "device", "peak that MFU is taken against [default: a matrix product timed at the start]", "T"
@@ -216,8 +217,10 @@ def effective(options: dict) -> dict:
     return {name: value for name, value in options.items() if not options.get(INSTEAD.get(name))}
 
 
-def phases(config: PretrainConfig) -> list[Phase]:
+def phases(config: PretrainConfig) -> list["Phase"]:
     """The phases of a run, in order; one of ``--seq`` and ``--steps`` where none are given. ConfigError if wrong."""
+    from bert_fast.data.phase import Phase  # its package imports tokenizers, which `--help` needs not wait for
+
     drafts = [_parsed(text, config) for text in (config.phases or f"{config.seq}:{config.steps}").split(",")]
     found, first = [], 0
     for number, draft in enumerate(drafts):

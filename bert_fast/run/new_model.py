@@ -17,7 +17,7 @@ from bert_fast.run.config import SIZES, ConfigError, PretrainConfig
 from bert_fast.run.weights import UnfitWeights, read_weights
 
 POSITIONS = 512  # as published, whatever length is trained on
-WITHOUT_EFFECT = {  # in configuration files of published BERTs, and read by nobody any more
+WITHOUT_EFFECT = {  # in configuration files of published BERTs, without a reader in transformers today
     "directionality", "finetuning_task", "gradient_checkpointing", "output_past", "pooler_fc_size",
     "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
     "position_embedding_type", "pruned_heads", "torchscript", "use_bfloat16",

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and the few things that they tell one another.
+"""The processes of a run: which one this is, and the few messages between them.
 
 Started by ``torchrun``, which sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without it a run is one process.
 Gradients are averaged by DistributedDataParallel, overlapped with the backward (bert_fast/train/step.py). The

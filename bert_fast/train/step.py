@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 
 
 class Outcome:
-    """What an update did. On a GPU it is on its way to the host: who reads it waits for this update, for none after it.
+    """What an update did. On a GPU it is on its way to the host: a reader waits for this update, for none after it.
 
     scalars  float64 (4,): MLM loss, NSP loss (both of the whole update), how many ranks asked to stop, and the
              gradient norm before clipping; the update was applied where all are finite

@@ -1,7 +1,7 @@
 """Passes over what can only fail because no kernel wrote a value; Python imports it first where PYTHONPATH names this.
 
 It does nothing unless CUDA_STAND_IN_LOG is set. Then each module of PATCHES is changed right after its import, before
-anybody has taken a name from it. What is compared is computed all the same, so all of the host's code runs.
+any module has taken a name from it. What is compared is computed all the same, so all of the host's code runs.
 """
 
 import contextlib

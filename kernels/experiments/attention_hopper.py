@@ -46,7 +46,7 @@ down blocks of 128 keys, the last of which may be of 64. For each:
 
 A thread's scores in a row and 64 keys are those of one Philox call, so its bits are its own. The assembler takes a
 wait for products as early, and arithmetic as late, as their own operands allow, and would leave nothing to run
-meanwhile. It does not move a wait across a store to shared memory: one that needs the arithmetic, and that nobody
+meanwhile. It does not move a wait across a store to shared memory: one that needs the arithmetic, and that nothing
 reads, stands before each wait. Twice as many queries as in the portable forward read each key and value: at its 64,
 340 TFLOP/s take 5.3 TB/s from the L2 cache, here 2.7.
 
@@ -54,7 +54,7 @@ Counts for one (sequence, head), 16-bit elements, no tile padding, D = 64:
     products      4 S^2 D FLOPs; Philox for S^2 scores
     device memory S (8 D + 4) bytes: q, k, v read and out written once, lse written
     L2 cache      4 D S (S / 128 - 1) bytes more: K and V for each further block of queries
-    shared memory 84,480 bytes held: 16 Ki for Q, 32 Ki for two blocks each of K and V, 2.5 Ki for what nobody reads
+    shared memory 84,480 bytes held: 16 Ki for Q, 32 Ki for two blocks each of K and V, 2.5 Ki for what nothing reads
 
 Neither is the default: nothing here has been measured. ``ONE_PASS_BACKWARD`` and ``ASYNCHRONOUS_FORWARD`` in
 attention.py are where they become it.
@@ -525,7 +525,7 @@ def _next_keys(
     sums = hopper.warpgroup_mma(left, v_s.index(stage ^ 1), sums, is_async=True)
     if HAS_DROPOUT:
         w0, w1, w2, w3 = _words(first, key, sample, head, rng_key, site, KEYS)
-        word_s.store(gl.sum(w0, 1))  # read by nobody: the calls have to be made before the wait
+        word_s.store(gl.sum(w0, 1))  # without a reader: the calls have to be made before the wait
     scores = hopper.warpgroup_mma_wait(1, (scores,))
     p, peak, total, rescale = _exponentials(scores, peak, total, scale_log2, length - key, FULL, KEYS, SCORES)
     total_s.store(total)  # likewise, the exponentials
