@@ -2,10 +2,10 @@
 
 from importlib import import_module
 
+from bert_fast.data.bins import Capacities, capacities, plan_batches
 from bert_fast.data.corpus import read_documents, stream_documents
 from bert_fast.data.lengths import draw_wikipedia_lengths, wikipedia_lengths
 from bert_fast.data.masking import masked_count
-from bert_fast.data.packing import Capacities, capacities, plan_batches
 from bert_fast.data.paths import expand_paths
 from bert_fast.data.prepare import prepare
 from bert_fast.data.sentences import split_sentences

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bert_fast.data.packing import Capacities
+from bert_fast.data.bins import Capacities
 
 IGNORED = -100
 

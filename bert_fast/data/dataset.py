@@ -1,5 +1,6 @@
 """Datasets for PyTorch: samples as a pure function of (seed, epoch, index), and batches of them."""
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -8,9 +9,9 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from bert_fast.data.batches import Sample, pack_samples, pad_samples
+from bert_fast.data.bins import Capacities, plan_batches
 from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.masking import masked_count
-from bert_fast.data.packing import Capacities, plan_batches
 from bert_fast.data.pairs import NO_LABEL, Corpus, permutation, plan_epoch
 from bert_fast.data.samples import SampleMaker
 from bert_fast.data.tokenizer import bare_tokenizer, continuation_table, special_ids, token_ids, vocabulary_rows
@@ -79,6 +80,16 @@ class PretrainingDataset(Dataset):
             nsp=self.nsp,
         )
 
+    def replanned(
+        self, *, epoch: int = 0, max_length: int | None = None, corpus: Corpus | None = None
+    ) -> "PretrainingDataset":
+        """The samples of ``epoch`` by the same rules, with ``max_length`` and ``corpus`` if given; this one stays."""
+        other = copy.copy(self)
+        other.max_length = self.max_length if max_length is None else max_length
+        other.corpus = self.corpus if corpus is None else corpus
+        other.set_epoch(epoch)
+        return other
+
     def __len__(self) -> int:
         return len(self.plan)
 
@@ -94,7 +105,7 @@ class PretrainingDataset(Dataset):
         indices = np.asarray(indices, dtype=np.int64)
         for index in indices[(indices < 0) | (indices >= len(self))]:
             raise IndexError(f"sample {index} of {len(self)}")
-        return self.make(self.epoch, indices, self.plan.rows(indices))
+        return self.maker()(self.epoch, indices, self.plan.rows(indices))
 
     def predicted(self, indices: np.ndarray) -> np.ndarray:
         """int64 (n,): how many tokens of samples ``indices`` (n,) are predicted; of whole words they are drawn."""
@@ -103,10 +114,9 @@ class PretrainingDataset(Dataset):
         blocks = (self.__getitems__(indices[begin : begin + DRAWN]) for begin in range(0, len(indices), DRAWN))
         return np.array([len(sample.masked_labels) for block in blocks for sample in block], dtype=np.int64)
 
-    def make(self, epoch: int, indices: np.ndarray, rows: np.ndarray) -> list[Sample]:
-        """Samples from ``rows`` (n, 5) of a plan (``Plan.rows``) that need not be here."""
-        make = SampleMaker(self.corpus, self.seed, self.nsp, self.special, self.vocabulary, self.continues)
-        return make(epoch, indices, rows)
+    def maker(self) -> SampleMaker:
+        """What makes these samples from rows of a plan, which need not be here."""
+        return SampleMaker(self.corpus, self.seed, self.nsp, self.special, self.vocabulary, self.continues)
 
 
 class PackedBatches(Dataset):

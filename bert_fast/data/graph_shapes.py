@@ -6,16 +6,15 @@ batches of 14,720, not of 16,384. So the capacities are those that updates of th
 few updates out: a pure function of data and options, the same in a run that goes on as in one that never stopped.
 """
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
 
 from bert_fast.data import Capacities, Corpus, Sample, masked_count, pack_samples
+from bert_fast.data.bins import micro_batches, needed
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.pairs import document_tokens, fewest_tokens
 from bert_fast.data.phase import Phase
-from bert_fast.data.updates import Update, deal, micro_batches
 
 LEVELS = 3  # shapes of a phase: of the lower, the middle and the upper third of the updates
 TRIALS, TRIED_SEQUENCES = 64, 1 << 18  # updates dealt out to learn them, and how many sequences these may have in all
@@ -44,15 +43,13 @@ def sizes_of_phases(
 
 def sample_lengths(dataset: PretrainingDataset, seq: int) -> np.ndarray:
     """Lengths (samples,) of sequences of at most ``seq`` tokens made from evenly spaced documents, some 2048."""
-    sample, corpus = copy.copy(dataset), dataset.corpus
+    corpus = dataset.corpus
     documents = np.asarray(corpus.documents)
     spaced = np.linspace(0, len(documents) - 1, min(len(documents), DOCUMENTS)).astype(np.int64)
     one = np.argmax(document_tokens(corpus) >= fewest_tokens(dataset.nsp))  # that gives a sample
     chosen = np.unique(np.append(spaced, one))
-    sample.corpus = Corpus(corpus.tokens, corpus.sentence_ends, documents[chosen])
-    sample.max_length = seq
-    sample.set_epoch(0)
-    return np.asarray(sample.plan.length)
+    few = Corpus(corpus.tokens, corpus.sentence_ends, documents[chosen])
+    return np.asarray(dataset.replanned(corpus=few, max_length=seq).plan.length)
 
 
 def phase_sizes(
@@ -72,7 +69,7 @@ def phase_sizes(
     for _ in range(trials):
         drawn = (words.random_raw(batch_size) % np.uint64(len(lengths))).astype(np.int64)
         parts = micro_batches(lengths[drawn], np.arange(batch_size), tokens)
-        needs.append(_needed(lengths[drawn], masked[drawn], parts))
+        needs.append(needed(lengths[drawn], masked[drawn], parts))
     needs = np.array(sorted(needs))
     sizes = []
     for level in range(1, LEVELS + 1):
@@ -88,20 +85,6 @@ def phase_sizes(
     return sizes
 
 
-def fitted(update: Update, sizes: Sequence[Capacities]) -> tuple[list[np.ndarray], Capacities]:
-    """``update`` in as few micro-batches as fit one of ``sizes``, and the first of these that holds them all."""
-    bins = -(-int(update.lengths.sum()) // sizes[-1].tokens)
-    while True:
-        parts = [part for part in deal(update.lengths, bins) if len(part)]
-        needed = _needed(update.lengths, update.masked, parts)
-        for size in sizes:
-            if all(has <= room for has, room in zip(needed, size, strict=True)):
-                return parts, size
-        if bins >= len(update):
-            raise ValueError(f"an update needs micro-batches of {needed}, more than {sizes[-1]}")
-        bins += 1
-
-
 def example(size: Capacities, seq: int, *, nsp: bool, pad_id: int) -> dict:
     """A packed batch of the names, shapes and dtypes of those of ``size``; of one short sequence."""
     short = np.full(3, pad_id, dtype=np.int64)
@@ -109,15 +92,6 @@ def example(size: Capacities, seq: int, *, nsp: bool, pad_id: int) -> dict:
     if not nsp:
         del batch["next_sentence_label"]
     return {**batch, "max_length_q": seq}
-
-
-def _needed(lengths: np.ndarray, masked: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[int, int, int]:
-    """The most tokens, sequences and predicted tokens that one of ``parts`` has."""
-    return (
-        max(int(lengths[part].sum()) for part in parts),
-        max(len(part) for part in parts),
-        max(int(masked[part].sum()) for part in parts),
-    )
 
 
 def rounded(count: int, multiple: int) -> int:

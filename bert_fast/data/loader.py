@@ -1,10 +1,9 @@
 """Updates with their packed micro-batches, made ahead by worker processes."""
 
-import copy
+import dataclasses
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bert_fast.data import Capacities, open_corpus, pack_samples
+from bert_fast.data.bins import deal, fitted, micro_batches
 from bert_fast.data.dataset import PretrainingDataset
-from bert_fast.data.graph_shapes import fitted, rounded
+from bert_fast.data.graph_shapes import rounded
 from bert_fast.data.phase import Phase
-from bert_fast.data.updates import Place, Stream, Update, deal, micro_batches
+from bert_fast.data.updates import Place, Stream, Update
 
 ROUND_TOKENS, ROUND_MASKED = 64, 16  # capacities are multiples of these: few different shapes, hardly any waste
 
@@ -38,7 +38,7 @@ class Order(NamedTuple):
     longest: int | None = None
 
 
-@dataclass
+@dataclasses.dataclass
 class Work:
     """One update as this rank computes it: the slots of each micro-batch, and the batches themselves."""
 
@@ -47,7 +47,7 @@ class Work:
     batches: list[dict]
 
 
-@dataclass
+@dataclasses.dataclass
 class Parcel:
     """A batch as one block of bytes: a worker hands over one tensor, and one is pinned, in place of ten."""
 
@@ -92,33 +92,31 @@ class BatchMaker(Dataset):
     """
 
     def __init__(self, dataset: PretrainingDataset, folder: str | Path | None = None):
-        self.dataset, self.folder = copy.copy(dataset), folder
-        self.dataset.plan = None
+        self.make, self.folder = dataset.maker(), folder
 
     def __getitem__(self, order: Order) -> dict:
-        dataset = self.dataset
-        if dataset.corpus is None:
-            dataset.corpus = open_corpus(self.folder)
+        make = self.make
+        if make.corpus is None:
+            make.corpus = open_corpus(self.folder)
         turns = np.argsort(order.epochs, kind="stable")
         samples = []
         for epoch in np.unique(order.epochs).tolist():
             here = turns[order.epochs[turns] == epoch]
-            samples += dataset.make(epoch, order.indices[here], order.rows[here])
+            samples += make(epoch, order.indices[here], order.rows[here])
         size, masked = order.size, sum(len(sample.masked_labels) for sample in samples)
         if masked > size.masked:  # whole words: how many there are is known here alone
             size = size._replace(masked=rounded(masked, ROUND_MASKED))
-        batch = pack_samples(samples, size, pad_id=dataset.special.pad)
+        batch = pack_samples(samples, size, pad_id=make.special.pad)
         batch["sample_ids"][: len(samples)] = torch.from_numpy(order.slots[turns])
-        if not dataset.nsp:
+        if not make.nsp:
             del batch["next_sentence_label"]
         return batch if order.longest is None else {**batch, "max_length_q": order.longest}
 
     def __getstate__(self) -> dict:
         if self.folder is None:
             return self.__dict__
-        dataset = copy.copy(self.dataset)
-        dataset.corpus = dataset.plan = None  # pickling a memory map would copy the whole file
-        return {**self.__dict__, "dataset": dataset}
+        # pickling a memory map would copy the whole file
+        return {**self.__dict__, "make": dataclasses.replace(self.make, corpus=None)}
 
 
 def updates(dataset: PretrainingDataset, phases: list[Phase], step: int, place: Place) -> Iterator[Update]:
@@ -152,7 +150,8 @@ def load_updates(
             if sizes is None:
                 parts = micro_batches(update.lengths, deal(update.lengths, ranks)[rank], max(tokens, update.seq))
             else:
-                (parts, size), longest = fitted(update, sizes[update.seq, len(update)]), update.seq
+                parts, size = fitted(update.lengths, update.masked, sizes[update.seq, len(update)])
+                longest = update.seq
             ordered.append((update, parts))
             for slots in parts:
                 yield Order(

@@ -6,8 +6,6 @@ every sample is seen exactly once an epoch, whatever the number of ranks and the
 only how an update's sequences are dealt, not which they are.
 """
 
-import copy
-import heapq
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -59,14 +57,12 @@ class Stream:
     """
 
     def __init__(self, dataset: PretrainingDataset, seq: int, place: Place):
-        self.dataset, self.place = copy.copy(dataset), place
-        self.dataset.max_length = seq
+        self.dataset, self.seq, self.place = dataset, seq, place
         self.next: Future | None = None  # the dataset and the order of the epoch after this one
         self.dataset, self.order = self._planned(place.epoch)
 
     def _planned(self, epoch: int) -> tuple[PretrainingDataset, np.ndarray]:
-        dataset = copy.copy(self.dataset)
-        dataset.set_epoch(epoch)
+        dataset = self.dataset.replanned(epoch=epoch, max_length=self.seq)
         return dataset, dataset.order()
 
     def _turn_to(self, epoch: int) -> None:
@@ -90,7 +86,7 @@ class Stream:
         self.place = Place(epoch, position)
         epochs, indices, lengths, rows = (np.concatenate(column) for column in zip(*taken, strict=True))
         masked = masked_count(lengths - (3 if self.dataset.nsp else 2))
-        return Update(step, self.dataset.max_length, epochs, indices, lengths, masked, rows, self.place)
+        return Update(step, self.seq, epochs, indices, lengths, masked, rows, self.place)
 
 
 def in_background(make: Callable) -> Future:
@@ -105,34 +101,3 @@ def in_background(make: Callable) -> Future:
 
     threading.Thread(target=run, name="planning the next epoch", daemon=True).start()
     return future
-
-
-def deal(lengths: np.ndarray, bins: int) -> list[np.ndarray]:
-    """Deals sequences of ``lengths`` into ``bins`` of nearly equal sums: longest first, each to the emptiest bin.
-
-    Returns the numbers of each bin's sequences, ascending. Source: Graham, "Bounds on multiprocessing timing
-    anomalies", 1969 (at most a third above the best possible; far less for many sequences).
-    """
-    heap = [(0, number) for number in range(bins)]
-    members: list[list[int]] = [[] for _ in range(bins)]
-    for sequence in np.argsort(-lengths, kind="stable").tolist():
-        total, number = heap[0]
-        members[number].append(sequence)
-        heapq.heapreplace(heap, (total + int(lengths[sequence]), number))
-    return [np.sort(np.array(part, dtype=np.int64)) for part in members]
-
-
-def micro_batches(lengths: np.ndarray, members: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Splits ``members`` (numbers into ``lengths``) into as few batches of at most ``tokens`` as :func:`deal` finds.
-
-    They have nearly the same number of tokens, so that none is mostly empty. ValueError for a longer sequence.
-    """
-    own = lengths[members]
-    if own.max() > tokens:
-        raise ValueError(f"a sequence of {own.max()} tokens does not fit a micro-batch of {tokens} tokens")
-    bins = -(-int(own.sum()) // tokens)
-    while True:
-        parts = deal(own, bins)
-        if all(own[part].sum() <= tokens for part in parts):
-            return [members[part] for part in parts if len(part)]
-        bins += 1

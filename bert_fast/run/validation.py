@@ -1,7 +1,5 @@
 """Held-out documents, and the model's losses on them."""
 
-import copy
-
 import numpy as np
 from torch import nn
 
@@ -40,16 +38,15 @@ class Validation:
     """
 
     def __init__(self, dataset: PretrainingDataset, *, limit: int, tokens: int, ranks: Ranks, precision: str):
-        self.dataset, self.limit, self.tokens = copy.copy(dataset), limit, tokens
+        self.dataset, self.limit, self.tokens = dataset, limit, tokens
         self.ranks, self.precision = ranks, precision
         self.seq = self.batches = None
 
     def __call__(self, model: nn.Module, seq: int) -> dict:
         """What ``bert_fast.train.evaluation.evaluate`` gives, on sequences of at most ``seq`` tokens."""
         if seq != self.seq:
-            self.seq = self.dataset.max_length = seq
-            self.dataset.set_epoch(0)
-            size = capacities(max(self.tokens, seq), seq, whole_word=self.dataset.continues is not None)
-            self.batches = PackedBatches(self.dataset, size, limit=self.limit)
+            self.seq, dataset = seq, self.dataset.replanned(max_length=seq)
+            size = capacities(max(self.tokens, seq), seq, whole_word=dataset.continues is not None)
+            self.batches = PackedBatches(dataset, size, limit=self.limit)
         own = (self.batches[number] for number in range(self.ranks.rank, len(self.batches), self.ranks.world))
         return summarize(self.ranks.sum(sums(model, own, self.ranks.device, self.precision)))

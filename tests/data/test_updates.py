@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert_fast.data import Capacities, PretrainingDataset, load_tokenizer, masked_count, open_corpus
+from bert_fast.data.bins import deal, micro_batches
 from bert_fast.data.loader import BatchMaker, Order, Parcel, load_updates, updates
 from bert_fast.data.phase import Phase
-from bert_fast.data.updates import Place, Stream, deal, micro_batches
+from bert_fast.data.updates import Place, Stream
 
 SEQ = 32
 
@@ -24,7 +25,7 @@ def dataset(prepared):
 
 
 def of_epoch(dataset, epoch: int) -> PretrainingDataset:
-    return Stream(dataset, dataset.max_length, Place(epoch)).dataset
+    return dataset.replanned(epoch=epoch)
 
 
 def phase(steps: int, batch: int, seq: int = SEQ, first: int = 0) -> Phase:

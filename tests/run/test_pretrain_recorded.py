@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bert_fast.data import PretrainingDataset, load_tokenizer, masked_count, open_corpus
-from bert_fast.data.graph_shapes import example, fitted, phase_sizes, sample_lengths
+from bert_fast.data.bins import fitted
+from bert_fast.data.graph_shapes import example, phase_sizes, sample_lengths
 from bert_fast.data.updates import Place, Stream
 from bert_fast.train import cuda_graphs, recorded
 from bert_fast.train.recorded import RecordedStep
@@ -119,7 +120,7 @@ def test_every_update_fits_one_of_few_shapes(prepared, nsp, batch, tokens):
     batches = []
     for step in range(40):
         update = stream.take(step, batch)
-        parts, size = fitted(update, sizes)
+        parts, size = fitted(update.lengths, update.masked, sizes)
         assert size in sizes
         assert sorted(np.concatenate(parts).tolist()) == list(range(batch))
         for part in parts:
@@ -136,19 +137,11 @@ def test_little_of_a_shape_is_empty():
     lengths = np.where(lengths == 0, generator.integers(10, 128, 20000), lengths)
     sizes = phase_sizes(lengths, 256, 16384, seq=128, special=3)
 
-    class Drawn:
-        def __init__(self):
-            self.lengths = lengths[generator.integers(0, len(lengths), 256)]
-            self.masked = masked_count(self.lengths - 3)
-
-        def __len__(self):
-            return 256
-
     filled = []
     for _ in range(50):
-        update = Drawn()
-        parts, size = fitted(update, sizes)
-        filled.append(update.lengths.sum() / (len(parts) * size.tokens))
+        drawn = lengths[generator.integers(0, len(lengths), 256)]
+        parts, size = fitted(drawn, masked_count(drawn - 3), sizes)
+        filled.append(drawn.sum() / (len(parts) * size.tokens))
     assert np.mean(filled) > 0.96
 
 
