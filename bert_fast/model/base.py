@@ -13,9 +13,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from bert_fast import dropout_mask, ops, packing
-from bert_fast.linear import autocasts
-from bert_fast.model import idcheck, layers, swap
+from bert_fast import ops, packing
+from bert_fast.model import fusable, idcheck, inputs, layers, swap
 from bert_fast.packing import Layout
 
 Tensor = torch.Tensor
@@ -121,7 +120,7 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
         kind = "activation" if hasattr(self, "activation_checkpointing_enable") else "gradient"
         if what == "layers":
             # dropout's masks are functions of their keys: no generator's state has to be put back but for others' code
-            drawn = not all(layers.keyed(m) for m in self.modules() if isinstance(m, hf.BertLayer))
+            drawn = not all(fusable.keyed(m) for m in self.modules() if isinstance(m, hf.BertLayer))
             getattr(self, f"{kind}_checkpointing_enable")({"use_reentrant": False, "preserve_rng_state": drawn})
         elif any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             getattr(self, f"{kind}_checkpointing_disable")()
@@ -131,7 +130,7 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
         know, and so stay fused where it changes nothing."""
         super().enable_input_require_grads()
         hooks = self.get_input_embeddings()._forward_hooks
-        hooks.update((handle.id, layers.requires_grad) for handle in self._require_grads_hooks if handle.id in hooks)
+        hooks.update((handle.id, fusable.requires_grad) for handle in self._require_grads_hooks if handle.id in hooks)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -181,64 +180,51 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         ):
             if value is not None:
                 raise ValueError(f"bert_fast.BertModel has no decoder: {name} cannot be given; use transformers' class")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        source = self._checked_source(input_ids, inputs_embeds)
-        hidden_dtype = self._checked_dtype(kwargs.get("hidden_dtype"), source)
-        batch, length = source.shape[:2]
-        rows = kwargs.get("rows")
+        source = inputs.source_of(self.config, input_ids, inputs_embeds)
+        if source.shape[1] == 0 and self.pooler is not None:
+            raise ValueError("the batch has sequences of length 0: the pooler reads the first token of each")
+        hidden_dtype, rows = kwargs.get("hidden_dtype"), kwargs.get("rows")
+        inputs.check_hidden_dtype(hidden_dtype, self.dtype, source)
         wants = {
             key: kwargs[key] if kwargs.get(key) is not None else getattr(self.config, key, False)
             for key in ("output_hidden_states", "output_attentions")
         }
-        layout = self._layout(source, attention_mask, position_ids, bool(wants["output_attentions"]), kwargs)
-
-        positions = self._positions(position_ids, layout, batch, length)
-        segments = self._segments(token_type_ids, layout, batch, length, positions)
+        layout = inputs.layout_of(
+            source, attention_mask, position_ids, self.config.num_attention_heads,
+            self._read(attention_mask, source, rows), self.pooler is not None, **kwargs,
+        )  # fmt: skip
+        if wants["output_attentions"]:
+            inputs.with_weights(layout)
+        positions = inputs.positions_of(layout, position_ids, *source.shape[:2], self._table_of_positions())
+        segments = inputs.segments_of(layout, token_type_ids, *source.shape[:2])
         if not layers.all_ours(self.embeddings, self.encoder):
             given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask,
                      "token_type_ids": token_type_ids, "position_ids": position_ids}  # fmt: skip
             if layout.packed:
                 given |= {"token_type_ids": segments[None], "position_ids": positions[None]}
             return self._as_transformers(given, layout, {**kwargs, **wants})
+
         if self._drops():
             layout.rng_key = ops.draw_dropout_key(layout.row_key)
-        word = self.embeddings.word_embeddings
-        if input_ids is not None and not layers.plain_table(word):
-            with idcheck.naming(lambda: idcheck.misplaced(self.config, None, input_ids)):
-                inputs_embeds = word(input_ids)
-            input_ids = None
-        ids = None if input_ids is None else packing.pack(layout, input_ids).long()
-        if inputs_embeds is not None and layout.mask is not None and layout.indices is None:
-            # keys that no query attends have weights of 0, which NaN and infinity would outlive
-            inputs_embeds = inputs_embeds.where(layout.mask[..., None], inputs_embeds.nan_to_num(0.0, 0.0, 0.0))
-        embeds = None if inputs_embeds is None else packing.pack(layout, inputs_embeds)
-
+        ids, embeds = self._looked_up(input_ids, inputs_embeds, layout)
+        named = input_ids if embeds is None else None
+        with idcheck.naming(lambda: inputs.misplaced(self.config, layout, named, token_type_ids, position_ids)):
+            x = self.embeddings(ids, positions, segments, embeds, layout, hidden_dtype)
         hidden_states = [] if wants["output_hidden_states"] is not False else None
         attentions = [] if wants["output_attentions"] else None
-        with idcheck.naming(lambda: self._misplaced(layout, input_ids, token_type_ids, position_ids)):
-            x = self.embeddings(ids, positions, segments, embeds, layout, hidden_dtype)
-        if hidden_states is not None:
-            hidden_states.append(packing.unpack(layout, x))
-            x = packing.pack(layout, hidden_states[-1])
-        asked = None if rows is None or rows.places is None else packing.rows_of(layout, rows.places)
-        only = None
-        if asked is not None and hidden_states is None and attentions is None:
-            only = self._rows_read(asked, layout)
-        x = self.encoder(x, layout, hidden_states, attentions, only)
+        x = layers.shown(x, layout, hidden_states)
 
+        places = None if rows is None or rows.places is None else packing.rows_of(layout, rows.places)
+        only = None
+        if places is not None and hidden_states is None and attentions is None:
+            only = self._rows_read(places, layout)
+        x = self.encoder(x, layout, hidden_states, attentions, only)
         if only is not None:
             # not two slices: the gradient of each would be one of all rows, filled up with zeros
-            hidden, first = x.split((asked.shape[0], x.shape[0] - asked.shape[0]))
+            hidden, first = x.split((places.shape[0], x.shape[0] - places.shape[0]))
         else:
-            hidden, first = x if asked is None else x.index_select(0, asked), None
-        pooled = None
-        if self._pools_first():
-            pooled = self.pooler((self._first(x, layout) if first is None else first)[:, None])
-        elif self.pooler is not None:
-            pooled = self.pooler(packing.by_sequence(layout, x) if layout.packed else packing.unpack(layout, x))
-        if pooled is not None and layout.several is not None:  # one output, where each sequence would have its own
-            pooled = pooled.masked_fill(layout.several, torch.nan)
+            hidden, first = x if places is None else x.index_select(0, places), None
+        pooled = self._pooled(x, first, layout)
         if rows is not None:
             rows.layout, rows.hidden, rows.pooled = layout, hidden, pooled
         dense = hidden_states[-1] if hidden_states else (packing.unpack(layout, x) if rows is None else None)
@@ -249,6 +235,32 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             attentions=None if attentions is None else tuple(attentions),
             cross_attentions=None if attentions is None else (),  # as transformers has it
         )
+
+    def _looked_up(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, layout: Layout
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(ids (T,) int64, None), or (None, rows (T, H)) where the caller embedded them or the table is called here."""
+        word = self.embeddings.word_embeddings
+        if input_ids is not None and fusable.plain_table(word):
+            return packing.pack(layout, input_ids).long(), None
+        if input_ids is not None:
+            with idcheck.naming(lambda: idcheck.misplaced(self.config, None, input_ids)):
+                inputs_embeds = word(input_ids)
+        if layout.mask is not None and layout.indices is None:
+            # keys that no query attends have weights of 0, which NaN and infinity would outlive
+            inputs_embeds = inputs_embeds.where(layout.mask[..., None], inputs_embeds.nan_to_num(0.0, 0.0, 0.0))
+        return None, packing.pack(layout, inputs_embeds)
+
+    def _pooled(self, x: Tensor, first: Tensor | None, layout: Layout) -> Tensor | None:
+        """The pooler's output (B, H) of rows x (T, H); ``first`` (B, H) where the last layer made its rows alone."""
+        if self.pooler is None:
+            return None
+        if self._pools_first():
+            pooled = self.pooler((self._first(x, layout) if first is None else first)[:, None])
+        else:
+            pooled = self.pooler(packing.by_sequence(layout, x) if layout.packed else packing.unpack(layout, x))
+        # one output, where each sequence would have its own
+        return pooled if layout.several is None else pooled.masked_fill(layout.several, torch.nan)
 
     def _as_transformers(self, given: dict, layout: Layout, kwargs: dict):
         """The outputs of transformers' own forward, in which parts that do not take rows are called as they expect.
@@ -294,6 +306,19 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             rows.fill(layout, outputs.last_hidden_state, outputs.pooler_output)
         return outputs
 
+    def _read(self, mask: Tensor | None, source: Tensor, rows: Rows | None) -> Tensor | None:
+        """Bool (B, S): places whose outputs are read though a ``mask`` (B, S) may leave them out; None: none."""
+        if mask is None or mask.dim() != 2:
+            return None
+        if self._shows_padding() or (self.pooler is not None and not self._pools_first()):
+            return torch.ones_like(mask, dtype=torch.bool, device=source.device)  # code of one's own may read all of it
+        return None if rows is None else rows.read
+
+    def _table_of_positions(self) -> int:
+        """How many positions the embeddings have; one's own may have no table."""
+        table = getattr(self.embeddings, "position_embeddings", None)
+        return getattr(table, "num_embeddings", self.config.max_position_embeddings)
+
     def _shows_padding(self) -> bool:
         """This forward is within ``nothing_packed``, or a checkpoint runs one again, in a backward, that was."""
         shows = _unpacked.forwards > 0
@@ -306,149 +331,18 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
     def _pools_first(self) -> bool:
         """The pooler is transformers', which reads the first token of each sequence, without hooks."""
-        return self.pooler is not None and layers.untouched(self.pooler, hf.BertPooler)
-
-    def _checked_dtype(self, hidden_dtype: torch.dtype | None, source: Tensor) -> torch.dtype | None:
-        kind = source.device.type
-        products = torch.get_autocast_dtype(kind) if autocasts(source.device) else self.dtype
-        if hidden_dtype not in (None, self.dtype, products):
-            raise ValueError(
-                f"hidden_dtype={hidden_dtype} is neither the parameters' dtype nor that of their products, "
-                f"{products}: call the model under torch.autocast({kind!r}, {hidden_dtype})"
-            )
-        return hidden_dtype
-
-    def _checked_source(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if input_ids is not None:
-            if input_ids.dim() != 2:
-                raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, length)")
-            if input_ids.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"input_ids has dtype {input_ids.dtype}, expected int64 or int32")
-            source = input_ids
-        else:
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, length, "
-                    f"{self.config.hidden_size})"
-                )
-            source = inputs_embeds
-        if source.shape[1] == 0 and self.pooler is not None:
-            raise ValueError("the batch has sequences of length 0: the pooler reads the first token of each")
-        return source
-
-    def _layout(
-        self, source: Tensor, mask: Tensor | None, position_ids: Tensor | None, explicit: bool, kwargs: dict
-    ) -> Layout:
-        batch, length = source.shape[:2]
-        samples, cu_seqlens = kwargs.get("sample_ids"), kwargs.get("cu_seq_lens_q")
-        rows = kwargs.get("rows")
-        self._check_positions(position_ids, batch, length)
-        if mask is not None and mask.device != source.device:
-            mask = mask.to(source.device)  # as transformers does
-        alone = [name for name in ("cu_seq_lens_k", "seq_idx") if kwargs.get(name) is not None]
-        if cu_seqlens is not None:
-            layout = self._packed(source, mask, cu_seqlens, samples, kwargs)
-        elif alone and position_ids is None:
-            raise ValueError(f"{alone[0]} alone does not part sequences: pass position_ids, or cu_seq_lens_q")
-        elif mask is None:
-            layout = packing.flattened_layout(position_ids, batch, samples)
-            layout = layout or packing.full_layout(batch, length, source.device, samples)
-        elif mask.dim() == 2:
-            if tuple(mask.shape) != (batch, length):
-                raise ValueError(
-                    f"attention_mask has shape {tuple(mask.shape)}, expected {(batch, length)}, that of the input"
-                )
-            read = None if rows is None else rows.read
-            if self._shows_padding() or (self.pooler is not None and not self._pools_first()):
-                read = torch.ones_like(mask, dtype=torch.bool)  # code of one's own may read all of it
-            layout = packing.masked_layout(mask, samples=samples, read=read, pools=self.pooler is not None)
-        elif mask.dim() == 4:
-            layout = packing.full_layout(batch, length, source.device, samples)
-            layout.bias, layout.explicit = _bias_of(mask, batch, self.config.num_attention_heads, length), True
-        else:
-            raise ValueError(f"attention_mask has {mask.dim()} dimensions, expected 2 (padding) or 4 (any)")
-        if explicit and not layout.explicit:
-            layout.explicit = True
-            if layout.packed:
-                layout.bias = packing.attention_bias(packing.same_sequence(layout), torch.float32)
-            elif layout.mask is not None:
-                layout.bias = packing.attention_bias(layout.mask[:, None, None, :], torch.float32)
-        return layout
-
-    def _packed(self, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor, samples, kwargs: dict) -> Layout:
-        if source.shape[0] != 1:
-            raise ValueError(f"packed input (cu_seq_lens_q) has a batch of 1, but this one has {source.shape[0]}")
-        if packing.mapped(cu_seqlens):
-            raise ValueError("cu_seq_lens_q differs from sample to sample of torch.func.vmap: pass padded input to it")
-        if mask is not None:
-            raise ValueError("packed input (cu_seq_lens_q) takes no attention_mask: leave out padding instead")
-        if kwargs.get("max_length_q") is None:
-            raise ValueError("packed input needs max_length_q, the length of the longest sequence, with cu_seq_lens_q")
-        return packing.packed_layout(
-            cu_seqlens.int(),
-            kwargs["max_length_q"],
-            source.shape[1],
-            samples=samples,
-            first=kwargs.get("cls_positions"),
-        )
-
-    @staticmethod
-    def _check_positions(position_ids: Tensor | None, batch: int, length: int) -> None:
-        if position_ids is None:
-            return
-        if position_ids.shape[-1] != length or position_ids.numel() not in (length, batch * length):
-            raise ValueError(
-                f"position_ids has shape {tuple(position_ids.shape)}, expected {(batch, length)} or {(1, length)}"
-            )
-        if position_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"position_ids has dtype {position_ids.dtype}, expected int64 or int32")
-
-    def _positions(self, position_ids, layout: Layout, batch: int, length: int) -> Tensor:
-        if position_ids is not None:
-            return packing.pack(layout, torch.atleast_2d(position_ids).flatten(0, -2).expand(batch, length)).long()
-        table = getattr(self.embeddings, "position_embeddings", None)  # one's own embeddings may have none
-        table = getattr(table, "num_embeddings", self.config.max_position_embeddings)
-        if layout.packed:
-            return (layout.row_key & dropout_mask.MASK32).where(packing.attended(layout)[0], 0)
-        if length > table:
-            raise ValueError(
-                f"the input has {length} positions, the model's table {table} (config.max_position_embeddings): "
-                "truncate the input"
-            )
-        return packing.pack(layout, torch.arange(length, device=layout.row_key.device).expand(batch, length))
-
-    def _segments(self, token_type_ids, layout: Layout, batch: int, length: int, positions: Tensor) -> Tensor:
-        if token_type_ids is None:
-            return torch.zeros_like(positions)
-        if tuple(token_type_ids.shape) not in ((batch, length), (1, length)):
-            raise ValueError(f"token_type_ids has shape {tuple(token_type_ids.shape)}, expected {(batch, length)}")
-        if token_type_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"token_type_ids has dtype {token_type_ids.dtype}, expected int64 or int32")
-        return packing.pack(layout, token_type_ids.expand(batch, length)).long()
-
-    def _misplaced(self, layout: Layout, input_ids, token_type_ids, position_ids) -> IndexError | None:
-        """The error for what the caller gave, where the embedding found an index out of range."""
-        attended = None if layout.indices is None else layout.mask
-        error = idcheck.misplaced(self.config, attended, input_ids, token_type_ids, position_ids)
-        lengths, table = layout.cu_seqlens.diff(), self.config.max_position_embeddings
-        if error is not None or not layout.packed or not (lengths > table).any():
-            return error
-        longest = int(lengths.argmax())
-        return IndexError(
-            f"sequence {longest} of cu_seq_lens_q has {int(lengths[longest])} tokens, the model's table of positions "
-            f"{table} (config.max_position_embeddings): cut it"
-        )
+        return self.pooler is not None and fusable.untouched(self.pooler, hf.BertPooler)
 
     def _drops(self) -> bool:
-        if layers.dropout_p(self.embeddings.dropout) > 0:
+        if fusable.dropout_p(self.embeddings.dropout) > 0:
             return True
         for layer in self.encoder.layer:
             parts, attention = layer._modules, layer._modules["attention"]._modules
             weights = attention["self"]
             if (
                 (weights.training and getattr(weights.dropout, "p", 0.0) > 0)
-                or layers.dropout_p(attention["output"].dropout) > 0
-                or layers.dropout_p(parts["output"].dropout) > 0
+                or fusable.dropout_p(attention["output"].dropout) > 0
+                or fusable.dropout_p(parts["output"].dropout) > 0
             ):
                 return True
         return False
@@ -458,7 +352,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         hooked, so a hook may look at it, or nothing would be saved."""
         if self.pooler is not None and not self._pools_first():
             return None
-        if not (len(self.encoder.layer) and layers.unhooked(self.encoder.layer[-1])):
+        if not (len(self.encoder.layer) and fusable.unhooked(self.encoder.layer[-1])):
             return None
         rows = layout.row_key.shape[0]
         if self.pooler is not None:
@@ -472,22 +366,6 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         if layout.first is not None:
             return x.index_select(0, layout.first)
         return x.view(layout.batch, layout.length, x.shape[1])[:, 0]
-
-
-def _bias_of(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
-    fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
-    if not (fits and mask.shape[2] in (1, length) and mask.shape[3] == length):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, expected ({batch} or 1, {heads} or 1, {length} or 1, "
-            f"{length})"
-        )
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
-    if not mask.is_floating_point():
-        raise TypeError(
-            f"a 4-D attention_mask has dtype {mask.dtype}, expected bool (True: attended) or floating (added)"
-        )
-    return mask
 
 
 def _selected(hidden_states: list | None, which) -> tuple | None:

@@ -21,8 +21,9 @@ from transformers.utils.generic import can_return_tuple
 from bert_fast import ops, packing
 from bert_fast.linear import autocasts
 from bert_fast.model.base import BertModel, BertPreTrainedModel, Rows, nothing_packed
+from bert_fast.model.fusable import plain, row_wise, untouched
 from bert_fast.model.idcheck import misplaced, naming
-from bert_fast.model.layers import BertPredictionHeadTransform, plain, row_wise, untouched
+from bert_fast.model.layers import BertPredictionHeadTransform
 from bert_fast.model.losses import as_tensor, check_labels, cross_entropy, elementwise, with_zero_gradients
 from bert_fast.model.outputs import BertForPreTrainingOutputWithoutLogits, MaskedLMOutputWithoutLogits
 from bert_fast.reference import divisor
@@ -48,44 +49,60 @@ def _nowhere(source: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.int64, device=None if source is None else source.device)
 
 
-def _masked_positions(labels: Tensor | None, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
+def _masked_positions(
+    labels: Tensor | None, /, *, masked_positions: Tensor | None = None, masked_labels: Tensor | None = None, **_
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Where the MLM head has something to predict, and what: places (M,) in the flattened batch, and targets (M,).
 
     They are ``masked_positions`` and ``masked_labels``, rows of packed input filled up with label -100, or found in
     ``labels``.
     """
-    places, targets = kwargs.get("masked_positions"), kwargs.get("masked_labels")
-    if (places is None) != (targets is None):
+    if (masked_positions is None) != (masked_labels is None):
         raise ValueError("masked_positions and masked_labels go together: one of them is missing")
-    if places is not None:
-        check_labels("masked_labels", targets, places.shape)
-    if places is None and labels is not None:
-        targets = labels.reshape(-1).long()
-        if packing.unreadable(labels):
-            return torch.arange(targets.shape[0], device=labels.device), targets
-        # The one synchronisation that labels cost: how many positions are masked decides the shapes below.
-        places = (targets != -100).nonzero()[:, 0]
-        targets = targets.index_select(0, places)
-    return places, targets
+    if masked_positions is not None:
+        check_labels("masked_labels", masked_labels, masked_positions.shape)
+        return masked_positions, masked_labels
+    if labels is None:
+        return None, None
+    targets = labels.reshape(-1).long()
+    if packing.unreadable(labels):
+        return torch.arange(targets.shape[0], device=labels.device), targets
+    # The one synchronisation that labels cost: how many positions are masked decides the shapes below.
+    places = (targets != -100).nonzero()[:, 0]
+    return places, targets.index_select(0, places)
 
 
-def _encode(model: nn.Module, rows: Rows, input_ids: Tensor | None, kwargs: dict, **inputs):
+def _encode(
+    model: nn.Module, rows: Rows, kwargs: dict, input_ids: Tensor | None, attention_mask: Tensor | None,
+    token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None, **more,
+):  # fmt: skip
     """The outputs of ``model.bert``, and ``rows`` filled. An encoder with code of one's own, be it a hook, is called as
     transformers calls it, and nothing is packed."""
-    kwargs = {**kwargs, "return_dict": True}
+    inputs = {
+        "attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids,
+        "inputs_embeds": inputs_embeds, **more, **kwargs, "return_dict": True,
+    }  # fmt: skip
     if untouched(model.bert, BertModel):
-        return model.bert(input_ids, **inputs, rows=rows, **kwargs)
+        return model.bert(input_ids, rows=rows, **inputs)
     with nothing_packed():
-        outputs = model.bert(input_ids, **inputs, **kwargs)
-    states, mask = outputs[0], inputs["attention_mask"]
-    if kwargs.get("cu_seq_lens_q") is not None:
-        layout = packing.packed_layout(kwargs["cu_seq_lens_q"].int(), kwargs["max_length_q"], states.shape[1])
+        outputs = model.bert(input_ids, **inputs)
+    states = outputs[0]
+    if inputs.get("cu_seq_lens_q") is not None:
+        layout = packing.packed_layout(inputs["cu_seq_lens_q"].int(), inputs["max_length_q"], states.shape[1])
     else:
-        layout = None if mask is not None else packing.flattened_layout(inputs["position_ids"], states.shape[0])
+        layout = None if attention_mask is not None else packing.flattened_layout(position_ids, states.shape[0])
         layout = layout or packing.full_layout(*states.shape[:2], states.device)
-        layout.mask = mask != 0 if mask is not None and mask.dim() == 2 else None
+        layout.mask = attention_mask != 0 if attention_mask is not None and attention_mask.dim() == 2 else None
     rows.fill(layout, states, outputs[1] if len(outputs) > 1 else None)
     return outputs
+
+
+def _pooled(model: nn.Module, kwargs: dict, input_ids: Tensor | None, *inputs: Tensor | None):
+    """The outputs of ``model.bert`` and the pooled ones (B, H), which are all that its head reads."""
+    *_, inputs_embeds = inputs
+    rows = Rows(places=_nowhere(input_ids if input_ids is not None else inputs_embeds))
+    outputs = _encode(model, rows, kwargs, input_ids, *inputs)
+    return outputs, rows.pooled
 
 
 def _extras(outputs) -> dict:
@@ -115,40 +132,54 @@ def _predicts_rows(cls: nn.Module, kind: type) -> bool:
     return plain(transform, BertPredictionHeadTransform) and all(map(row_wise, parts))
 
 
-def _masked_language_modelling(
-    model: nn.Module, rows: Rows, labels: Tensor | None, places: Tensor | None, targets: Tensor | None,
-    want_logits: bool, kwargs: dict, logits: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """(loss, dense logits) of the MLM head ``model.cls.predictions``, run on masked positions alone unless
-    ``want_logits``: then ``rows`` holds every output, and else those at ``places``. Where ``model.cls`` itself was
-    called, of its dense ``logits``."""
-    layout, hidden = rows.layout, rows.hidden
-    head = model.cls.predictions if logits is None else None
-    count, packed = kwargs.get("num_items_in_batch"), kwargs.get("masked_labels")
-    named = {"name": "labels", "given": labels} if packed is None else {"name": "masked_labels", "given": packed}
+class _MaskedLanguageModelling:
+    """The MLM head of ``model`` in one forward: what it predicts, on which ``rows``, its logits and its loss.
 
-    loss = None
-    if logits is not None:
-        if places is not None:
-            loss = cross_entropy(logits.flatten(0, 1).index_select(0, places), targets, count, **named)
-    elif want_logits:
-        scores = head.decoder(head.transform(hidden))
-        logits = packing.unpack(layout, scores)
-        if places is not None:
-            loss = cross_entropy(scores.index_select(0, packing.rows_of(layout, places)), targets, count, **named)
-    elif places is not None:
-        transformed = head.transform(hidden)
-        if plain(head.decoder, nn.Linear) and head.decoder.bias is not None:
-            normalizer = as_tensor(count, transformed)
-            with naming(lambda: ops.out_of_range(*named.values(), head.decoder.weight.shape[0], -100)):
-                loss = ops.mlm_loss(transformed, head.decoder.weight, head.decoder.bias, targets, normalizer=normalizer)
-            if not autocasts(hidden.device):
-                loss = loss.to(transformed.dtype)  # as transformers' loss, in the dtype of the logits
+    ``by_rows``: the head, in a ``model.cls`` of class ``kind``, is run on rows, else ``model.cls`` itself is called.
+    ``whole``: logits of every place are made, else a loss at the masked positions alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, kind: type, source: Tensor, labels: Tensor | None, return_logits, kwargs: dict
+    ):
+        self.model, self.count, packed = model, kwargs.get("num_items_in_batch"), kwargs.get("masked_labels")
+        self.named = ("labels", labels) if packed is None else ("masked_labels", packed)  # as the caller gave them
+        read = _labelled(labels, source)
+        self.places, self.targets = _masked_positions(labels, **kwargs)
+        self.by_rows = _predicts_rows(model.cls, kind)
+        self.whole = not self.by_rows or _wants_logits(model, self.places is not None, return_logits, kwargs)
+        self.rows = Rows(read=read if self.by_rows else _everywhere(source), places=None if self.whole else self.places)
+
+    def __call__(self, logits: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """(loss, dense logits) of the filled ``rows``; ``logits`` are those that ``model.cls`` gave where it was
+        called."""
+        layout, hidden = self.rows.layout, self.rows.hidden
+        head = self.model.cls.predictions if self.by_rows else None
+        loss = None
+        if not self.whole:
+            loss = self._loss_of(head.transform(hidden), head.decoder)
         else:
-            loss = cross_entropy(head.decoder(transformed), targets, count, **named)
-    if loss is not None and autocasts(hidden.device) and loss.dtype != torch.float64:
-        loss = loss.float()
-    return loss, logits
+            scores = head.decoder(head.transform(hidden)) if self.by_rows else logits.flatten(0, 1)
+            logits = packing.unpack(layout, scores) if self.by_rows else logits
+            if self.places is not None:
+                loss = self._cross_entropy(scores.index_select(0, packing.rows_of(layout, self.places)))
+        if loss is not None and autocasts(hidden.device) and loss.dtype != torch.float64:
+            loss = loss.float()
+        return loss, logits
+
+    def _loss_of(self, transformed: Tensor, decoder: nn.Module) -> Tensor:
+        """The loss at masked positions, whose logits no one reads; one operator while ``decoder`` is plain."""
+        if not plain(decoder, nn.Linear) or decoder.bias is None:
+            return self._cross_entropy(decoder(transformed))
+        normalizer = as_tensor(self.count, transformed)
+        with naming(lambda: ops.out_of_range(*self.named, decoder.weight.shape[0], -100)):
+            loss = ops.mlm_loss(transformed, decoder.weight, decoder.bias, self.targets, normalizer=normalizer)
+        # as transformers' loss, in the dtype of the logits
+        return loss if autocasts(transformed.device) else loss.to(transformed.dtype)
+
+    def _cross_entropy(self, scores: Tensor) -> Tensor:
+        name, given = self.named
+        return cross_entropy(scores, self.targets, self.count, name=name, given=given)
 
 
 def _tied_table() -> contextlib.AbstractContextManager:
@@ -197,29 +228,20 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
         batch's own numbers; without the latter the NSP loss is weighted by the batch's share of masked positions.
         """
         source = input_ids if input_ids is not None else inputs_embeds
-        read = _labelled(labels, source)
-        places, targets = _masked_positions(labels, kwargs)
-        by_rows = _predicts_rows(self.cls, hf.BertPreTrainingHeads)
-        want_logits = not by_rows or _wants_logits(self, places is not None, return_logits, kwargs)
-        rows = Rows(
-            read=read if by_rows else _everywhere(source),
-            places=None if want_logits else _nowhere(source) if places is None else places,
-        )
+        mlm = _MaskedLanguageModelling(self, hf.BertPreTrainingHeads, source, labels, return_logits, kwargs)
         with _tied_table():
             outputs = _encode(
-                self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
-                position_ids=position_ids, inputs_embeds=inputs_embeds,
-            )  # fmt: skip
-            logits, nsp_logits = (None, None) if by_rows else self.cls(rows.dense(), rows.pooled)
-            loss, logits = _masked_language_modelling(self, rows, labels, places, targets, want_logits, kwargs, logits)
-        if by_rows:
-            nsp_logits = self.cls.seq_relationship(rows.pooled)
+                self, mlm.rows, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+            )
+            logits, nsp_logits = (None, None) if mlm.by_rows else self.cls(mlm.rows.dense(), mlm.rows.pooled)
+            loss, logits = mlm(logits)
+        if mlm.by_rows:
+            nsp_logits = self.cls.seq_relationship(mlm.rows.pooled)
         if next_sentence_label is not None:
             count = kwargs.get("num_sequences_in_batch")
             nsp = cross_entropy(nsp_logits.view(-1, 2), next_sentence_label, count, name="next_sentence_label")
-            items = kwargs.get("num_items_in_batch")
-            if count is None and items is not None and targets is not None:
-                nsp = (nsp * ((targets != -100).sum() / divisor(as_tensor(items, nsp)))).to(nsp.dtype)
+            if count is None and mlm.count is not None and mlm.targets is not None:
+                nsp = (nsp * ((mlm.targets != -100).sum() / divisor(as_tensor(mlm.count, nsp)))).to(nsp.dtype)
             loss = nsp if loss is None else loss + nsp
         elif loss is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             unused = (getattr(self.cls, "seq_relationship", None), getattr(self.bert, "pooler", None))
@@ -228,11 +250,8 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
             )
         kind = _output_type(logits, BertForPreTrainingOutputWithoutLogits, hf.BertForPreTrainingOutput)
         output = kind(
-            loss=loss,
-            prediction_logits=logits,
-            seq_relationship_logits=nsp_logits,
-            **_extras(outputs),
-        )
+            loss=loss, prediction_logits=logits, seq_relationship_logits=nsp_logits, **_extras(outputs)
+        )  # fmt: skip
         return output if _returns_dict(self, kwargs) else output.to_tuple()
 
 
@@ -254,19 +273,13 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
     ) -> tuple[Tensor, ...] | MaskedLMOutput:
         """As transformers'; masked_positions, masked_labels and num_items_in_batch as in BertForPreTraining."""
         source = input_ids if input_ids is not None else inputs_embeds
-        read = _labelled(labels, source)
-        places, targets = _masked_positions(labels, kwargs)
-        by_rows = _predicts_rows(self.cls, hf.BertOnlyMLMHead)
-        want_logits = not by_rows or _wants_logits(self, places is not None, return_logits, kwargs)
-        rows = Rows(read=read if by_rows else _everywhere(source), places=None if want_logits else places)
+        mlm = _MaskedLanguageModelling(self, hf.BertOnlyMLMHead, source, labels, return_logits, kwargs)
         with _tied_table():
             outputs = _encode(
-                self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
-                position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
+                self, mlm.rows, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+                encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask,
             )  # fmt: skip
-            logits = None if by_rows else self.cls(rows.dense())
-            loss, logits = _masked_language_modelling(self, rows, labels, places, targets, want_logits, kwargs, logits)
+            loss, logits = mlm(None if mlm.by_rows else self.cls(mlm.rows.dense()))
         kind = _output_type(logits, MaskedLMOutputWithoutLogits, MaskedLMOutput)
         output = kind(loss=loss, logits=logits, **_extras(outputs))
         return output if _returns_dict(self, kwargs) else output.to_tuple()
@@ -287,13 +300,8 @@ class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentenceP
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | NextSentencePredictorOutput:
         """As transformers'."""
-        source = input_ids if input_ids is not None else inputs_embeds
-        rows = Rows(places=_nowhere(source))
-        outputs = _encode(
-            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
-            position_ids=position_ids, inputs_embeds=inputs_embeds,
-        )  # fmt: skip
-        logits = self.cls(rows.pooled)
+        outputs, pooled = _pooled(self, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        logits = self.cls(pooled)
         loss = None
         if labels is not None:
             loss = cross_entropy(logits.view(-1, 2), labels, kwargs.get("num_items_in_batch"))
@@ -315,13 +323,8 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, ...] | SequenceClassifierOutput:
         """As transformers'."""
-        source = input_ids if input_ids is not None else inputs_embeds
-        rows = Rows(places=_nowhere(source))
-        outputs = _encode(
-            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
-            position_ids=position_ids, inputs_embeds=inputs_embeds,
-        )  # fmt: skip
-        logits = self.classifier(self.dropout(rows.pooled))
+        outputs, pooled = _pooled(self, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        logits = self.classifier(self.dropout(pooled))
         loss = None if labels is None else self._loss(logits, labels, kwargs.get("num_items_in_batch"))
         return SequenceClassifierOutput(loss=loss, logits=logits, **_extras(outputs))
 
@@ -367,13 +370,11 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
             None if t is None else t.flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
-        rows = Rows(places=_nowhere(source))
         with naming(lambda: misplaced(self.config, mask, **given)):
-            outputs = _encode(
-                self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
-                position_ids=position_ids, inputs_embeds=inputs_embeds,
-            )  # fmt: skip
-        logits = self.classifier(self.dropout(rows.pooled)).view(-1, choices)
+            outputs, pooled = _pooled(
+                self, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+            )
+        logits = self.classifier(self.dropout(pooled)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         return MultipleChoiceModelOutput(loss=loss, logits=logits, **_extras(outputs))
 
@@ -397,10 +398,7 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
         read = _labelled(labels, source)
         packed = untouched(self.dropout, nn.Dropout) and row_wise(self.classifier)
         rows = Rows(read=read if packed else _everywhere(source))
-        outputs = _encode(
-            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
-            position_ids=position_ids, inputs_embeds=inputs_embeds,
-        )  # fmt: skip
+        outputs = _encode(self, rows, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         logits = _by_tokens(rows, packed, self.dropout, self.classifier)
         loss = None
         if labels is not None:
@@ -445,10 +443,7 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         has_loss = start_positions is not None and end_positions is not None
         packed = row_wise(self.qa_outputs)
         rows = Rows(read=_everywhere(source) if has_loss or not packed else None)
-        outputs = _encode(
-            self, rows, input_ids, kwargs, attention_mask=attention_mask, token_type_ids=token_type_ids,
-            position_ids=position_ids, inputs_embeds=inputs_embeds,
-        )  # fmt: skip
+        outputs = _encode(self, rows, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         logits = _by_tokens(rows, packed, self.qa_outputs)
         start, end = (scores.squeeze(-1).contiguous() for scores in logits.split(1, dim=-1))
         loss = None
@@ -458,9 +453,4 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         real = packing.attended(rows.layout)
         if real is not None:
             start, end = (t.masked_fill(~real, torch.finfo(t.dtype).min) for t in (start, end))
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start,
-            end_logits=end,
-            **_extras(outputs),
-        )
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **_extras(outputs))

@@ -2,9 +2,9 @@
 
 They add no parameters and no constructor: an instance is transformers' own module whose class was swapped
 (bert_fast/model/swap.py). Activations are rows (T, H); ``layout`` (bert_fast/packing.py) says what a row is.
-An operator reads the parameters of several modules at once only while all of those are plain; a module with
-hooks, a parametrisation or another class (LoRA, quantisation, offloading) is called instead. A part that is
-called without a layout, as transformers' modules call each other, is transformers' own, on a dense batch.
+An operator reads the parameters of several modules at once only while fusable.py finds all of those plain; another is
+called instead. A part that is called without a layout, as transformers' modules call each other, is transformers' own,
+on a dense batch.
 """
 
 import contextlib
@@ -13,108 +13,34 @@ import inspect
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook as hooked_globally
-from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
 from bert_fast import dropout_mask, ops, packing
 from bert_fast.linear import autocasts, linear, linear_with_residual
 from bert_fast.model import idcheck
+from bert_fast.model.fusable import (
+    dropout_p,
+    hooked_globally,
+    is_gelu,
+    plain,
+    plain_layernorm,
+    plain_table,
+    runs,
+    unwatched,
+)
 from bert_fast.packing import Layout
 
 Tensor = torch.Tensor
 
 
-def _hooked(module: nn.Module, harmless=None) -> bool:
-    """Calling ``module`` does more than its class's forward; forward hooks that are ``harmless`` do not count."""
-    hooks = module._forward_hooks
-    return bool(
-        (hooks and not all(hook is harmless for hook in hooks.values()))
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def plain(module: nn.Module, kind: type) -> bool:
-    """``module`` is exactly ``kind``, and calling it does nothing but its forward."""
-    return type(module) is kind and not _hooked(module)
-
-
-def as_made(kind: type) -> bool:
-    """The forward of ``kind`` is its library's, and not one that was put on the class."""
-    return kind.forward.__module__ == kind.__module__
-
-
-def untouched(module: nn.Module, kind: type) -> bool:
-    """``plain``, and neither a hook of all modules nor a forward put on the class: no code of one's own sees what is in
-    ``module``."""
-    return plain(module, kind) and as_made(kind) and not hooked_globally()
-
-
-_ROW_WISE = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleDict, nn.ParameterDict}
-_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
-
-
-def _holds_only(module: nn.Module, origins: tuple[str, ...]) -> bool:
-    """``module`` and all in it are without hooks and of torch's ``_ROW_WISE`` or of Python modules named in
-    ``origins``."""
-    return all(
-        (type(m) in _ROW_WISE or type(m).__module__.startswith(origins)) and not _hooked(m)
-        for m in (module.modules() if module._modules else (module,))
-    )
-
-
-def row_wise(module: nn.Module) -> bool:
-    """Each row that ``module`` gives depends on that row of its input alone, and no code of one's own sees it: torch's
-    own modules, with an adapter by peft or without."""
-    return not hooked_globally() and _holds_only(module, (*_ACTIVATIONS, "peft."))
-
-
-def keyed(layer: nn.Module) -> bool:
-    """Nothing in an encoder's ``layer`` draws random numbers but the operators by their keys, as far as one can know:
-    all is this engine's, torch's or an activation of transformers, without hooks."""
-    return _holds_only(layer, (*_ACTIVATIONS, __name__))
-
-
-def runs(module: nn.Module | None, kind: type) -> bool:
-    """Calling ``module`` runs the forward of ``kind``, whatever hooks there are. A class of FSDP2's has it too."""
-    return getattr(type(module), "forward", None) is kind.forward and "forward" not in module.__dict__
-
-
-def requires_grad(module: nn.Module, given, output: Tensor) -> None:
-    """A hook: what comes out has a gradient, with which a checkpointed layer or an adapter can begin."""
-    output.requires_grad_(True)
-
-
-def plain_table(embedding: nn.Module) -> bool:
-    """Looking rows up in ``embedding`` is reading its table. ``requires_grad`` does nothing to rows of a table that is
-    trained."""
-    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
-        return False
-    return not _hooked(embedding, requires_grad if embedding.weight.requires_grad else None)
-
-
-def unhooked(module: nn.Module) -> bool:
-    """``module`` and all in it are without hooks."""
-    return not any(_hooked(m) for m in module.modules())
-
-
-def unwatched(output: nn.Module, kind: type) -> bool:
-    """``output`` is exactly ``kind``, and no hook sees the gradients of what it multiplies and of the residual beside:
-    without dropout they are the same memory."""
-    return plain(output, kind) and plain(output.dense, nn.Linear) and unhooked(output)
-
-
-def dropout_p(dropout: nn.Module) -> float:
-    """The probability with which ``dropout`` drops now; 0 for a module that has to be called itself."""
-    return float(dropout.p) if plain(dropout, nn.Dropout) and dropout.training else 0.0
-
-
 def site(kind: str, layer: int = 0) -> int:
     """The number that tells a dropout from the others of a forward pass."""
     return {"embeddings": 0, "attention": 1, "attention_output": 2, "output": 3}[kind] + 3 * layer
+
+
+def dropout_keys(layout: Layout | None, p: float, where: int) -> dict:
+    """What an operator needs to drop with probability ``p`` at a site, in its arguments' names; nothing for 0."""
+    return {"p": p, "row_key": layout.row_key, "rng_key": layout.rng_key, "site": where} if p else {}
 
 
 def residual_layernorm(
@@ -125,25 +51,19 @@ def residual_layernorm(
     p = 0.0 if dropout is None else dropout_p(dropout)
     if dropout is not None and not plain(dropout, nn.Dropout):
         x, bias = dropout(x if bias is None else x + bias), None
-    keys = {"p": p, "row_key": layout.row_key, "rng_key": layout.rng_key, "site": where} if p else {}
-    if plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
+    if plain_layernorm(norm):
+        keys = dropout_keys(layout, p, where)
         return ops.residual_layernorm(x, residual, norm.weight, norm.bias, bias=bias, eps=norm.eps, **keys)
-    x = x if bias is None else x + bias
-    x = drop(x, layout, p, where) if p else x
+    x = drop(x if bias is None else x + bias, layout, p, where)
     return norm(x if residual is None else x + residual)
 
 
-def drop(x: Tensor, layout: Layout, p: float, where: int) -> Tensor:
+def drop(x: Tensor, layout: Layout | None, p: float, where: int) -> Tensor:
     """The hidden dropout of the operators, alone."""
+    if not p:
+        return x
     keep = dropout_mask.hidden_keep_mask(layout.rng_key, layout.row_key, x.shape[1], p, where)
     return torch.where(keep, x * dropout_mask.dropout_scale(p), 0.0)
-
-
-def linear_without_bias(dense: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(x @ W^T, bias) where the bias is left to the operator that follows, else (dense(x), None)."""
-    if plain(dense, nn.Linear):
-        return linear(x, (dense.weight,)), dense.bias
-    return dense(x), None
 
 
 def linears_side_by_side(
@@ -169,17 +89,15 @@ def linears_side_by_side(
     return out, x, bias if apart else None
 
 
-def is_gelu(activation) -> bool:
-    """GELU by the normal distribution function, without hooks."""
-    return isinstance(activation, nn.Module) and plain(activation, GELUActivation)
-
-
-def activate(dense: nn.Module, activation, x: Tensor) -> Tensor:
-    """activation(dense(x)); GELU and the bias in one operator."""
-    if is_gelu(activation):
-        y, bias = linear_without_bias(dense, x)
-        return ops.bias_gelu(y, bias)
-    return activation(dense(x))
+def activate(dense: nn.Module, activation, x: Tensor) -> tuple[Tensor, Tensor]:
+    """activation(dense(x)), GELU and the bias in one operator; and x for the residual alone, see
+    ``linear_with_residual``."""
+    if not is_gelu(activation):
+        return activation(dense(x)), x
+    if not plain(dense, nn.Linear):
+        return ops.bias_gelu(dense(x)), x
+    y, x = linear_with_residual(x, (dense.weight,))
+    return ops.bias_gelu(y, dense.bias), x
 
 
 def packed(forward):
@@ -206,10 +124,8 @@ class BertEmbeddings(hf.BertEmbeddings):
         """ids, positions, segments (T,) int64, or ``embeds`` (T, H) in place of ids -> (T, H) in ``dtype``, or in that
         of the tables."""
         word, position, segment = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
-        norm, p = self.LayerNorm, dropout_p(self.dropout)
-        fused = plain_table(position) and plain_table(segment) and plain(norm, nn.LayerNorm)
-        fused = fused and norm.weight is not None and norm.bias is not None
-        if fused:
+        norm, p, where = self.LayerNorm, dropout_p(self.dropout), site("embeddings")
+        if plain_table(position) and plain_table(segment) and plain_layernorm(norm):
             if embeds is None:
                 table, padding_idx = word.weight, word.padding_idx
                 idcheck.check_later(ids, table.shape[0])
@@ -219,14 +135,13 @@ class BertEmbeddings(hf.BertEmbeddings):
             if dtype is None:
                 dtype = torch.promote_types(table.dtype, position.weight.dtype)
                 dtype = torch.promote_types(dtype, segment.weight.dtype)
-            keys = {"p": p, "row_key": layout.row_key, "rng_key": layout.rng_key} if p else {}
             x = ops.embedding_layernorm(
                 ids, positions, segments, table, position.weight, segment.weight, norm.weight, norm.bias,
-                eps=norm.eps, padding_idx=padding_idx, site=site("embeddings"), out_dtype=dtype, **keys,
+                eps=norm.eps, padding_idx=padding_idx, out_dtype=dtype, **dropout_keys(layout, p, where),
             )  # fmt: skip
         else:
             x = norm((word(ids) if embeds is None else embeds) + segment(segments) + position(positions))
-            x = drop(x, layout, p, site("embeddings")) if p else x
+            x = drop(x, layout, p, where)
             x = x if dtype is None else x.to(dtype)
         return x if plain(self.dropout, nn.Dropout) else self.dropout(x)
 
@@ -242,9 +157,7 @@ class BertSelfAttention(hf.BertSelfAttention):
     def with_residual(self, x: Tensor, layout: Layout, attentions: list | None = None) -> tuple[Tensor, Tensor]:
         """``forward``, and x for the residual alone, which nothing else may read; see ``linear_with_residual``."""
         linears, bias = (self.query, self.key, self.value), None
-        if all(plain(m, nn.Linear) for m in linears) and all(
-            (m.bias is None) == (linears[0].bias is None) for m in linears
-        ):
+        if all(plain(m, nn.Linear) for m in linears) and len({m.bias is None for m in linears}) == 1:
             # the gradient of q's, k's and v's bias: attention's backward has its sums at hand
             qkv, x, bias = linears_side_by_side(linears, x, bias_apart=not layout.explicit)
         else:
@@ -252,17 +165,14 @@ class BertSelfAttention(hf.BertSelfAttention):
         qkv = qkv.view(x.shape[0], 3, self.num_attention_heads, self.attention_head_size)
         # transformers drops attention weights by the flag of this module, not of the Dropout
         p = float(self.dropout.p) if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
-        keys = {"p": p, "row_key": layout.row_key, "rng_key": layout.rng_key} if p else {}
+        where = site("attention", self.layer_idx)
         if layout.explicit:
-            out, weights = explicit_attention(qkv, layout, self.scaling, p, site("attention", self.layer_idx))
+            out, weights = explicit_attention(qkv, layout, self.scaling, p, where)
             if attentions is not None:
                 attentions.append(weights)
             return out, x
-        out = ops.attention(
-            qkv, layout.cu_seqlens, layout.max_seqlen, scale=self.scaling, site=site("attention", self.layer_idx),
-            bias=bias, **keys,
-        )  # fmt: skip
-        return out, x
+        keys = dropout_keys(layout, p, where)
+        return ops.attention(qkv, layout.cu_seqlens, layout.max_seqlen, scale=self.scaling, bias=bias, **keys), x
 
 
 def explicit_attention(qkv: Tensor, layout: Layout, scale: float, p: float, where: int) -> tuple[Tensor, Tensor]:
@@ -306,7 +216,11 @@ class BertSelfOutput(hf.BertSelfOutput):
 
     @packed
     def forward(self, x: Tensor, residual: Tensor, layout: Layout, layer: int) -> Tensor:
-        x, bias = linear_without_bias(self.dense, x)
+        x, bias = (
+            (linear(x, (self.dense.weight,)), self.dense.bias)
+            if plain(self.dense, nn.Linear)
+            else (self.dense(x), None)
+        )
         return residual_layernorm(x, bias, residual, self.LayerNorm, self.dropout, layout, site(self._site, layer))
 
 
@@ -342,10 +256,7 @@ class BertIntermediate(hf.BertIntermediate):
 
     def with_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``forward``, and x for the residual alone, which nothing else may read; see ``linear_with_residual``."""
-        if plain(self.dense, nn.Linear) and is_gelu(self.intermediate_act_fn):
-            y, x = linear_with_residual(x, (self.dense.weight,))
-            return ops.bias_gelu(y, self.dense.bias), x
-        return activate(self.dense, self.intermediate_act_fn, x), x
+        return activate(self.dense, self.intermediate_act_fn, x)
 
 
 def fusable_feed_forward(inner: nn.Module, output: nn.Module) -> bool:
@@ -393,6 +304,15 @@ class BertLayer(hf.BertLayer):
         return self.output(self.intermediate(x), x, layout, layer)
 
 
+def shown(x: Tensor, layout: Layout, hidden_states: list | None) -> Tensor:
+    """x (T, H), appended to ``hidden_states`` as (B, S, H) where that is a list; what follows reads that very tensor,
+    so that gradients flow through what the caller gets."""
+    if hidden_states is None:
+        return x
+    hidden_states.append(packing.unpack(layout, x))
+    return packing.pack(layout, hidden_states[-1])
+
+
 class BertEncoder(hf.BertEncoder):
     """The stack of layers."""
 
@@ -406,14 +326,10 @@ class BertEncoder(hf.BertEncoder):
         only: Tensor | None = None,
     ) -> Tensor:
         """x (T, H) -> (T, H), or the rows ``only`` (R,) of it, which the last layer then computes alone (the idea is
-        FlashAttention's last_layer_subset). Appends each layer's dense output (B, S, H) to ``hidden_states`` where
-        it is a list; the next layer reads that very tensor, so that gradients flow through what the caller gets."""
+        FlashAttention's last_layer_subset). ``hidden_states`` gets each layer's output, see ``shown``."""
         last = len(self.layer) - 1
         for number, layer in enumerate(self.layer):
-            x = layer(x, layout, attentions, only if number == last else None)
-            if hidden_states is not None:
-                hidden_states.append(packing.unpack(layout, x))
-                x = packing.pack(layout, hidden_states[-1])
+            x = shown(layer(x, layout, attentions, only if number == last else None), layout, hidden_states)
         return x
 
 
@@ -423,7 +339,7 @@ class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
             return super().forward(x)
-        x = activate(self.dense, self.transform_act_fn, x)
+        x, _ = activate(self.dense, self.transform_act_fn, x)
         return residual_layernorm(x, None, None, self.LayerNorm, None, None, 0)
 
 

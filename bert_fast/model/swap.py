@@ -3,7 +3,7 @@
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-from bert_fast.model import layers
+from bert_fast.model import fusable, layers
 
 PARTS = {
     getattr(hf, name): getattr(layers, name)
@@ -76,7 +76,7 @@ def accelerate(model: nn.Module) -> nn.Module:
                 f"bert_fast.accelerate: {where} is a subclass of transformers' BERT with code of its own, which this "
                 "engine would not run; use transformers for it, or subclass bert_fast's class instead"
             )
-        if (kind in MODELS or kind in PARTS) and ("forward" in module.__dict__ or not layers.as_made(kind)):
+        if (kind in MODELS or kind in PARTS) and ("forward" in module.__dict__ or not fusable.as_made(kind)):
             raise TypeError(
                 f"bert_fast.accelerate: the forward of {where} was replaced, on this instance or on its class, by your "
                 "own code or by accelerate (offloading, Accelerator.prepare), and would be lost or go on being "
