@@ -143,50 +143,66 @@ def prepare(
     }
     if file_format is not None:  # else as earlier versions wrote it
         made_by["file_format"] = file_format
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    done: Counter = Counter()
-    elsewhere: list[tuple[int, str, list[Path]]] = []  # what other machines make: number, digest of its text, files
-    units = 0
-    recorded = recorded_shards(out)
-
-    def report(counts: Counter, skipped: bool) -> None:
-        done.update(
-            {"units": 1, "units_skipped": int(skipped), **{k: counts[k] for k in ("bytes", "documents", "tokens")}}
-        )
-        if progress is not None:
-            progress(dict(done))
-
-    def missing() -> Iterator[tuple]:
-        """What is to be made, as :func:`_make_shard` takes it; what is there is checked and counted."""
-        nonlocal units
-        for unit in _units(files, reading, unit_bytes):
-            units += 1
-            if unit.number % of != index:
-                elsewhere.append((unit.number, _digest(unit), unit.files))
-            elif (path := shard_path(out, unit.number)).is_file():
-                require_as_recorded(path, recorded.get(path.name))
-                report(_same_text(path, _digest(unit), unit.files), True)
-            else:
-                yield out, unit, language, sentences
-
+    part = _Part(out, index, of, progress)
     with sole_writer(out, index, of):
         _same_settings(out / "settings.json", made_by)
         save_tokenizer(tokenizer, out / "tokenizer")
-        if workers <= 1:
-            made = _make_here(SentenceEncoder(tokenizer), missing())
-        else:
-            made = in_processes(workers, _start_process, (tokenizer.to_str(),), _make_in_process, missing())
-        with closing(made):
+        missing = ((out, unit, language, sentences) for unit in part.missing(_units(files, reading, unit_bytes)))
+        with closing(_made(tokenizer, missing, workers)) as made:
             for counts in made:
-                report(counts, False)
-        if not all(shard_path(out, number).is_file() for number in range(units)):
+                part.report(counts, skipped=False)
+        if not part.all_made():
             return None
-        for number, digest, within in elsewhere:
-            _same_text(shard_path(out, number), digest, within)
         _same_settings(out / "settings.json", made_by)  # of machines that start at once, one wrote it last
         if changed := [path for path, before in versions.items() if _version(path) != before]:
             raise ValueError(f"{_some(changed)} changed while being read: the same again compares it with what is made")
-        return finish(out, units, made_by)
+        return finish(out, part.units, made_by)
+
+
+class _Part:
+    """The shards ``index``, ``index + of`` and so on in ``out``, which one call makes or finds made, and tells of."""
+
+    def __init__(self, out: Path, index: int, of: int, progress: Callable[[dict], None] | None):
+        self.out, self.index, self.of, self.progress = out, index, of, progress
+        self.recorded, self.done = recorded_shards(out), Counter()
+        self.units = 0  # of the whole corpus, as far as it is read
+        self.elsewhere: list[tuple[int, str, list[Path]]] = []  # other parts' units: number, digest of the text, files
+
+    def missing(self, units: Iterable[Unit]) -> Iterator[Unit]:
+        """Those of ``units`` that are to be made; what is there is checked and counted."""
+        for unit in units:
+            self.units += 1
+            if unit.number % self.of != self.index:
+                self.elsewhere.append((unit.number, _digest(unit), unit.files))
+            elif (path := shard_path(self.out, unit.number)).is_file():
+                require_as_recorded(path, self.recorded.get(path.name))
+                self.report(_same_text(path, _digest(unit), unit.files), skipped=True)
+            else:
+                yield unit
+
+    def report(self, counts: Counter, skipped: bool) -> None:
+        """One more shard of this part is there."""
+        self.done.update(
+            {"units": 1, "units_skipped": int(skipped), **{k: counts[k] for k in ("bytes", "documents", "tokens")}}
+        )
+        if self.progress is not None:
+            self.progress(dict(self.done))
+
+    def all_made(self) -> bool:
+        """Every part's shards are there; ValueError where another's was made from another text."""
+        if not all(shard_path(self.out, number).is_file() for number in range(self.units)):
+            return False
+        for number, digest, within in self.elsewhere:
+            _same_text(shard_path(self.out, number), digest, within)
+        return True
+
+
+def _made(tokenizer: Tokenizer, tasks: Iterator[tuple], workers: int | None) -> Iterator[Counter]:
+    """The counts of each shard, made by :func:`_make_shard` in ``workers`` processes (None: one a core)."""
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers <= 1:
+        return _make_here(SentenceEncoder(tokenizer), tasks)
+    return in_processes(workers, _start_process, (tokenizer.to_str(),), _make_in_process, tasks)
 
 
 def _same_settings(path: Path, settings: dict) -> None:

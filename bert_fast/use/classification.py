@@ -3,6 +3,7 @@
 import math
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -101,29 +102,50 @@ def finetune(
         name: _encoded(part, tokenizer, labels, max_length)
         for name, part in (("train", train), ("validation", validation))
     }
-    report = _Report(on_step, on_epoch)
+    measured = _trained(
+        network, tokenizer, parts, _Report(on_step, on_epoch),
+        num_train_epochs=epochs, per_device_train_batch_size=batch_size, per_device_eval_batch_size=4 * batch_size,
+        learning_rate=learning_rate, warmup_steps=warmup, weight_decay=weight_decay, seed=seed,
+        bf16=precision == "bf16", use_cpu=device == "cpu", dataloader_pin_memory=device != "cpu",
+    )  # fmt: skip
+    if not math.isfinite(measured["loss"]):
+        raise FloatingPointError(f"the loss is {measured['loss']}: nothing was kept; lower the learning rate")
+    if out is not None:
+        with silent_transformers():
+            network.save_pretrained(out)
+            save_tokenizer(tokenizer, out, max_length=positions)
+    return {
+        "accuracy": measured["accuracy"],
+        "loss": measured["loss"],
+        "majority": _majority(parts["train"].rows, parts["validation"].rows),
+        "examples": len(validation),
+        "labels": labels,
+        "epochs": epochs,
+        "seq": max_length,
+        "head": head,
+        "cut": {name: part.cut for name, part in parts.items()},
+        **_doubtful_texts(train, validation),
+    }
+
+
+def _trained(
+    network: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, parts: dict, report: "_Report",
+    **options,
+) -> dict:  # fmt: skip
+    """Trains ``network`` on ``parts`` ("train", "validation") with transformers' ``options``; the last measures."""
     with tempfile.TemporaryDirectory() as scratch:  # Trainer wants a folder; nothing is written there
         trainer = Trainer(
             model=network,
             args=TrainingArguments(
                 output_dir=scratch,
-                num_train_epochs=epochs,
-                per_device_train_batch_size=batch_size,
-                per_device_eval_batch_size=4 * batch_size,
-                learning_rate=learning_rate,
                 lr_scheduler_type="linear",
-                warmup_steps=warmup,
-                weight_decay=weight_decay,
-                seed=seed,
-                bf16=precision == "bf16",
-                use_cpu=device == "cpu",
                 eval_strategy="epoch",
                 save_strategy="no",
                 logging_steps=10,
                 logging_first_step=True,
                 report_to=[],
                 disable_tqdm=True,
-                dataloader_pin_memory=device != "cpu",
+                **options,
             ),
             train_dataset=parts["train"].rows,
             eval_dataset=parts["validation"].rows,
@@ -133,25 +155,20 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    if not math.isfinite(report.measured["loss"]):
-        raise FloatingPointError(f"the loss is {report.measured['loss']}: nothing was kept; lower the learning rate")
-    if out is not None:
-        with silent_transformers():
-            network.save_pretrained(out)
-            save_tokenizer(tokenizer, out, max_length=positions)
-    classes = [row["labels"] for row in parts["train"].rows]
-    most = max(range(len(labels)), key=classes.count)
+    return report.measured
+
+
+def _majority(train: list[dict], validation: list[dict]) -> float:
+    """The accuracy on ``validation`` of always saying the most frequent label of ``train``, the first of several."""
+    counts = Counter(row["labels"] for row in train)
+    most = min(counts, key=lambda label: (-counts[label], label))
+    return sum(row["labels"] == most for row in validation) / len(validation)
+
+
+def _doubtful_texts(train: list[Example], validation: list[Example]) -> dict[str, int]:
+    """How many examples have an empty text, and how many of ``validation`` ``train`` has, too."""
     texts = {(example.text, example.pair) for example in train}
     return {
-        "accuracy": report.measured["accuracy"],
-        "loss": report.measured["loss"],
-        "majority": sum(row["labels"] == most for row in parts["validation"].rows) / len(validation),
-        "examples": len(validation),
-        "labels": labels,
-        "epochs": epochs,
-        "seq": max_length,
-        "head": head,
-        "cut": {name: part.cut for name, part in parts.items()},
         "empty": sum(not text.strip() for e in (*train, *validation) for text in (e.text, e.pair) if text is not None),
         "shared": sum((example.text, example.pair) in texts for example in validation),
     }
