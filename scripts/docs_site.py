@@ -20,6 +20,7 @@ from bert_fast.cli import build_parser
 CLI = "reference/cli.md"
 WIDTH = 100  # columns of a help text
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`~?([^`]+)`")
+COLUMNS = re.compile(r"^\S.*?\S {3,}\S", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -61,8 +62,14 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Sphinx's roles in docstrings (:func:`name`) become code."""
+    """Docstrings are read in a terminal; this makes Markdown of them."""
 
     def on_instance(self, *, obj: griffe.Object, **_) -> None:
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(lambda role: f"`{role[1]}`", obj.docstring.value)
+            obj.docstring.value = as_markdown(obj.docstring.value)
+
+
+def as_markdown(docstring: str) -> str:
+    """Sphinx's roles (:func:`name`) become code, and paragraphs with columns keep them."""
+    paragraphs = ROLE.sub(lambda role: f"`{role[1]}`", docstring).split("\n\n")
+    return "\n\n".join(f"```text\n{x}\n```" if len(COLUMNS.findall(x)) > 1 else x for x in paragraphs)

@@ -1,14 +1,19 @@
 """The documents are true: every path, name, option, command and link in them is there."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import report
-from tests.support.documents import ROOT, anchors, wrong, wrong_links
+from bert_fast.cli import COMMANDS
+from tests.support.documents import ROOT, anchors, wrong, wrong_links, wrong_paths
 
 LOG = sorted((ROOT / "docs" / "log").glob("*.md"))
-DOCUMENTS = sorted({ROOT / "CONTRIBUTING.md", ROOT / "README.md", *(ROOT / "docs").rglob("*.md")} - set(LOG))
+ELSEWHERE = ("README.md", "CONTRIBUTING.md", "benchmarks/results/README.md", "dev/cuda_stand_in/README.md")
+DOCUMENTS = sorted({*(ROOT / name for name in ELSEWHERE), *(ROOT / "docs").rglob("*.md")} - set(LOG))
+ROOMS = ("bert_fast", "kernels", "benchmarks", "dev", "scripts", "examples")
 
 
 def _name(path: Path) -> str:
@@ -17,14 +22,20 @@ def _name(path: Path) -> str:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
 def test_a_document_is_true(document, request):
-    if document.name == "README.md":
+    if document == ROOT / "README.md":
         request.applymarker(pytest.mark.xfail(strict=True, reason="its links name where the pages were"))
     assert wrong(document.read_text(encoding="utf-8"), document.parent) == []
 
 
-@pytest.mark.parametrize("document", [*LOG, ROOT / "CHANGELOG.md", ROOT / "benchmarks/results/README.md"], ids=_name)
+@pytest.mark.parametrize("document", [*LOG, ROOT / "CHANGELOG.md"], ids=_name)
 def test_a_diarys_links_lead_somewhere(document):
     assert list(wrong_links(document.read_text(encoding="utf-8"), document.parent)) == []
+
+
+def test_the_paths_that_comments_name_are_there():
+    sources = (path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".cpp", ".h"))
+    named = {_name(path): list(wrong_paths(path.read_text(encoding="utf-8"), bare=False)) for path in sources}
+    assert {path: wrong for path, wrong in named.items() if wrong} == {}
 
 
 def test_the_page_of_figures_is_made_of_the_results_and_short(capsys):
@@ -70,3 +81,26 @@ def test_what_is_there_is_not_complained_of():
     )
     assert wrong(text) == []
     assert anchors("## Exact, `resume`\n```\n# no heading\n```") == {"exact-resume"}
+
+
+def test_no_page_speaks_as_a_diary():
+    """What was, and what has changed, belongs to the log and the changelog."""
+    for document in DOCUMENTS:
+        said = re.findall(r"\b(?:nobody|somebody|no longer|now)\b", document.read_text(encoding="utf-8"), re.IGNORECASE)
+        assert not said, f"{_name(document)} says {said}"
+
+
+def test_what_the_site_generates():
+    site = pytest.importorskip("scripts.docs_site", reason="MkDocs is not installed", exc_type=ImportError)
+    text = site.cli_reference()
+    for name in COMMANDS:
+        assert f"## bert-fast {name}\n\n```text\nusage: bert-fast {name} " in text
+    assert max(map(len, text.splitlines())) <= 120
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="design/gpu.md"))
+    links = "[a](step.md), [b](../../dev/x.md), [c](https://example.org/), [`Makefile`](../../Makefile)"
+    shown = "[a](step.md), b (`dev/x.md`), [c](https://example.org/), `Makefile`"
+    assert site.on_page_markdown(links, page, None, None) == shown
+    docstring = "Of :func:`~bert_fast.a.b`.\n\nshort    one\nlonger   two\n\nplain text"
+    assert site.as_markdown(docstring) == (
+        "Of `bert_fast.a.b`.\n\n```text\nshort    one\nlonger   two\n```\n\nplain text"
+    )

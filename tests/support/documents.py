@@ -35,12 +35,13 @@ def wrong(text: str, folder: Path = ROOT) -> list[str]:
     ]
 
 
-def wrong_paths(text: str) -> Iterator[str]:
+def wrong_paths(text: str, bare: bool = True) -> Iterator[str]:
+    """Paths that the tree lacks; with ``bare`` names of files without a folder as well."""
     prose = LINK.sub("", text)
     for path in {match.rstrip(".-") for match in PATH.findall(prose)}:
         if not (ROOT / path).exists() and not any(ROOT.glob(path)):
             yield f"no path {path}"
-    for name in {name for code in _code(text) for name in FILE.findall(code)}:
+    for name in {name for code in _code(text) for name in FILE.findall(code)} if bare else ():
         if name not in _files():
             yield f"no file is called {name}"
 
