@@ -8,7 +8,8 @@ import transformers
 from benchmarks import contenders
 from benchmarks.contenders import CONTENDERS, PEERS, Setting
 from benchmarks.limits import NAMES
-from benchmarks.workload import MODELS, TOKENS
+from benchmarks.steps import DROPOUT
+from benchmarks.workload import MODELS, TOKENS, Batch, Workload, model_config
 from bert_fast.devices import has_matrix_unit
 from bert_fast.flops import step_flops
 
@@ -94,3 +95,16 @@ def default_batch(options: argparse.Namespace, config, rate: float) -> int:
     while batch * 2 <= min(most, 64):
         batch *= 2
     return batch
+
+
+def size(options: argparse.Namespace, work: Workload, limits: dict) -> tuple[dict, Batch]:
+    """ "work" of a results file, and the batch of parity. ValueError where the corpus has no such batches."""
+    config = model_config(options.model, dropout=DROPOUT)
+    if (known := len(work.tokenizer)) > config.vocab_size:
+        raise ValueError(f"BERT-{options.model} has {config.vocab_size} words, the corpus {known}: use another --model")
+    sequences = options.batch or default_batch(options, config, 1e12 * limits["matmul_tflops"][options.dtype])
+    batch = work.batch(sequences, options.seq, options.lengths, options.device)
+    check = work.parity_batch(options.seq, options.device)
+    asked = {key: getattr(options, key) for key in ("model", "seq", "lengths", "dtype", "mode", "optimizer", "rounds")}
+    return asked | {"batch": sequences, "dropout": DROPOUT, "corpus": work.name, "real_tokens": batch.real_tokens,
+                    "masked": batch.predicted, "parity_lengths": check.lengths}, check  # fmt: skip

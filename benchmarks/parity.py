@@ -20,7 +20,7 @@ import torch
 from benchmarks.contenders import CONTENDERS, Built, Setting, build
 from benchmarks.operators import build_case
 from benchmarks.results import reason
-from benchmarks.workload import Batch
+from benchmarks.workload import Batch, model_config
 from bert_fast import choice, dispatch
 
 Tensor = torch.Tensor
@@ -199,3 +199,21 @@ def compare_encodings(
     for x in (x for x in rows if x["contender"].endswith("int8")):
         x |= {"bound": INT8_BOUND, "passed": x["error"] <= INT8_BOUND}
     return rows, failed
+
+
+def gate(
+    model: str, batch: Batch, setting: Setting, peers: list[str], progress: Callable[[str], None]
+) -> tuple[list[dict], dict[str, str]]:
+    """The rows of all that is ours, and of other libraries' encoders; and of each of ``peers`` that cannot run, or is
+    wrong, why it is not to be timed: its rows are left out."""
+    config, rows, failed = model_config(model, dropout=0.0), [], {}
+    if setting.train:
+        for name in ["bert_fast", *(peer for peer in peers if peer.startswith("bert_fast"))]:
+            rows += compare(config, batch, setting, name=name, progress=progress)
+    else:
+        others = [peer for peer in peers if not peer.startswith("hf-")]
+        rows, failed = compare_encodings(config, batch, setting, others, progress=progress)
+    for x in rows:
+        if not x["passed"] and (name := x.get("contender", "bert_fast")) != "bert_fast":
+            failed.setdefault(name, f"its {x['what']} is off by {x['error']:.2e}: it is not timed")
+    return [x for x in rows if x.get("contender") not in failed], failed

@@ -11,6 +11,7 @@ without limits are left out.
 
 import argparse
 import json
+import statistics
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from benchmarks import tables
 from benchmarks.predict import step_model
 from benchmarks.predict.step_model import CASES, Ceilings, ceilings_of, operator_seconds
 from benchmarks.results import FOLDER, ROOT, Results, reason
-from benchmarks.tables import Table, number, percent
+from benchmarks.tables import Table, number, percent, size_of
 from benchmarks.tune import settings
 from benchmarks.workload import TOKENS, lengths_of, model_config
 
@@ -70,16 +71,14 @@ def command(data: dict) -> str:
 
 def how(path: Path, data: dict, results: Path) -> str:
     """A line of a list: the file of a run, and how it was measured."""
-    versions, machine, limits = data["environment"]["versions"], data["environment"].get("machine"), data["limits"]
+    versions, machine = data["environment"]["versions"], data["environment"].get("machine")
     device = data["device"]
     if data["kind"] == "run" and machine:
         device = f"{machine['processor']} ({machine['instruction set of torch']}, {machine['threads']} threads)"
-    rates = ", ".join(f"{name} {number(value)}" for name, value in limits["matmul_tflops"].items())
     step = f"; the step is {data['step']}" if "step" in data else ""
     return (
         f"- {link(path, results)}: {device}, commit {data['commit']}, {command(data)}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; matrix product {rates} TFLOP/s, copy "
-        f"{number(limits['copy_gbs'])} GB/s{step}"
+        f"transformers {versions['transformers']}; {tables.limits(data['limits'])}{step}"
     )
 
 
@@ -144,34 +143,23 @@ def against_the_model(data: dict) -> Table:
 # A run on a GPU
 
 
-def limits_table(data: dict) -> Table:
-    limits = data["limits"]
-    rows = [[f"matrix product, {name}", number(value), "TFLOP/s"] for name, value in limits["matmul_tflops"].items()]
-    for name, what, unit in (("copy_gbs", "copy (read + written)", "GB/s"), ("launch_us", "launch from the host", "us"),
-                             ("graph_kernel_us", "one kernel after another in a graph", "us")):  # fmt: skip
-        if name in limits:
-            rows.append([what, number(limits[name]), unit])
-    return Table(["limit", "measured", "unit"], rows)
-
-
 def products_table(data: dict) -> Table:
     limit = data.get("limits", {}).get("matmul_tflops", {}).get("bfloat16")
-    rows = [
-        [x["model"], x["shape"], number(x["tflops"]), number(x["ms"]), percent(x["tflops"] / limit if limit else None),
-         number(x.get("cublaslt_tflops"))]
-        for x in data["products"]
-    ]  # fmt: skip
-    return Table(["BERT", "product of a step", "TFLOP/s", "ms", "of the limit", "by cuBLASLt, TFLOP/s"], rows)
+    return Table.of(data["products"], {
+        "BERT": lambda x: x["model"], "product of a step": lambda x: x["shape"],
+        "TFLOP/s": lambda x: number(x["tflops"]), "ms": lambda x: number(x["ms"]),
+        "of the limit": lambda x: percent(x["tflops"] / limit if limit else None),
+        "by cuBLASLt, TFLOP/s": lambda x: number(x.get("cublaslt_tflops")),
+    })  # fmt: skip
 
 
 def candidates_table(data: dict) -> Table:
     """What a step gains from each candidate to become the default, beside ours as built in the same rounds."""
-    rows = [
-        [f"{x['model']} {x['seq']}, {x['lengths']}", x["contender"], f"{1e3 * x['step_s']['p50']:.1f}",
-         f"{1 / x['ours_is']:.3f}x", ", ".join(percent(x["differs"][key], 1) for key in ("loss", "gradient"))]
-        for x in data["steps"] if "differs" in x and "ours_is" in x
-    ]  # fmt: skip
-    return Table(["BERT", "with", "step ms", "faster than as built", "loss, worst gradient differ by"], rows)
+    return Table.of([x for x in data["steps"] if "differs" in x and "ours_is" in x], {
+        "BERT": size_of, "with": lambda x: x["contender"], "step ms": lambda x: f"{1e3 * x['step_s']['p50']:.1f}",
+        "faster than as built": lambda x: f"{1 / x['ours_is']:.3f}x",
+        "loss, worst gradient differ by": lambda x: ", ".join(percent(v, 1) for v in x["differs"].values()),
+    })  # fmt: skip
 
 
 def profiles_text(data: dict) -> str:
@@ -186,11 +174,13 @@ def profiles_text(data: dict) -> str:
         if others:
             sums = {key: sum(line[key] for line in others) for key in ("calls", "us")}
             lines = [*lines, {"kernel": f"{len(others)} others", **sums}]
-        rows = [[line["kernel"][:100], number(line["calls"]), number(line["us"]),
-                 percent(line["us"] / 1e6 / x["kernels_s"], 1)] for line in lines]  # fmt: skip
-        table = Table(["kernel", "calls", "us", "of all kernels"], rows).markdown()
-        parts.append(f"BERT-{x['model']} {x['seq']}, {x['lengths']}: kernels and copies take "
-                     f"{1e3 * x['kernels_s']:.1f} ms{of_step}.\n\n{table}")  # fmt: skip
+        table = Table.of(lines, {
+            "kernel": lambda line: line["kernel"][:100], "calls": lambda line: number(line["calls"]),
+            "us": lambda line: number(line["us"]),
+            "of all kernels": lambda line, whole=x["kernels_s"]: percent(line["us"] / 1e6 / whole, 1),
+        })  # fmt: skip
+        parts.append(f"BERT-{size_of(x)}: kernels and copies take {1e3 * x['kernels_s']:.1f} ms{of_step}.\n\n"
+                     + table.markdown())  # fmt: skip
     return "\n\n".join(parts)
 
 
@@ -217,29 +207,30 @@ def tests_text(data: dict) -> str:
 
 
 def tune_table(data: dict) -> Table:
-    rows = []
-    for x in data["tune"]:
-        best, write = x.get("best_us"), x.get("write")
-        if write is None:  # cut off; what had been tried is known
-            fastest = min((t for t in x["tried"] if "us" in t), key=lambda t: t["us"], default={"changed": {}})
-            best = fastest.get("us")
-            write = f"cut off after {len(x['tried'])} configurations; the fastest: "
-            write += settings(fastest["changed"]) or "none ran"
-        rows.append([x["what"], number(x["default_us"]), number(best), write])
-    return Table(["kernel", "default us", "best us", "to write into the constants"], rows)
+    def fastest(x: dict) -> dict:  # of what had been tried when it was cut off
+        return min((t for t in x["tried"] if "us" in t), key=lambda t: t["us"], default={"changed": {}})
+
+    return Table.of(data["tune"], {
+        "kernel": lambda x: x["what"], "default us": lambda x: number(x["default_us"]),
+        "best us": lambda x: number(x.get("best_us", fastest(x).get("us"))),
+        "to write into the constants": lambda x: x.get("write") or (
+            f"cut off after {len(x['tried'])} configurations; the fastest: "
+            + (settings(fastest(x)["changed"]) or "none ran")
+        ),
+    })  # fmt: skip
 
 
 def curves_text(data: dict) -> str:
     return "\n\n".join(
         f"Loss of {x['contender']} over {len(x['losses'])} steps: {x['losses'][0]:.3f} to "
-        f"{sum(x['losses'][-20:]) / len(x['losses'][-20:]):.3f} (mean of the last {len(x['losses'][-20:])})."
+        f"{statistics.mean(x['losses'][-20:]):.3f} (mean of the last {len(x['losses'][-20:])})."
         for x in data["curves"]
     )
 
 
 # title -> (table of the results, what makes its text)
 PARTS: dict[str, tuple[str, Callable[[dict], "Table | str"]]] = {
-    "Limits": ("limits", limits_table),
+    "Limits": ("limits", lambda data: tables.limits(data["limits"])),
     "Parity": ("parity", parity_text),
     "Tests": ("tests", tests_text),
     "Whole steps": ("steps", lambda data: tables.steps(data["steps"], tables.GPU)),
@@ -309,54 +300,35 @@ def write_beside(found: Results) -> None:
 
 def pictures(data: dict, stem: Path) -> list[Path]:
     """Writes a roofline, bars of throughput and loss curves, as far as there is data for each; returns the files."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def path(name: str) -> Path:
+        return stem.with_name(f"{stem.name}-{name}.png")
 
     written = []
-
-    def save(figure, name: str) -> None:
-        path = stem.with_name(f"{stem.name}-{name}.png")
-        figure.tight_layout()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
-        written.append(path)
-
-    points = [
-        x for x in data.get("operators", []) if x["contender"] == "bert_fast" and x.get("bytes") and x.get("flops")
-    ]
-    if points:
+    if points := [x for x in data.get("operators", []) if x["contender"] == "bert_fast" and x.get("flops")]:
         ceilings = ceilings_of(data)
-        figure, axis = pyplot.subplots(figsize=(8, 5))
-        intensities = [10**k for k in range(-2, 5)]
-        roof = [min(ceilings.matmul, ceilings.copy * i) / 1e12 for i in intensities]
-        axis.loglog(intensities, roof, color="#7f8c8d")
-        for x in points:
-            at = (x["flops"] / x["bytes"], x["flops"] / x["ms"] / 1e9)
-            axis.loglog(*at, "o", color="#c0392b", markersize=4)
-            axis.annotate(f"{x['operator']} {x['direction'][:3]}", at, fontsize=5)
-        axis.set_xlabel("FLOP per byte")
-        axis.set_ylabel("TFLOP/s")
-        axis.spines[["top", "right"]].set_visible(False)
-        save(figure, "roofline")
+        with tables.picture(path("roofline"), "FLOP per byte", "TFLOP/s") as axis:
+            intensities = [10**k for k in range(-2, 5)]
+            roof = [min(ceilings.matmul, ceilings.copy * i) / 1e12 for i in intensities]
+            axis.loglog(intensities, roof, color="#7f8c8d")
+            for x in points:
+                at = (x["flops"] / x["bytes"], x["flops"] / x["ms"] / 1e9)
+                axis.loglog(*at, "o", color="#c0392b", markersize=4)
+                axis.annotate(f"{x['operator']} {x['direction'][:3]}", at, fontsize=5)
+        written.append(path("roofline"))
     groups: dict[str, list[dict]] = {}
     for x in data.get("steps", []):
         if "failed" not in x:
             groups.setdefault(f"BERT-{x['model']}, {x['seq']}, {x['lengths']} lengths, {x['optimizer']}", []).append(x)
     if groups:
-        path = stem.with_name(f"{stem.name}-throughput.png")
-        tables.plot(str(path), groups)
-        written.append(path)
+        tables.plot(path("throughput"), groups)
+        written.append(path("throughput"))
     if data.get("curves"):
-        figure, axis = pyplot.subplots(figsize=(8, 4))
-        for x in data["curves"]:
-            axis.plot(x["losses"], label=x["contender"], linewidth=1)
-        axis.set_xlabel("step")
-        axis.set_ylabel("loss")
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-        save(figure, "loss")
+        with tables.picture(path("loss"), "step", "loss") as axis:
+            for x in data["curves"]:
+                axis.plot(x["losses"], label=x["contender"], linewidth=1)
+            axis.legend(frameon=False)
+        written.append(path("loss"))
     return written
 
 

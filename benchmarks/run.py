@@ -20,7 +20,7 @@ import transformers
 
 from benchmarks import limits, operators, options, parity, results, steps, tables
 from benchmarks.clock import Clock
-from benchmarks.workload import Batch, Workload, model_config
+from benchmarks.workload import Batch, Workload
 
 say = tables.console.print
 
@@ -40,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     file = results.Results(path, found)
     tables.introduce(found, asked.device)
     if asked.kernels:
-        file.put("operators", kernels(asked, found["limits"]))
+        with tables.Bar() as bar:
+            file.put("operators", operators.measure_operators(
+                asked.device, asked.setting.dtype, model=asked.model, seq=asked.seq, batch=asked.batch or 2,
+                rounds=asked.rounds, limits=found["limits"], progress=bar.phase,
+            ))  # fmt: skip
         tables.operators(found["operators"]).show()
         say(operators.NOTE)
         return 0
@@ -48,79 +52,39 @@ def main(argv: list[str] | None = None) -> int:
         with tables.Bar() as bar:
             bar.phase("reading the corpus and training its tokenizer")
             work = Workload(asked.corpus, nsp=asked.setting.nsp)
-        check = describe(asked, work, found)
+        found["work"], check = options.size(asked, work, found["limits"])
     except (OSError, ValueError) as error:
         print(f"benchmarks/run.py: {error}", file=sys.stderr)
         return 2
+    say(f"corpus     {work.name}: {work.documents} documents, {work.tokens} tokens")
+    say("work       BERT-{model}, {mode}, batch {batch} x {seq}, {lengths} lengths, {real_tokens} real tokens, "
+        "{masked} predicted, dropout {dropout}, optimizer {optimizer}, {dtype}".format_map(found["work"])
+        + asked.why_dtype)  # fmt: skip
     status = compare(asked, work, check, file)
     say(f"{time.perf_counter() - tables.STARTED:.0f} s in all" + (f"; {path}" if path else ""))
     return status
 
 
-def kernels(asked, measured: dict) -> list[dict]:
-    with tables.Bar() as bar:
-        return operators.measure_operators(
-            asked.device, asked.setting.dtype, model=asked.model, seq=asked.seq, batch=asked.batch or 2,
-            rounds=asked.rounds, limits=measured, progress=bar.phase,
-        )  # fmt: skip
-
-
-def describe(asked, work: Workload, found: dict) -> Batch:
-    """Says what the work is, into ``found`` too; the batch of parity. ValueError where the corpus has no such batch."""
-    config = model_config(asked.model, dropout=steps.DROPOUT)
-    size = asked.batch or options.default_batch(asked, config, 1e12 * found["limits"]["matmul_tflops"][asked.dtype])
-    batch, check = work.batch(size, asked.seq, asked.lengths, asked.device), work.parity_batch(asked.seq, asked.device)
-    say(f"corpus     {work.name}: {work.documents} documents, {work.tokens} tokens")
-    say(f"work       BERT-{asked.model}, {asked.mode}, batch {size} x {asked.seq}, {asked.lengths} lengths, "
-        f"{batch.real_tokens} real tokens, {batch.predicted} predicted, dropout {steps.DROPOUT}, optimizer "
-        f"{asked.optimizer}, {asked.dtype}{asked.why_dtype}")  # fmt: skip
-    found["work"] = {
-        "model": asked.model, "seq": asked.seq, "batch": size, "lengths": asked.lengths, "dtype": asked.dtype,
-        "mode": asked.mode, "optimizer": asked.optimizer, "rounds": asked.rounds, "corpus": work.name,
-        "real_tokens": batch.real_tokens, "masked": batch.predicted, "parity_lengths": check.lengths,
-    }  # fmt: skip
-    return check
-
-
 def compare(asked, work: Workload, check: Batch, file: results.Results) -> int:
     """Parity, then the tables; the exit status."""
-    found = file.data
-    found["steps"], rows = [], verified(asked, check)
-    for peer, why in asked.missing.items():
+    with tables.Bar() as bar:
+        rows, failed = parity.gate(asked.model, check, asked.setting, asked.peers, bar.phase)
+    asked.peers = [peer for peer in asked.peers if peer not in failed]
+    for peer, why in (asked.missing | failed).items():
         say(f"left out   {peer}: {why}")
-    file.put("parity", parity.summary(rows, most=5 if asked.setting.train else len(rows)))
-    say()
-    tables.parity(found["parity"]).show()
-    if not found["parity"]["passed"]:
+    file.data["steps"], verdict = [], parity.summary(rows, most=5 if asked.setting.train else len(rows))
+    file.put("parity", verdict)
+    tables.parity(verdict).show()
+    if not verdict["passed"]:
         print("benchmarks/run.py: parity failed, so no speed is measured", file=sys.stderr)
         return 1
-    groups = timed(asked, work, found["work"]["batch"], file)
+    groups = timed(asked, work, file)
     if asked.plot or asked.save:
-        tables.plot(asked.plot or str(file.path.with_suffix(".png")), groups)
+        tables.plot(asked.plot or file.path.with_suffix(".png"), groups)
     return 0
 
 
-def verified(asked, check: Batch) -> list[dict]:
-    """The rows of parity of all that is ours, and of other libraries' encoders; one that cannot run is missing then."""
-    plain = model_config(asked.model, dropout=0.0)
-    with tables.Bar() as bar:
-        if asked.setting.train:
-            ours = ["bert_fast", *(peer for peer in asked.peers if peer.startswith("bert_fast"))]
-            return [
-                x for name in ours for x in parity.compare(plain, check, asked.setting, name=name, progress=bar.phase)
-            ]
-        others = [peer for peer in asked.peers if not peer.startswith("hf-")]
-        rows, failed = parity.compare_encodings(plain, check, asked.setting, others, progress=bar.phase)
-    wrong = [row for row in rows if not row["passed"] and row["contender"] != "bert_fast"]
-    failed |= {
-        row["contender"]: f"its {row['what']} is off by {row['error']:.2e}: it is not timed" for row in reversed(wrong)
-    }
-    asked.missing |= failed
-    asked.peers = [peer for peer in asked.peers if peer not in failed]
-    return [row for row in rows if row["contender"] not in failed]
-
-
-def timed(asked, work: Workload, size: int, file: results.Results) -> dict[str, list[dict]]:
+def timed(asked, work: Workload, file: results.Results) -> dict[str, list[dict]]:
     """The tables of a run, shown and saved as they come; returns their rows by title."""
     groups: dict[str, list[dict]] = {}
 
@@ -141,7 +105,7 @@ def timed(asked, work: Workload, size: int, file: results.Results) -> dict[str, 
         return rows
 
     usual = [(peer, "packed" if peer.startswith("bert_fast") else "padded") for peer in asked.peers]
-    rows = table(asked.lengths, size, usual, asked.setting.dtype, f"{asked.lengths} lengths")
+    rows = table(asked.lengths, file.data["work"]["batch"], usual, asked.setting.dtype, f"{asked.lengths} lengths")
     size = rows[0]["sequences"]
     if asked.lengths == "full":
         best = [(name, padding) for name in steps.best_published(rows) for padding in ("padded", "longest")]

@@ -1,8 +1,10 @@
 """What a person reads: tables, on a terminal or in Markdown, the picture of a run, and its progress."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -22,6 +24,11 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
+
+    @classmethod
+    def of(cls, rows: Sequence[dict], columns: dict[str, Callable[[dict], str]], title: str = "") -> "Table":
+        """A line for each of ``rows``; ``columns`` are what each is called and the text that it has of a row."""
+        return cls(list(columns), [[text(row) for text in columns.values()] for row in rows], title)
 
     def markdown(self) -> str:
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
@@ -59,28 +66,40 @@ def times(value: float | None) -> str:
 
 def introduce(found: dict, device: str) -> None:
     """What runs here: versions, the machine and its limits, the operators' backends."""
-    facts, rates = found["environment"], found["limits"]["matmul_tflops"]
+    facts = found["environment"]
     versions, machine = facts["versions"], facts["machine"]
     console.print(f"[bold]bert_fast {versions['bert_fast']}[/bold], commit {found['commit']}, against transformers "
                   f"{versions['transformers']}, torch {versions['torch']}, Python {versions['python']}")  # fmt: skip
     name = facts["devices"][0] if device == "cuda" else machine["processor"]
     console.print(f"machine    {name}, {machine['threads']} threads, {machine['instruction set of torch']}")
-    shown = ", ".join(f"{name} {value:.3f} TFLOP/s" for name, value in rates.items())
-    console.print(f"limits     matrix product {shown}; copy {found['limits']['copy_gbs']:.1f} GB/s")
+    console.print(f"limits     {limits(found['limits'])}")
     console.print(f"operators  {', '.join(sorted({d[device] for d in facts['operators'].values()}))}")
+
+
+def limits(found: dict) -> str:
+    """What limits.py measured, in words."""
+    parts = [f"matrix product {', '.join(f'{k} {number(v)}' for k, v in found['matmul_tflops'].items())} TFLOP/s"]
+    for name, what, unit in (("copy_gbs", "copy", "GB/s"), ("launch_us", "a launch from the host", "us"),
+                             ("graph_kernel_us", "a kernel after another in a graph", "us")):  # fmt: skip
+        parts += [f"{what} {number(found[name])} {unit}"] if name in found else []
+    return ", ".join(parts)
 
 
 def parity(found: dict) -> Table:
     """Of a summary (parity.py) the rows nearest to their bound."""
-    rows = [
-        [" of ".join(filter(None, (x["what"], x.get("contender")))),
-         *("" if x[key] is None else f"{x[key]:.2e}" for key in ("error", "reference_error", "bound")),
-         "ok" if x["passed"] else "FAILED"]
-        for x in found["worst"]
-    ]  # fmt: skip
     passed = found["compared"] - found["failed"]
     title = f"Parity, error against float64 (L2, relative): {passed} of {found['compared']} passed; the nearest to fail"
-    return Table(["loss or gradient", "error", "reference's", "bound", ""], rows, title)
+    return Table.of(found["worst"], {
+        "loss or gradient": lambda x: " of ".join(filter(None, (x["what"], x.get("contender")))),
+        **{name: lambda x, key=key: "" if x[key] is None else f"{x[key]:.2e}" for name, key in
+           (("error", "error"), ("reference's", "reference_error"), ("bound", "bound"))},
+        "": lambda x: "ok" if x["passed"] else "FAILED",
+    }, title)  # fmt: skip
+
+
+def size_of(row: dict) -> str:
+    """BERT and its lengths as a row has them; an optimiser knows no sequences."""
+    return f"{row['model']} {row['seq']}, {row['lengths']}" if row["seq"] else row["model"]
 
 
 def name_of(row: dict) -> str:
@@ -95,7 +114,7 @@ def _spread(row: dict) -> str:
 
 STEP_COLUMNS: dict[str, Callable[[dict], str]] = {
     "lengths, dtype": lambda x: f"{x['lengths']}, {x['dtype']}",
-    "BERT": lambda x: f"{x['model']} {x['seq']}, {x['lengths']}, {x['dtype']}, {x['optimizer']}",
+    "BERT": lambda x: f"{size_of(x)}, {x['dtype']}, {x['optimizer']}",
     "contender": name_of,
     "sequences": lambda x: f"{x['sequences']}",
     "step ms (p20-p80)": _spread,
@@ -133,22 +152,25 @@ def steps(rows: Sequence[dict], columns: Sequence[str] = RUN, title: str = "") -
 
 
 def compared(runs: Sequence[tuple[str, Sequence[dict]]]) -> Table:
-    """A line for each kind of step of each run (its device, its rows): ours, and what it is beside each other."""
+    """A line for each table of steps of each run (its device, its rows): ours, and what it is beside each other.
+
+    A table begins with ours. Encoders have their precision beside them, as a peer's may be another than ours.
+    """
     lines = []
     for device, rows in runs:
-        groups: dict[tuple, list[dict]] = {}
-        for x in rows:
-            groups.setdefault(tuple(x[key] for key in ("model", "seq", "lengths", "dtype", "optimizer")), []).append(x)
-        for (model, seq, lengths, dtype, optimizer), found in groups.items():
-            ours = next((x for x in found if x["contender"] == "bert_fast" and "failed" not in x), None)
-            others = [x for x in found if x["contender"] != "bert_fast"]
-            if ours is None:
-                continue
+        starts = [n for n, x in enumerate(rows) if x["contender"] == "bert_fast"]
+        for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+            ours, *others = rows[start:end]
+            encode = ours.get("mode") == "encode"
             memory = [x["peak_memory_mib"] for x in others if x.get("peak_memory_mib")]
             peak = STEP_COLUMNS["peak MiB"](ours) + (f" ({min(memory):.0f} to {max(memory):.0f})" if memory else "")
-            ratios = [f"{name_of(x)} {'failed' if 'failed' in x else times(x.get('ours_is'))}" for x in others]
-            work = f"{ours.get('mode', 'train')} {model}, {ours['sequences']} x {seq}, {lengths}, {dtype}"
-            work += "" if optimizer == "none" else f", {optimizer}"
+            names = [f"{name_of(x)}, {x['dtype']}" if encode and x["dtype"] not in name_of(x) else name_of(x)
+                     for x in others]  # fmt: skip
+            ratios = [f"{name} {'failed' if 'failed' in x else times(x.get('ours_is'))}"
+                      for name, x in zip(names, others, strict=True)]  # fmt: skip
+            work = f"{ours.get('mode', 'train')} {ours['model']}, {ours['sequences']} x {ours['seq']}"
+            work += f", {ours['lengths']}, {ours['dtype']}"
+            work += "" if ours["optimizer"] == "none" else f", {ours['optimizer']}"
             cells = [STEP_COLUMNS[c](ours) for c in ("sequences/s", "real tokens/s", "of the matrix rate")]
             lines.append([device, work, *cells, peak, "; ".join(ratios)])
     header = ["device", "step", "sequences/s", "real tokens/s", "of the matrix rate", "peak MiB (others)", "ours is"]
@@ -163,33 +185,52 @@ def operators(rows: Sequence[dict]) -> Table:
         key = (x["model"], x["seq"], x["lengths"], x["operator"], x["direction"], x["dropout"])
         groups.setdefault(key, {})[x["contender"]] = x
     lines = []
-    for (model, seq, lengths, operator, direction, dropout), found in groups.items():
-        ours = found.get("bert_fast")
-        size = f"{model} {seq}, {lengths}" if seq else model  # an optimiser knows no sequences
-        cells = [size, f"{operator}, {direction}" + ("" if dropout or not seq else ", no dropout")]
-        if ours is None or "failed" in ours:
-            cells += ["failed" if ours else "", "", "", ""]
-        else:
+    for (*size, operator, direction, dropout), found in groups.items():
+        ours = found.get("bert_fast", {})
+        x = next(iter(found.values()))
+        cells = [size_of(x), f"{operator}, {direction}" + ("" if dropout or not x["seq"] else ", no dropout")]
+        if "ms" in ours:
             rate = f"{number(ours['tflops'])} TFLOP/s" if "tflops" in ours else f"{number(ours['gbs'])} GB/s"
             predicted = number(1e3 * ours["predicted_ms"]) if ours.get("predicted_ms") else ""
             cells += [number(1e3 * ours["ms"]), predicted, rate, percent(ours["share_of_limit"])]
-        others = []
-        for name, x in found.items():
-            if name != "bert_fast":
-                ratio = f" ({x['ours_is']:.2f}x)" if x.get("ours_is") else ""
-                others.append(f"{name} {'failed' if 'failed' in x else number(1e3 * x['ms'])}{ratio}")
-        lines.append([*cells, ", ".join(others)])
-        forward = groups.get((model, seq, lengths, operator, "forward", dropout), {})
-        if direction == "backward" and forward:
-            sums = {name: 1e3 * (x["ms"] + forward[name]["ms"]) for name, x in found.items()
-                    if "ms" in x and "ms" in forward.get(name, {})}  # fmt: skip
+        else:
+            cells += ["failed" if ours else "", "", "", ""]
+        forward = groups.get((*size, operator, "forward", dropout), {}) if direction == "backward" else {}
+        others = {name: "failed" if "failed" in x else beside(x["ms"], x.get("ours_is"))
+                  for name, x in found.items() if name != "bert_fast"}  # fmt: skip
+        lines.append([*cells, ", ".join(f"{name} {text}" for name, text in others.items())])
+        if forward:
+            sums = {n: x["ms"] + forward[n]["ms"] for n, x in found.items() if "ms" in x and "ms" in forward.get(n, {})}
             own = sums.pop("bert_fast", None)
-            both = [f"{name} {number(us)}" + (f" ({us / own:.2f}x)" if own else "") for name, us in sums.items()]
-            lines.append([size, f"{operator}, both", number(own), "", "", "", ", ".join(both)])
+            both = [f"{name} {beside(ms, ms / own if own else None)}" for name, ms in sums.items()]
+            lines.append([cells[0], f"{operator}, both", number(1e3 * own) if own else "", "", "", "", ", ".join(both)])
     return Table(["BERT", "operator", "us", "predicted", "rate", "of the limit", "others, us (ours is)"], lines)
 
 
-def plot(path: str, groups: dict[str, list[dict]]) -> None:
+def beside(ms: float, ours_is: float | None) -> str:
+    """The time of another in us, and how often it is ours."""
+    return number(1e3 * ms) + (f" ({times(ours_is)})" if ours_is else "")
+
+
+@contextlib.contextmanager
+def picture(path: str | Path, x: str, y: str, size: tuple[float, float] = (8, 4.5)):
+    """Axes to draw into; written to ``path`` at the end of the block."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=size)
+    yield axis
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot(path: str | Path, groups: dict[str, list[dict]]) -> None:
     """A picture of throughput (real tokens/s) and peak memory by contender, one pair of panels a group."""
     import matplotlib
 

@@ -473,6 +473,19 @@ def test_the_page_has_a_line_a_step_beside_all_others_and_how_it_was_measured(tm
         assert told in text, told
 
 
+def test_encoders_of_another_precision_stand_beside_ours_each_with_its_own():
+    """Of ONNX Runtime in float32 and of int8, where ours has bfloat16: none is lost, and each says what it is."""
+    common = {**FULL, "sequences": 4, "optimizer": "none", "mode": "encode", "sequences_per_s": 3.0,
+              "real_tokens_per_s": 9.0, "share_of_peak": 0.5}  # fmt: skip
+    ours = {**common, "contender": "bert_fast", "dtype": "bfloat16", "key": "bert_fast, bfloat16"}
+    others = [{**common, "contender": name, "dtype": dtype, "key": f"{name}, {dtype}", "ours_is": 1.5}
+              for name, dtype in (("onnxruntime", "float32"), ("openvino-int8", "int8"))]  # fmt: skip
+    (first, second) = tables.compared([("cpu", [ours, *others, {**ours, "lengths": "wikipedia"}])]).rows
+    assert first[1] == "encode large, 4 x 512, full, bfloat16"
+    assert first[-1] == "onnxruntime, float32 1.50x; openvino-int8, int8 1.50x"
+    assert (second[1], second[-1]) == ("encode large, 4 x 512, wikipedia, bfloat16", "")
+
+
 def test_the_report_takes_the_newest_of_each_work_and_of_a_gpu_with_whole_steps(tmp_path):
     for name, seq, dtype in (
         ("2026-01-01-aaa", 512, "float32"), ("2026-01-02-bbb", 512, "float32"), ("2026-01-01-aaa-128", 128, "float32"),
