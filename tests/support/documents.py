@@ -54,7 +54,7 @@ def _files() -> frozenset[str]:
 
 def wrong_names(text: str) -> Iterator[str]:
     for name in set(NAME.findall(text)):
-        if Path(name).suffix in (".py", ".md") or not _resolves(name):
+        if not _resolves(name):
             yield f"no name {name}"
 
 
