@@ -23,7 +23,7 @@ LAUNCHES = {
     "attention": (("fwd", "forward"), ("dq", "backward"), ("dkv", "backward")),
     "residual_layernorm": (("fwd", "forward"), ("bwd", "backward")),
     "bias_gelu": (("fwd", "forward"), ("bwd", "backward")),
-    "embedding_layernorm": (("fwd", "forward"), ("bwd", "backward")),
+    "embedding_layernorm": (("fwd", "forward"), ("bwd", "backward"), ("sum", "backward")),
     "feed_forward": (("fwd", "forward"), ("bwd", "backward")),
     "mlm_loss": (("fwd", "forward"), ("chunk", "forward")),  # chunk: positions whose logits exist at a time
 }
@@ -48,8 +48,8 @@ def configurations(operator: str, launch: str) -> list[dict]:
         return _grid(BLOCK_M=(1, 2, 4, 8), BLOCK_N=(1024, 2048, 4096), num_warps=(4, 8, 16))
     if operator == "bias_gelu":
         return _grid(BLOCK_M=(1, 2, 4, 8), BLOCK_N=(512, 1024), num_warps=(2, 4, 8))
-    if (operator, launch) == ("embedding_layernorm", "bwd"):
-        return _grid(RUN=(8, 16, 32), num_warps=(1, 2))
+    if launch == "sum":
+        return _grid(RUN=(16, 32, 64), num_warps=(1, 2, 4))
     return _grid(BLOCK_M=(1, 2, 4, 8), num_warps=(2, 4, 8))
 
 

@@ -34,7 +34,7 @@ DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 5.3, 5.1, 6.6
 # In kernels/experiments/attention_hopper.py: of its forward, and of its backward, where they are drawn once.
 DROPOUT_ASYNCHRONOUS, DROPOUT_ONE_PASS = 4.2, 7.1
 GELU_FORWARD, GELU_BACKWARD = 21, 25
-EMBEDDING_BACKWARD = 62  # d z made twice
+EMBEDDING_BACKWARD = 52 + 3 * 12  # d z; a sum of its rows for each table
 
 
 @dataclass(frozen=True)
@@ -197,16 +197,12 @@ def heads(config, lengths: Sequence[int], weights: str, joined: bool) -> list[En
     words = -math.expm1(-tokens / vocabulary) * vh * w  # rows of those that occur: benchmarks draw tokens uniformly
     # joined: those rows of the gradient are read and written; else all rows are written, many of them zeros
     tables = (config.max_position_embeddings + config.type_vocab_size) * h * w + (2 * words if joined else vh * w)
-    # as in kernels/embedding_layernorm.py, which needs Triton: what is read twice is in the L2 cache the second time, a
-    # group of 16 MiB
-    groups = max(1, min(math.ceil(th * (w + e) / 2**24), tokens // (4 * config.max_position_embeddings)))
     dense = h * h * (w + e) if w != e else 0  # a weight rounded (of the pooler its gradient too)
     lines = [
-        # word row and out; backward: d out, each word row that occurs, the tables, and in float32 the sums of each
-        # position in each group, written and read
+        # word row and out; backward: d out, word row, d z in float32 written once and read for each table; the tables
         Entry("embedding_layernorm", "forward", 1, bytes=th * (w + e)),
-        Entry("embedding_layernorm", "backward", 1, bytes=th * e + words + tables + 8 * groups * max(lengths) * h,
-              least=th * e + words + tables, instructions=EMBEDDING_BACKWARD * th, kernels=14),
+        Entry("embedding_layernorm", "backward", 1, bytes=th * (w + e + 4 * 4) + tables,
+              least=th * e + words + tables, instructions=EMBEDDING_BACKWARD * th, kernels=44),
         # the product's output through GELU and LayerNorm
         Entry("MLM transform", "forward", 1, flops=2 * mh * h, bytes=5 * mh * e + dense, kernels=3),
         Entry("MLM transform", "backward", 1, flops=4 * mh * h, bytes=6 * mh * e, kernels=6),

@@ -2,7 +2,6 @@
 hand."""
 
 import contextlib
-import math
 
 import pytest
 import torch
@@ -185,10 +184,8 @@ def test_the_operators_bytes_by_hand():
     assert total("residual_layernorm", "forward") == pytest.approx(2 * rows * 64 * 4 * 2)
     assert total("residual_layernorm", "backward") == pytest.approx(2 * rows * 64 * 4 * 2)
     assert total("embedding_layernorm", "forward") == 200 * 64 * (2 + 2)
-    # d out; a row of each word that occurs; three tables; of 100 positions a sum in float32, written and read
-    occurring = 1000 * (1 - math.exp(-200 / 1000))
-    expected = 200 * 64 * 2 + occurring * 64 * 2 + (1000 + 128 + 2) * 64 * 2 + 100 * 64 * 2 * 4
-    assert total("embedding_layernorm", "backward") == pytest.approx(expected)
+    # d out, a word's row; d z in float32, written once and read for each of the three tables; the tables
+    assert total("embedding_layernorm", "backward") == 200 * 64 * (2 + 2 + 4 + 3 * 4) + (1000 + 128 + 2) * 64 * 2
     # 31 positions are one chunk. The table copied; logits read and overwritten, sums of the bias's gradient; d word
     # written in float32 and rounded, d hidden likewise
     assert total("mlm_loss", "forward") == 64000 * 4 + 31000 * (4 + 2) + 64000 * 4 + 64000 * 6 + 31 * 64 * 6
@@ -274,17 +271,6 @@ def test_wasted_tiles():
     assert tiled([65], 128, 64) == (65**2, 128 * 128)
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
-@pytest.mark.parametrize("lengths", [[512] * 64, [512] * 8, [300] * 50])
-def test_the_embeddings_groups_are_the_kernels(weights, lengths):
-    kernel = pytest.importorskip("bert_fast.kernels.embedding_layernorm")
-    config = model_config("base", dropout=0.1)
-    x = line(step_model.step(config, lengths, weights), "embedding_layernorm", "backward")
-    element_bytes = 2 + (2 if weights == "bfloat16" else 4)
-    groups = kernel._group_count(sum(lengths), config.hidden_size, config.max_position_embeddings, element_bytes)
-    assert x.bytes - x.least == pytest.approx(8 * groups * max(lengths) * config.hidden_size)
-
-
 def test_each_candidate_saves_time_and_leaves_the_products_alone():
     config, lengths, ceilings = model_config("large", dropout=0.1), [512] * 64, step_model.Ceilings()
     lines = step_model.step(config, lengths)
@@ -312,7 +298,8 @@ def test_operators_alone_against_the_copy_bandwidth():
     # x, residual read; out, z written: 8 bytes an element; one launch
     seconds = 8 * 32768 * 1024 / ceilings.copy
     assert share("residual_layernorm", "forward") == pytest.approx(seconds / (seconds + ceilings.between_kernels))
-    assert 0.75 < share("embedding_layernorm", "backward") < 0.85  # its instructions take longer than its bytes
+    # d out and word rows read are a fifth of what is moved, but for the tables and the launches
+    assert 0.2 < share("embedding_layernorm", "backward") < 0.3
     whole, gelu = (step_model.operator_seconds(config, lengths, name, "forward", ceilings)
                    for name in ("feed_forward", "bias_gelu"))  # fmt: skip
     products = 2 * (2 * 32768 * 1024 * 4096 / ceilings.matmul + ceilings.between_kernels)

@@ -143,72 +143,6 @@ def test_any_number_of_segments(backend, segments):
     assert segments == 1 or (result["d segment"][-1] == 0).all()
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
-@pytest.mark.parametrize(("dtypes", "groups", "padding_idx"), [("fp32", 3, 7), ("bf16", 40, None)])
-def test_words_in_groups(monkeypatch, dtypes, groups, padding_idx):
-    """As many tokens have: a position's sum is then that of its groups. Of 40 groups 17 have no word."""
-    from bert_fast.kernels import embedding_layernorm as kernel
-
-    monkeypatch.setattr(kernel, "_group_count", lambda *_: groups)
-    ids, positions, segments = make_indices(48)
-    result = compare("triton", 48, 24, DTYPES[dtypes], 0.1, padding_idx, (ids, positions // 2, segments))
-    assert (result["d word"][WORDS - 3 :] == 0).all()
-    assert (result["d position"][(POSITIONS + 1) // 2 :] == 0).all()
-
-
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
-def test_the_number_of_groups():
-    """16 MiB of d out and word rows in each, and four tokens for each position of a group."""
-    from bert_fast.kernels import embedding_layernorm as kernel
-
-    assert kernel._group_count(32768, 1024, 512, 2 + 2) == 8
-    assert kernel._group_count(32768, 768, 512, 2 + 4) == 9
-    assert kernel._group_count(4096, 1024, 512, 2 + 2) == 1
-    assert kernel._group_count(32768, 1024, 8192, 2 + 2) == 1
-    assert kernel._group_count(0, 1024, 0, 2 + 2) == 1
-
-
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 48, 130])
-def test_runs_share_out_every_entry_once(tokens):
-    """A sum is one run's alone, or has a piece in each of its runs, and which is the first and the last is told."""
-    from bert_fast.kernels import embedding_layernorm as kernel
-
-    length, runs, block = 16, -(-tokens // 16), kernel._RUN_CONFIG["BLOCK"]
-    for most in (2, 20, 60):  # tokens of a sum
-        sums = int(torch.randint(1, 2 + tokens // most * 2, ()))  # what is past them stands for indices out of range
-        numbers = [torch.arange(tokens).repeat_interleave(torch.randint(1, most, (tokens,)))[:tokens] for _ in range(2)]
-        numbers = torch.stack(numbers).clamp(max=sums)
-        segments = torch.arange(tokens) % 3  # two bits of a place's key
-        keys = torch.stack([numbers[0], (sums + 1 + (numbers[1] << 2) + segments).sort().values])
-        found = torch.full((3, 2, runs), -9, dtype=torch.int32, device=DEVICE)
-        first = torch.full((2, sums), -1, dtype=torch.int32, device=DEVICE)
-        last = torch.full_like(first, -1)
-        kernel._run_kernel[(-(-runs // block), 2)](
-            key_ptr=keys.int().to(DEVICE), run_ptr=found, first_ptr=first, last_ptr=last, tokens=tokens,
-            positions=sums, groups=1, group_words=sums, segment_bits=2, padding_idx=-1, RUN=length,
-            **kernel._RUN_CONFIG,
-        )  # fmt: skip
-        for of_places in range(2):
-            starts, ends, in_pieces = found[:, of_places].tolist()
-            entries, pieces = [], {}
-            for run, (start, end, number_in_pieces) in enumerate(zip(starts, ends, in_pieces, strict=True)):
-                taken = range(start - tokens * of_places, end - tokens * of_places)
-                assert len(taken) < 2 * length
-                entries += taken
-                for number in set(numbers[of_places, taken].tolist()):
-                    piece = of_places * runs + run if number == number_in_pieces else None
-                    pieces.setdefault(number, []).append(piece)
-            assert entries == list(range(int((numbers[of_places] < sums).sum())))
-            for number, found_pieces in pieces.items():
-                told = int(first[of_places, number]), int(last[of_places, number])
-                if found_pieces == [None]:
-                    assert told == (-1, -1)
-                else:
-                    assert len(found_pieces) > 1
-                    assert found_pieces == list(range(*told))
-
-
 @pytest.mark.parametrize("padding_idx", [0, 7])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_idx_gets_no_gradient(backend, padding_idx):
@@ -309,14 +243,6 @@ def test_index_out_of_range_is_nan_and_goes_nowhere(which, value, p, valid):
     assert torch.equal(out[others], good_out)
     for ours, expected in zip(grads, good_grads, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
-def test_keys_of_more_than_32_bits_are_refused():
-    tables = make_tables(1, DTYPES["fp32"], segments=2**16)
-    tables["position"] = torch.zeros(2**16, 1, device=DEVICE)
-    with pytest.raises(ValueError, match=r"of 23, 65536 and 65536 rows need keys of more than 32 bits.*reference"):
-        both_ways(make_indices(3), tables, torch.zeros(3, 1, device=DEVICE), make_keys(3), 0.0)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on CPU tensors")
