@@ -2,7 +2,7 @@
 
     python benchmarks/compile_report.py [--targets 80,90,100] [--kernels attention,mlm] [--json PATH]
 
-Every file of kernels/ names its default configurations at BERT's sizes in ``aot_cases(capability)``. Each is compiled
+kernels/aot.py names every kernel's default configurations at BERT's sizes, ``aot_cases(capability)``. Each is compiled
 for each target by Triton, and read with the cuobjdump of Triton's package. The exit status is 1 where a rule is broken:
 
     spills      no register is spilled (STL, LDL: stores to and loads from local memory)
@@ -14,7 +14,7 @@ for each target by Triton, and read with the cuobjdump of Triton's package. The 
     waits       the products of a Gluon kernel, which issues them asynchronously, have not been made to wait in turn,
                 and no wait follows another at once, where the kernel has work for the threads meanwhile
     width       a row operator reads and writes memory by 16 bytes: "wide" is at least a half
-    coverage    every kernel that the host launches is in some file's aot_cases
+    coverage    every kernel that the host launches is in a case
 
 A broken rule that is known of this pair of Triton and ptxas and tolerated (bert_fast/compilers.py) is listed as known.
 "waits" are instructions that wait for asynchronous products (HGMMA): as many of them as of products mean that the

@@ -35,7 +35,6 @@ Sources: T. Dao et al., "FlashAttention", 2022, and T. Dao, "FlashAttention-2", 
 M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
 
-import itertools
 import math
 import warnings
 
@@ -50,15 +49,10 @@ from bert_fast.kernels.philox import attention_keep
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
-_TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _UNSPECIALIZED = ("tokens", "sequences", "blocks", "heads", "threshold", "site")  # no variant for 1 or multiples of 16
 # Of the sum of the programs' sums: 32 columns are a line of 128 bytes, and 64 x 512 tokens are 5 blocks of rows.
 _SUM_CONFIG = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-
-_AOT_POINTERS = {"cu_seqlens_ptr": "*i32", "row_key_ptr": "*i64", "rng_key_ptr": "*i64", "lse_ptr": "*fp32",
-                 "delta_ptr": "*fp32", "partial_ptr": "*fp32"}  # fmt: skip
-_AOT_SCALARS = dict.fromkeys(("scale_log2", "grad_scale", "keep_scale", "keep"), "fp32")
-_AOT_SCALARS |= dict.fromkeys(_UNSPECIALIZED, "i32")
 
 # Compute capability -> from which max_seqlen on the forward or the backward is attention_hopper.py's, where that takes
 # the case. Nowhere, as nothing has been measured: `make gpu` times both ways, and after a win at 256 and at 512
@@ -416,7 +410,7 @@ def _launch(kernel, name, qkv, max_seqlen, arguments) -> None:
 
 
 def _check(qkv: torch.Tensor, scale: float) -> None:
-    if qkv.dtype not in _TRITON_TYPES:
+    if qkv.dtype not in _DTYPES:
         raise TypeError(
             f"bert_fast.attention: the Triton kernel has bfloat16, float16 and float32, not {qkv.dtype}; "
             'use bert_fast.set_backend(attention="reference")'
@@ -524,38 +518,3 @@ def attention_bwd(
             width=width, **_SUM_CONFIG,
         )  # fmt: skip
     return grad_qkv, grad_bias
-
-
-def aot_cases(capability: int) -> list[dict]:
-    """The kernels' default configurations at BERT-base and -large, for ahead-of-time compilation.
-
-    ``capability`` is 80, 90 or 100. Both models have heads of 64 and only the number of heads, no constant of
-    the kernels, tells them apart; sequences of 512 and 128 have one configuration. Heads of 32 and 128 are the
-    other tuned sizes. The backward's are with a bias, as the model has them.
-    """
-    kernels = {"fwd": _attention_fwd_kernel, "dq": _attention_bwd_dq_kernel, "dkv": _attention_bwd_dkv_kernel}
-    cases = []
-    for name, kernel in kernels.items():
-        for head_dim, dtype, p in itertools.product((64, 32, 128), (torch.bfloat16, torch.float16), (0.1, 0.0)):
-            config = _launch_config(name, capability, head_dim, dtype, 512)
-            element = _TRITON_TYPES[dtype]
-            title = f"attention {name} D={head_dim} {element} p={p}"
-            constants = {"HEAD_DIM": head_dim, "HAS_DROPOUT": p > 0.0}
-            if name != "fwd":
-                constants["HAS_BIAS"] = True
-            tile = (config["BLOCK_M"], config["BLOCK_N"])
-            cases.append(attention_case(kernel, title, element, constants, config, tile))
-    pointers = {"partial_ptr": "*fp32", "grad_bias_ptr": "*fp32"}
-    scalars = dict.fromkeys(("dq_programs", "dkv_programs", "width"), "i32")
-    case = rows.aot_case(_attention_bias_kernel, "attention bias sum", pointers, scalars, {}, _SUM_CONFIG)
-    case["divisible_by_16"].append("width")
-    return [*cases, case]
-
-
-def attention_case(kernel, name: str, element: str, constants: dict, config: dict, score_tile: tuple[int, int]) -> dict:
-    """One ahead-of-time case of a kernel over packed projections, whose tensors hold ``element`` but for the few that
-    never do; it computes scores in tiles of ``score_tile`` (compile_report.py)."""
-    names = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
-    pointers = {argument: _AOT_POINTERS.get(argument, f"*{element}") for argument in names}
-    case = rows.aot_case(kernel, name, pointers, _AOT_SCALARS, constants, config)
-    return {**case, "dot": True, "score_tile": score_tile}

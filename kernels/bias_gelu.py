@@ -192,24 +192,3 @@ def bias_gelu_bwd(grad_out: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Ten
     grad_bias = torch.empty_like(bias)
     rows.sum_partials(partial, [grad_bias])
     return grad_x, grad_bias
-
-
-def aot_cases(capability: int) -> list[dict]:
-    """The kernels' default configurations at BERT-base and -large, for ahead-of-time compilation.
-
-    Activations are bf16, the bias fp32 (autocast). ``capability`` is 80, 90 or 100: one configuration serves all.
-    """
-    forward = {"x_ptr": "*bf16", "bias_ptr": "*fp32", "out_ptr": "*bf16"}
-    backward = {"grad_out_ptr": "*bf16", "x_ptr": "*bf16", "bias_ptr": "*fp32", "grad_x_ptr": "*bf16"}
-    backward["partial_ptr"] = "*fp32"
-    cases = []
-    for columns in (3072, 4096):
-        for kernel, direction, pointers in (
-            (_bias_gelu_fwd_kernel, "fwd", forward),
-            (_bias_gelu_bwd_kernel, "bwd", backward),
-        ):
-            name = f"bias_gelu {direction} F={columns}"
-            constants = {"COLUMNS": columns, "HAS_BIAS": True}
-            config = _launch_config(columns, direction)
-            cases.append(rows.aot_case(kernel, name, pointers, {"tokens": "i32"}, constants, config))
-    return [*cases, rows.sum_partials_case("bias_gelu", 1, "*fp32")]

@@ -290,30 +290,3 @@ def _scale(factor: Tensor, grads: tuple[Tensor, ...], outs: tuple[Tensor, ...]) 
             IN_PLACE=outs is grads,
             **_SCALE_CONFIG,
         )
-
-
-def aot_cases(capability: int) -> list[dict]:
-    """The kernels' default configurations at BERT's vocabulary, for ahead-of-time compilation.
-
-    Logits are bf16, parameters fp32 (autocast). ``capability`` is 80, 90 or 100: one configuration serves all. The
-    matrix products are the library's.
-    """
-    vocabulary = 30522
-    stride = rows.cdiv(vocabulary, _PAD) * _PAD
-    pointers = {"logits_ptr": "*bf16", "bias_ptr": "*fp32", "labels_ptr": "*i64", "scale_ptr": "*fp32"}
-    pointers |= {"row_loss_ptr": "*fp32", "partial_ptr": "*fp32"}
-    scalars = {"count": "i32", "ignore_index": "i32"}
-    cases = []
-    for with_grads, first in ((False, True), (True, True), (True, False)):
-        name = f"mlm_loss fwd V={vocabulary}" + (" grads" if with_grads else "") + ("" if first else " next chunk")
-        constants = {"VOCABULARY": vocabulary, "STRIDE": stride, "WITH_GRADS": with_grads, "FIRST_CHUNK": first}
-        config = _launch_config(vocabulary)
-        cases.append(rows.aot_case(_mlm_loss_kernel, name, pointers, scalars, constants, config))
-    pointers = {"scale_ptr": "*fp32"} | dict.fromkeys(("first_ptr", "first_out_ptr"), "*bf16")
-    pointers |= dict.fromkeys(("second_ptr", "third_ptr", "second_out_ptr", "third_out_ptr"), "*fp32")
-    scalars = dict.fromkeys(("first_size", "second_size", "third_size", "first_blocks", "second_blocks"), "i32")
-    for in_place, name in ((False, "mlm_loss bwd"), (True, "mlm_loss bwd in place")):
-        case = rows.aot_case(_scale_kernel, name, pointers, scalars, {"IN_PLACE": in_place}, _SCALE_CONFIG)
-        case["divisible_by_16"] += ["first_size", "second_size"]  # rows of 768 or 1024; the launcher finds that out
-        cases.append(case)
-    return cases

@@ -152,28 +152,3 @@ def sum_partials(partial: torch.Tensor, outputs: list[torch.Tensor]) -> None:
         OUTPUTS=count,
         **_SUM_CONFIG,
     )
-
-
-def aot_case(kernel, name: str, pointers: dict, scalars: dict, constants: dict, config: dict) -> dict:
-    """One ahead-of-time case: what ``triton.compile`` needs to build ``kernel`` as the launcher would."""
-    types = {**pointers, **scalars}
-    config = dict(config)
-    launch = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-    return {
-        "kernel": kernel,
-        "name": name,
-        "signature": {argument: types[argument] for argument in kernel.arg_names if argument in types},
-        "constexprs": {**constants, **config},
-        "divisible_by_16": list(pointers),
-        "dot": False,
-        **launch,
-    }
-
-
-def sum_partials_case(name: str, outputs: int, dtype: str) -> dict:
-    """The ahead-of-time case of ``sum_partials``."""
-    pointers = {"partial_ptr": "*fp32", "first_ptr": dtype, "second_ptr": dtype, "third_ptr": dtype}
-    scalars = {"programs": "i32", "columns": "i32"}
-    case = aot_case(_sum_partials_kernel, f"{name} sum", pointers, scalars, {"OUTPUTS": outputs}, _SUM_CONFIG)
-    case["divisible_by_16"].append("columns")
-    return case

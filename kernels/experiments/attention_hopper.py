@@ -64,8 +64,6 @@ Sources: T. Dao, "FlashAttention-2", 2023 (the equations; keys outside and queri
 beside the softmax).
 """
 
-import itertools
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -74,7 +72,6 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from bert_fast import reference
 from bert_fast.dropout_mask import ROUNDS, dropout_scale, dropout_threshold
-from bert_fast.kernels.attention import attention_case
 from bert_fast.kernels.rows import cdiv, next_power_of_2
 
 CAPABILITY = 90
@@ -87,7 +84,7 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 _ROUNDS = gl.constexpr(ROUNDS)
 _TAIL_PROGRAMS = 8  # write zeros to the rows that belong to no sequence, whose number the device alone knows
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPES = (torch.bfloat16, torch.float16)
 _UNSPECIALIZED = ("tokens", "sequences", "blocks", "heads", "threshold", "site")  # no variant for 1 or multiples of 16
 # Names of Triton 3.7 and 3.9, or else of those before.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -659,7 +656,7 @@ def _attention_fwd_asynchronous_kernel(
 def takes_forward(qkv) -> bool:
     """Whether ``attention_fwd`` has this case: 16-bit types, heads of 64, a tensor that begins at a multiple of 16
     bytes, sequences of any length. What the device is, is not asked here."""
-    return qkv.dtype in _TYPES and qkv.shape[3] == 64 and qkv.data_ptr() % 16 == 0
+    return qkv.dtype in _DTYPES and qkv.shape[3] == 64 and qkv.data_ptr() % 16 == 0
 
 
 def takes_backward(grad_out, qkv, out, max_seqlen) -> bool:
@@ -722,23 +719,3 @@ def attention_bwd(
                 HAS_DROPOUT=dropout_threshold(p) > 0, **_launch_config(max_seqlen),
             )  # fmt: skip
     return grad_qkv, reference.attention_grad_bias(grad_qkv, bias_dtype)
-
-
-def aot_cases(capability: int) -> list[dict]:
-    """The kernels' configurations for ahead-of-time compilation, none but for compute capability 9.0."""
-    if capability != CAPABILITY:
-        return []
-    cases = []
-    for element, p in itertools.product(_TYPES.values(), (0.1, 0.0)):
-        name, tile = f"attention asynchronous fwd {element} p={p}", (BLOCK.value, BLOCK.value // 2)
-        config = {"num_warps": FORWARD_WARPS, "num_stages": 1}
-        constants = {"HAS_DROPOUT": p > 0.0}
-        cases.append(attention_case(_attention_fwd_asynchronous_kernel, name, element, constants, config, tile))
-    for longest, element, p in itertools.product((512, 256, 128), _TYPES.values(), (0.1, 0.0)):
-        config = {**_launch_config(longest), "num_stages": 1}
-        name = f"attention one_pass S={longest} {element} p={p}"
-        tile = (64, 16 * config["num_warps"])
-        cases.append(
-            attention_case(_attention_bwd_one_pass_kernel, name, element, {"HAS_DROPOUT": p > 0.0}, config, tile)
-        )
-    return cases

@@ -40,7 +40,7 @@ from bert_fast.reference import feed_forward_gradients
 Tensor = torch.Tensor
 
 CAPABILITIES = (90, 100)
-_TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _launch_config(dtype: torch.dtype, direction: str) -> dict:
@@ -171,7 +171,7 @@ def takes(columns: int, *matrices: Tensor) -> bool:
     """Whether the kernels have these operands and a result of ``columns``: one dtype of 16 or 32 bits, nothing empty,
     all rows at multiples of 16 bytes. What the device is, is not asked here."""
     dtype = matrices[0].dtype
-    return dtype in _TRITON_TYPES and all(
+    return dtype in _DTYPES and all(
         x.dtype == dtype
         and x.numel() > 0
         and x.is_contiguous()
@@ -285,28 +285,3 @@ def feed_forward_bwd(
     else:
         grad_z, grad_bias = bias_gelu_bwd(grad_out @ weight_out, z, bias)
     return feed_forward_gradients(grad_out, grad_z, grad_bias, x, weight_in, activated, wanted)
-
-
-def aot_cases(capability: int) -> list[dict]:
-    """The kernels' configurations at BERT-base and -large, for ahead-of-time compilation; none for 80.
-
-    Products are 16 bits wide, the bias fp32 (autocast).
-    """
-    if capability not in CAPABILITIES:
-        return []
-    cases = []
-    for hidden, dtype in ((768, torch.bfloat16), (1024, torch.bfloat16), (1024, torch.float16), (1024, torch.float32)):
-        for direction, kernel in (("fwd", _feed_forward_fwd_kernel), ("bwd", _feed_forward_bwd_kernel)):
-            element, config = _TRITON_TYPES[dtype], _launch_config(dtype, direction)
-            m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-            del config["PROGRAMS"]
-            weight = (n, k) if direction == "fwd" else (k, n)
-            blocks = {"x_desc": (m, k), "grad_out_desc": (m, k), "weight_desc": weight}
-            blocks |= dict.fromkeys(("z_desc", "out_desc", "grad_z_desc"), (m, n // 4))
-            descriptors = {name: f"tensordesc<{element}[{a}, {b}]>" for name, (a, b) in blocks.items()}
-            pointers = {"bias_ptr": "*fp32", **({"partial_ptr": "*fp32"} if direction == "bwd" else {})}
-            constants = {"HIDDEN": hidden, "COLUMNS": 4 * hidden, "HAS_BIAS": True}
-            name = f"feed_forward {direction} H={hidden} {element}"
-            scalars = {**descriptors, "tokens": "i32"}
-            cases.append(rows.aot_case(kernel, name, pointers, scalars, constants, config) | {"dot": True})
-    return cases
