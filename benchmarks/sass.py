@@ -6,7 +6,7 @@ the group that it belongs to. Products up to one that names a scoreboard (gsb0) 
 for all groups but the N newest.
 
 By descriptor, memory is read past the way by which threads write it: with STS and STSM, or by copies that they start
-(LDGSTS). FENCE.VIEW.ASYNC must stand between, and after the wait for the copies (LDGDEPBAR ends a group of them,
+(LDGSTS). FENCE.VIEW.ASYNC.S must stand between, and after the wait for the copies (LDGDEPBAR ends a group of them,
 DEPBAR.LE SB0, N waits for all groups but the N newest). So it is for compute capability 10.0's product (UTCHMMA), and
 for what the tensor memory accelerator writes to global memory. UTCHMMA has no operand in registers: no other rule is
 about it. Compute capability 8.0 has nothing of the kind.
@@ -23,14 +23,14 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 
-PRODUCT, WAIT, FENCE = "HGMMA", "WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC"
+PRODUCT, WAIT, FENCE = "HGMMA", "WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC.S"
 SPILL = ("STL", "LDL")
 STORES = ("STS", "STSM", "ATOMS")  # by threads, to shared memory
 COPIES_OUT = ("UTMASTG", "UTMAREDG", "UBLKRED")  # of shared memory, by the tensor memory accelerator
 MEMORY = ("LD", "LDG", "LDS", "LDL", "LDC", "ST", "STG", "STS", "STL", "ATOM", "ATOMG", "ATOMS", "RED", "REDG")
 # The instructions that this reader knows: without a register as destination, and with one.
 WITHOUT = frozenset(re.findall(r"\w+", """
-    ACQBULK ARRIVES BAR BRA BREAK BSSY BSYNC CALL CCTL DEPBAR DSETP ERRBAR EXIT FCHK FENCE FSETP HSETP2 ISETP JMP
+    ACQBULK BAR BRA BREAK BSSY BSYNC CALL CCTL DEPBAR DSETP ERRBAR EXIT FCHK FENCE FSETP HSETP2 ISETP JMP
     LDGDEPBAR LDGSTS MEMBAR NANOSLEEP NOP PLOP3 PREEXIT R2P RED REDG RET ST STG STL STS STSM UBLKCP UBLKPF UBLKRED
     UISETP UPLOP3 USETMAXREG UTMACCTL UTMACMDFLUSH UTMALDG UTMAREDG UTMASTG WARPGROUP WARPSYNC YIELD
 """))  # fmt: skip
@@ -126,7 +126,10 @@ class Listing:
 
     @classmethod
     def parse(cls, text: str) -> "Listing":
-        """Of what ``cuobjdump -sass`` prints, or of lines of it without the encoding."""
+        """Of what ``cuobjdump -sass`` prints of one function, or of lines of it without the encoding; ValueError for
+        several, whose addresses are the same."""
+        if text.count("Function :") > 1:
+            raise ValueError("the listing has several functions; benchmarks/sass.py follows branches inside one")
         line = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
         code = []
         for address, guard, opcode, rest in line.findall(text):
@@ -236,7 +239,7 @@ class _Written:
         this = {instruction.address}
         if instruction.name in STORES:
             return replace(self, stored=self.stored | this)
-        if instruction.opcode.startswith("BAR.SYNC"):
+        if instruction.opcode.startswith(("BAR.", "SYNCS.ARRIVE")):
             return replace(self, stored=frozenset(), shared=self.shared | self.stored)
         if instruction.name in ("LDS", "LDSM"):
             return replace(self, shared=frozenset())
@@ -244,7 +247,7 @@ class _Written:
             return replace(self, copies=(self.copies[0] | this, *self.copies[1:]))
         if instruction.name == "LDGDEPBAR":
             return replace(self, copies=_completed(self.copies))
-        if instruction.opcode.startswith("DEPBAR.LE") and len(instruction.operands) > 1:
+        if instruction.opcode.startswith("DEPBAR.LE") and instruction.operands[0] == "SB0":
             kept = _kept(instruction)
             return replace(self, arrived=self.arrived.union(*self.copies[kept:]), copies=self.copies[:kept])
         return replace(_NOTHING, copies=self.copies) if instruction.opcode.startswith(FENCE) else self

@@ -125,6 +125,10 @@ BULK_STORE = "UTMASTG.2D [UR8], [UR4]"
         ([COPY, GROUP, FENCE, COPY, GROUP, READ_BUT_ONE], "LDGSTS.E.BYPASS.128 at 0000"),
         ([STORE, BARRIER, "@P0 BRA PAST", FENCE, "PAST: NOP"], "STS.128"),  # a path without a fence
         ([STORE, "BRA PAST", "NOP", f"PAST: {FENCE}", BARRIER], None),
+        ([STORE, BARRIER, "FENCE.VIEW.ASYNC.T"], "STS.128"),  # of tensor memory
+        ([STORE, "SYNCS.ARRIVE.TRANS64 RZ, [UR4], R3"], "STS.128"),  # other threads may wait for that, too
+        ([COPY, GROUP, "DEPBAR.LE SB1, 0x0"], None),  # another scoreboard's wait: it is not there yet
+        ([COPY, GROUP, "DEPBAR.LE SB1, 0x0", FENCE, READ], "LDGSTS"),
     ],
 )
 def test_a_fence_between_writes_and_descriptors(lines, found, reader):
@@ -147,6 +151,11 @@ def test_where_nothing_is_asynchronous_no_rule_applies():
     """Compute capability 8.0."""
     code = listing(COPY, GROUP, READ, BARRIER, "HMMA.16816.F32.BF16 R4, R8, R12, R4", "STL [R1], R4", "FOO R1", "EXIT")
     assert [rule(code) for rule in (sass.early_registers, sass.missing_fences, sass.unknown)] == [[], [], []]
+
+
+def test_a_listing_of_several_functions_is_refused():
+    with pytest.raises(ValueError, match="several functions"):
+        sass.Listing.parse(2 * "\t\tFunction : kernel\n        /*0000*/                   EXIT ;\n")
 
 
 def test_an_unknown_instruction_beside_products_is_reported():
