@@ -2,6 +2,7 @@
 hand."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,6 +283,11 @@ def test_each_candidate_saves_time_and_leaves_the_products_alone():
             changed = [change(x) for x in changed]
             assert all(change(x) == x for x in lines if x.operator.startswith("product"))
         saved[name] = built - step_model.predict(config, lengths, changed, ceilings).seconds
+    readme = (Path(step_model.__file__).parents[2] / "kernels" / "experiments" / "README.md").read_text(
+        encoding="utf-8"
+    )
+    for seconds in (0, *(saved[f"bert_fast-{name}"] for name in ("one-pass", "asynchronous", "epilogue"))):
+        assert f"{1e3 * (built - seconds):.1f} ms" in readme
     together = saved.pop("bert_fast-candidates")
     assert all(seconds > 0 for seconds in saved.values())
     assert together == pytest.approx(sum(saved.values()))
