@@ -349,7 +349,8 @@ def step_model_text(results: Path) -> str:
         + step_model.summary(stated)
         + "\n\nWhat each aim allows a step of BERT-large at 512 tokens, and what the products leave of it. An H100 and "
         "an H200 are charged rates that others measured, an A100 and a B200 those of their data sheets, which no "
-        f"product and no copy reaches:\n\n{step_model.aims().markdown()}\n\nIts attention, each resource alone; the longest is "
+        f"product and no copy reaches:\n\n{step_model.aims().markdown()}\n\n"
+        "Its attention, each resource alone; the longest is "
         'the least that these kernels can take, "charged" is what the step has of it:\n\n'
         + step_model.attention_lines().markdown()
     )
