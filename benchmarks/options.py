@@ -98,7 +98,7 @@ def default_batch(options: argparse.Namespace, config, rate: float) -> int:
 
 
 def size(options: argparse.Namespace, work: Workload, limits: dict) -> tuple[dict, Batch]:
-    """What is asked for and found, as a results file has it under "work", and the batch of parity. ValueError where the corpus has no such batches."""
+    """The "work" of a results file, and the batch of parity. ValueError where the corpus has no such batches."""
     config = model_config(options.model, dropout=DROPOUT)
     known = config.vocab_size
     if work.vocabulary > known:
