@@ -22,9 +22,7 @@ def _name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
-def test_a_document_is_true(document, request):
-    if document == ROOT / "README.md":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="its links name where the pages were"))
+def test_a_document_is_true(document):
     assert wrong(document.read_text(encoding="utf-8"), document.parent) == []
 
 
