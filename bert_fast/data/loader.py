@@ -194,4 +194,5 @@ def _start_worker(number: int) -> None:
     """The main process decides when to stop: it finishes its update and saves first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     torch.set_num_threads(1)

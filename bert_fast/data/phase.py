@@ -10,8 +10,9 @@ class Phase:
     """Updates ``first .. last - 1`` (counted from 0) at one sequence length and batch size.
 
     The learning rate of its updates follows a schedule over updates ``schedule_first .. schedule_last - 1``, which
-    phases share unless one names a learning rate or warm-up of its own. ``warmup`` is in updates. ``mask_probs`` are
-    the shares of tokens that its first and its last update predict.
+    phases share unless one names a learning rate or warm-up of its own. ``warmup`` and ``decay``, the schedule's last
+    part where it has one, are in updates. ``mask_probs`` are the shares of tokens that its first and its last update
+    predict.
     """
 
     seq: int
@@ -22,6 +23,7 @@ class Phase:
     warmup: int
     schedule_first: int
     schedule_last: int
+    decay: int = 0
     mask_probs: tuple[float, float] = (MASK_PROB, MASK_PROB)
 
     def mask_prob(self, step: int) -> float:

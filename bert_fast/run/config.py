@@ -92,8 +92,13 @@ class PretrainConfig:
     lr: float = option(1e-4, "optimizer", "highest learning rate", "LR")
     warmup: float = option(0.01, "optimizer", "updates of linear warm-up; below 1: share of the updates", "N")
     schedule: str = option(
-        "linear", "optimizer", "decay of the learning rate to 0 after the warm-up",
-        choices=("linear", "polynomial", "constant"),
+        "linear", "optimizer", "decay of the learning rate to 0 after the warm-up; wsd stays at --lr until the last "
+        "--decay-steps",
+        choices=("linear", "polynomial", "cosine", "constant", "wsd"),
+    )  # fmt: skip
+    decay_steps: float | None = option(
+        None, "optimizer", "updates over which wsd decays, the last of a schedule; below 1: share of its updates "
+        "[default: none]", "N",
     )  # fmt: skip
     power: float = option(0.5, "optimizer", "of the polynomial decay", "P")
     beta1: float = option(0.9, "optimizer", "decay of the first moment", "B")
@@ -162,6 +167,9 @@ class PretrainConfig:
         _require(self, "eps", self.eps > 0, "above 0")
         _require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         _require(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
+        _require(self, "decay_steps", self.decay_steps is None or 0 < self.decay_steps < float("inf"), "above 0")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ConfigError(f"--decay-steps needs --schedule wsd; --schedule is {self.schedule}")
         _require(self, "peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "above 0")
 
     def as_dict(self) -> dict:
@@ -241,10 +249,10 @@ def phases(config: PretrainConfig) -> list["Phase"]:
                 if later["own"]:
                     break
                 steps += later["steps"]
-            warmup = draft["warmup"] * steps if draft["warmup"] < 1 else draft["warmup"]
             shared = {
                 "lr": draft["lr"],
-                "warmup": round(warmup),
+                "warmup": _updates(draft["warmup"], steps),
+                "decay": min(_updates(config.decay_steps or 0, steps), steps),
                 "schedule_first": schedule_first,
                 "schedule_last": schedule_first + steps,
             }
@@ -276,6 +284,11 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(":")]
     except ValueError:
         return []
+
+
+def _updates(number: float, of: int) -> int:
+    """A number of updates, where one below 1 is a share ``of`` so many."""
+    return round(number * of if number < 1 else number)
 
 
 def _parsed(text: str, config: PretrainConfig) -> dict:

@@ -43,9 +43,9 @@ DONE, NOT_FINITE = 0, 3
 def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
     """Trains as ``config`` says, from the last good checkpoint in its ``out`` on, and returns the exit code.
 
-    0: all updates done, RUN/model written; 3: too many updates in a row were not finite; 130 and 143: stopped by
-    SIGINT and SIGTERM after a checkpoint. Raises ConfigError for options that make no sense together, NotTheSameRun,
-    CheckpointError (a full disk) and what reading the data raises. Under torchrun every process calls it.
+    0: all updates done, RUN/model written; 3: too many updates in a row were not finite; 130, 138 and 143: stopped by
+    SIGINT, SIGUSR1 and SIGTERM after a checkpoint. Raises ConfigError for options that make no sense together,
+    NotTheSameRun, CheckpointError (a full disk) and what reading the data raises. Under torchrun all processes call it.
     """
     output = output or Output()
     with started(config.device) as ranks, locked(Path(config.out), ranks), stop_on_signals() as asked_to_stop:

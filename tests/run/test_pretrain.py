@@ -184,7 +184,7 @@ def test_one_run_at_a_time(configure):
     assert train(config) == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_signals_save_and_leave_and_the_run_goes_on(configure, tmp_path, monkeypatch, number, code):
     whole, config = configure(out=str(tmp_path / "whole")), configure()
     train(whole)
