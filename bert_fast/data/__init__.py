@@ -4,6 +4,7 @@ from importlib import import_module
 
 from bert_fast.data.bins import Capacities, capacities, plan_batches
 from bert_fast.data.corpus import read_documents, stream_documents
+from bert_fast.data.extension import extend_tokenizer
 from bert_fast.data.lengths import draw_wikipedia_lengths, wikipedia_lengths
 from bert_fast.data.masking import masked_count
 from bert_fast.data.paths import expand_paths
@@ -38,6 +39,7 @@ __all__ = [
     "draw_wikipedia_lengths",
     "encode_documents",
     "expand_paths",
+    "extend_tokenizer",
     "load_tokenizer",
     "masked_count",
     "open_corpus",

@@ -118,16 +118,19 @@ def token_ids(tokenizer: Tokenizer) -> np.ndarray:
     return np.array(sorted(number for token, number in vocabulary.items() if token), dtype=np.int64)
 
 
-def replacement_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """int64, sorted: the ids that have a token which is not special, those that may stand in a token's place."""
-    added = tokenizer.get_added_tokens_decoder().items()
-    special = {*special_ids(tokenizer), *(number for number, token in added if token.special)}
-    return np.setdiff1d(token_ids(tokenizer), sorted(special))
-
-
 def vocabulary_rows(tokenizer: Tokenizer) -> int:
     """The rows that an embedding of the ids needs: the largest id and one, whatever gaps there are below."""
     return int(token_ids(tokenizer)[-1]) + 1
+
+
+def without_ids_from(tokenizer: Tokenizer, first: int) -> Tokenizer:
+    """``tokenizer`` without the pieces whose ids are ``first`` or more; itself where it is no WordPiece as BERT's."""
+    if not isinstance(tokenizer.model, models.WordPiece) or not tokenizer.model.continuing_subword_prefix:
+        return tokenizer
+    described = json.loads(tokenizer.to_str())
+    vocabulary = described["model"]["vocab"]
+    described["model"]["vocab"] = {piece: number for piece, number in vocabulary.items() if number < first}
+    return Tokenizer.from_str(json.dumps(described))
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -158,6 +161,19 @@ def tokenizer_files(path: str | Path) -> list[Path]:
     folder = path.parent if path.is_file() else path
     names = {"tokenizer.json", "vocab.txt", "tokenizer_config.json"} | ({path.name} if path.is_file() else set())
     return [folder / name for name in sorted(names)]
+
+
+def find_tokenizer(source: str | Path) -> Path | None:
+    """The ``tokenizer.json``, else ``vocab.txt``, of a checkpoint, a folder or a name on the Hub; None if it has none.
+
+    What says how a ``vocab.txt`` is read comes with it.
+    """
+    from transformers.utils import cached_file  # takes seconds to import
+
+    optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    names = ("tokenizer_config.json", "vocab.txt", "tokenizer.json")  # the first tells the case of the second
+    _, vocabulary, described = (cached_file(str(source), name, **optional) for name in names)
+    return Path(described or vocabulary) if described or vocabulary else None
 
 
 def differences(tokenizer: Tokenizer, other: Tokenizer) -> list[str]:

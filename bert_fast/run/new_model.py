@@ -1,5 +1,6 @@
 """The model that a run trains: one of the published sizes, any BertConfig, or a checkpoint of transformers."""
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -8,12 +9,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from transformers import BertConfig, PreTrainedConfig
-from transformers.utils import cached_file
 
-from bert_fast.data import load_tokenizer, special_ids
-from bert_fast.data.tokenizer import differences, vocabulary_rows
+from bert_fast.data import special_ids
+from bert_fast.data.tokenizer import vocabulary_rows
 from bert_fast.model import BertForPreTraining
 from bert_fast.run.config import SIZES, ConfigError, PretrainConfig
+from bert_fast.run.new_rows import base_tokenizer
 from bert_fast.run.weights import UnfitWeights, read_weights
 
 POSITIONS = 512  # as published, whatever length is trained on
@@ -35,10 +36,13 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, longest: int) -> 
     if config.init_from:
         made = _checkpoint_config(config.init_from)
         if made.vocab_size < vocabulary:
-            raise ConfigError(
-                f"--init-from {config.init_from} has a vocabulary of {made.vocab_size}, the data's tokenizer "
-                f"{vocabulary}: prepare the data with the checkpoint's own tokenizer"
-            )
+            base = base_tokenizer(config.init_from, tokenizer)
+            if base is None or vocabulary_rows(base) > made.vocab_size:
+                raise ConfigError(
+                    f"--init-from {config.init_from} has a vocabulary of {made.vocab_size}, the data's tokenizer "
+                    f"{vocabulary}: prepare the data with the checkpoint's own tokenizer"
+                )
+            made.vocab_size = vocabulary
     elif config.model in SIZES:
         layers, hidden, heads = SIZES[config.model]
         made = BertConfig(
@@ -110,14 +114,17 @@ def new_model(config: PretrainConfig, made: BertConfig, seed: int) -> tuple[Bert
     """A model with fresh weights drawn from ``seed``, or those of ``--init-from``; and what there is to say of it.
 
     Heads and pooler that the checkpoint lacks are drawn; ConfigError where its other weights are not the model's own
-    (see :func:`bert_fast.run.weights.read_weights`) or there are none to read.
+    (see :func:`bert_fast.run.weights.read_weights`) or there are none to read. Rows beyond the checkpoint's are drawn:
+    :func:`bert_fast.run.new_rows.start_new_rows` gives them what is known of their pieces.
     """
     torch.manual_seed(seed)
     if not config.init_from:
         return BertForPreTraining(made), []
+    own = copy.deepcopy(made)
+    own.vocab_size = _checkpoint_config(config.init_from).vocab_size
     try:
         model, missing, unused = read_weights(
-            BertForPreTraining, config.init_from, optional=("cls.", "bert.pooler."), config=made, dtype=torch.float32
+            BertForPreTraining, config.init_from, optional=("cls.", "bert.pooler."), config=own, dtype=torch.float32
         )
     except OSError as error:
         raise ConfigError(f"--init-from {config.init_from}: {error}") from error
@@ -128,25 +135,9 @@ def new_model(config: PretrainConfig, made: BertConfig, seed: int) -> tuple[Bert
         notes.append(f"{config.init_from} lacks {', '.join(missing)}: drawn at random")
     if unused:
         notes.append(f"of {config.init_from} not used: {', '.join(unused)}")
+    if made.vocab_size > own.vocab_size:
+        model.resize_token_embeddings(made.vocab_size, mean_resizing=False)
     return model, notes
-
-
-def check_vocabulary(source: str, tokenizer: Tokenizer) -> list[str]:
-    """ConfigError where ``source``, a folder or a name on the Hub, brings a tokenizer that gives text other ids.
-
-    Returns what there is to say of it: that it brings none.
-    """
-    optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-    files = ("tokenizer_config.json", "vocab.txt", "tokenizer.json")  # the first tells the case of the second
-    _, vocabulary, described = (cached_file(source, name, **optional) for name in files)
-    if (path := described or vocabulary) is None:
-        return [f"{source} has no tokenizer: whether the data's gives its ids is not known"]
-    if differing := differences(tokenizer, load_tokenizer(path)):
-        raise ConfigError(
-            f"the data were prepared with another tokenizer than that of {source} ({'; '.join(differing)}): prepare "
-            f"them with --tokenizer {Path(path).parent}"
-        )
-    return []
 
 
 def load_weights(model: BertForPreTraining, tensors: dict[str, torch.Tensor]) -> None:

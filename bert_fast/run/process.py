@@ -10,8 +10,6 @@ from pathlib import Path
 from bert_fast.data.files import FolderInUse
 from bert_fast.train.distributed import Ranks
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
 
 class Stop:
     """Which signal asked the run to stop, or None."""
@@ -21,13 +19,12 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """SIGINT, SIGTERM and SIGUSR1 (which schedulers send some time before the end) ask to stop after the update at
-    hand; a second one takes its usual way."""
+    """SIGINT and SIGTERM ask to stop after the update at hand; a second one takes its usual way."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the main thread
         return
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number, frame):
         stop.signal = number

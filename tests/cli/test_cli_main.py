@@ -89,7 +89,10 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run, argv, word):
         (["encode", "m", "--out", "v.npy", "in.txt"], {"model": "m", "file": "in.txt", "out": "v.npy"}),
         (["encode", "m"], {"model": "m", "file": None}),
         (["plot", "a", "--out", "p.png", "b"], {"runs": ["a", "b"], "out": "p.png"}),
-        (["tokenizer", "a", "--out", "t", "b", "-q"], {"corpus": ["a", "b"], "quiet": True, "vocab_size": 30522}),
+        (
+            ["tokenizer", "a", "--vocab-size", "30522", "b", "--out", "t", "-q"],
+            {"corpus": ["a", "b"], "quiet": True, "vocab_size": 30522, "cased": False},
+        ),
     ],
 )
 def test_options_may_stand_between_files_and_texts(argv, expected):

@@ -205,6 +205,8 @@ def test_the_same_vocabulary_in_another_case_is_refused(run, folder, cased, tmp_
     data.save_tokenizer(data.load_tokenizer(folder / "tok"), snapshot)
     good = ("pretrain", "--data", uncased, "--init-from", "some/bert", "--peak-tflops", 1, "--batch-size", 2)
     assert run(*good, *settings, "--quiet").code == 0
+    more = ("tokenizer", folder / "corpus.jsonl", "--extend", "some/bert", "--add", 3, "--out", tmp_path / "more")
+    assert run(*more, "--json").result["pieces_added"] == 3
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         (model / name).unlink()
     bare = run(
