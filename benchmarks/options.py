@@ -98,10 +98,11 @@ def default_batch(options: argparse.Namespace, config, rate: float) -> int:
 
 
 def size(options: argparse.Namespace, work: Workload, limits: dict) -> tuple[dict, Batch]:
-    """ "work" of a results file, and the batch of parity. ValueError where the corpus has no such batches."""
+    """The "work" of a results file, and the batch of parity. ValueError where the corpus has no such batches."""
     config = model_config(options.model, dropout=DROPOUT)
-    if (known := len(work.tokenizer)) > config.vocab_size:
-        raise ValueError(f"BERT-{options.model} has {config.vocab_size} words, the corpus {known}: use another --model")
+    known = config.vocab_size
+    if work.vocabulary > known:
+        raise ValueError(f"BERT-{options.model} has {known} words, the corpus {work.vocabulary}: use another --model")
     sequences = options.batch or default_batch(options, config, 1e12 * limits["matmul_tflops"][options.dtype])
     batch = work.batch(sequences, options.seq, options.lengths, options.device)
     check = work.parity_batch(options.seq, options.device)

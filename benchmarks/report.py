@@ -114,10 +114,10 @@ def how_fast(results: Path) -> str:
 
 def against_the_model(data: dict) -> Table:
     """Each line that was measured alone: predicted at the stated ceilings, at those of the run, and as measured."""
-    measured, rows = ceilings_of(data), []
+    measured, expected, rows = ceilings_of(data), step_model.stated(data["device"]), []
 
     def add(size: str, line: str, seconds: Callable[[Ceilings], float], ms: float) -> None:
-        stated, own = (1e6 * seconds(ceilings) for ceilings in (Ceilings(), measured))
+        stated, own = (1e6 * seconds(ceilings) for ceilings in (expected, measured))
         rows.append([size, line, f"{stated:.0f}", f"{own:.0f}", f"{1e3 * ms:.0f}", f"{1e3 * ms / own:.2f}x"])
 
     for row in data.get("products", []):
@@ -338,15 +338,21 @@ def pictures(data: dict, stem: Path) -> list[Path]:
 
 def step_model_text(results: Path) -> str:
     """The prediction of every case, and the ceilings that it takes."""
-    stated = Ceilings()
+    stated = step_model.DEVICES["H100"]
     forward, backward = stated.attention_forward / 1e12, stated.attention_backward / 1e12
     return (
-        f"At {stated.matmul / 1e12:.0f} TFLOP/s for products, {stated.copy / 1e12:.1f} TB/s read and written, "
+        f"An H100, at {stated.matmul / 1e12:.0f} TFLOP/s for products, {stated.copy / 1e12:.1f} TB/s read and written, "
         f"attention at {forward:.0f} TFLOP/s forward and {backward:.0f} backward, "
         f"{stated.instructions / 1e12:.1f}e12 instructions/s of a lane, {1e6 * stated.between_kernels:.0f} us from "
         f"one kernel to the next; 16-bit weights, LAMB, dropout 0.1, {TOKENS} real tokens a step. MFU counts the full "
         'formula of every real token, "executed" what is computed of it: the last layer only where it is read.\n\n'
         + step_model.summary(stated)
+        + "\n\nWhat each aim allows a step of BERT-large at 512 tokens, and what the products leave of it. An H100 and "
+        "an H200 are charged rates that others measured, an A100 and a B200 those of their data sheets, which no "
+        f"product and no copy reaches:\n\n{step_model.aims().markdown()}\n\n"
+        "Its attention, each resource alone; the longest is "
+        'the least that these kernels can take, "charged" is what the step has of it:\n\n'
+        + step_model.attention_lines().markdown()
     )
 
 

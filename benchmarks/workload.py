@@ -82,6 +82,7 @@ class Workload:
         self.tokenizer = train_tokenizer(sentences, VOCABULARY)
         self.corpus, self.nsp = encode_documents(documents, self.tokenizer), nsp
         self.name = corpus or "the Python language reference (pydoc_data.topics)"
+        self.vocabulary = self.tokenizer.get_vocab_size()
         self.documents, self.tokens = len(documents), int(self.corpus.sentence_ends[-1])
 
     def batch(self, size: int, seq: int, lengths: str, device: str, *, seed: int = 0) -> Batch:

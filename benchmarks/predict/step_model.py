@@ -1,11 +1,11 @@
 """What a training step should cost: FLOPs and bytes of every operator, and the time they take at stated ceilings.
 
-    python -m benchmarks.predict.step_model [--weights bfloat16|float32] [--of large 512 full] [--results FILE]
+    python -m benchmarks.predict.step_model [--device H100] [--weights bfloat16|float32] [--of large 512 full]
 
 A prediction, not a measurement. Each operator is charged what its code moves and computes (its kernel's docstring),
 one launch after the other: products at the matrix-product rate, attention at the best published rates, everything else
-at the rate of a device-to-device copy, or of instructions where those take longer. ``--results`` takes the ceilings
-from a file that ``benchmarks/gpu.py`` wrote.
+at the rate of a device-to-device copy, or of instructions, exponentials, shared memory or the L2 cache where one of
+those takes longer. ``--results`` takes the ceilings from a file that ``benchmarks/gpu.py`` wrote.
 
 What the prediction leaves out, and by what a measurement will differ: products of other shapes than 8192^3 are slower
 than the rate they are charged at, kernels reach less than the copy rate, and clocks fall under load. Vectors of T or H
@@ -34,6 +34,14 @@ DROPOUT_FORWARD, DROPOUT_DQ, DROPOUT_DKV = 5.3, 5.1, 6.6
 # In kernels/experiments/attention_hopper.py: of its forward, and of its backward, where they are drawn once.
 DROPOUT_ASYNCHRONOUS, DROPOUT_ONE_PASS = 4.2, 7.1
 GELU_FORWARD, GELU_BACKWARD = 21, 25
+# KiB that go to and from shared memory for a tile of 64 x 64 scores at head size 64 in 16 bits, each operand of a
+# product once. Forward: Q and K for S, V for O, K and V copied in. dq: Q, K, dO and V for S and dP, K for dQ, K and V
+# copied in. dkv: the same two products; P and dS written, and read as left operands beside dO and Q; Q and dO copied
+# in. Those of attention_hopper.py: the forward with half of the copies, the backward by its docstring. On sm_80, where
+# each warp reads the right operand for itself, it is more; on sm_100, where operands may lie in tensor memory, less.
+SHARED_FORWARD, SHARED_DQ, SHARED_DKV, SHARED_ASYNCHRONOUS, SHARED_ONE_PASS = 40, 56, 96, 32, 112
+# KiB that come out of the L2 cache: two blocks of 64 rows a tile, in each kernel; a block of 128 halves them.
+L2_KERNEL = 16
 EMBEDDING_BACKWARD = 52 + 3 * 12  # d z; a sum of its rows for each table
 
 
@@ -41,11 +49,12 @@ EMBEDDING_BACKWARD = 52 + 3 * 12  # d z; a sum of its rows for each table
 class Ceilings:
     """Rates of one device: FLOP/s, bytes/s read and written, instructions/s of one lane, seconds.
 
-    The defaults are for one H100 and come from elsewhere: a bfloat16 product of 8192^3 and a device-to-device copy as
-    measured by others on such a device, attention as published for head size 64 and 512 tokens without dropout
-    (forward: Triton, backward: FlashAttention-3); instructions from its datasheet, 132 multiprocessors of 128 lanes at
-    1.755 GHz. The time from one kernel of a graph to the next, and what the host takes to launch one from Python
-    (a PyTorch operator and a Triton kernel alike), are assumptions.
+    The defaults are for one H100 SXM. By others, measured on one: a bfloat16 product of 8192^3, a device-to-device
+    copy; published: attention for head size 64 and 512 tokens without dropout (forward: Triton, backward:
+    FlashAttention-3). From its data sheet: 132 multiprocessors of 128 lanes at 1.755 GHz; from the CUDA C++
+    Programming Guide: 16 exponentials and 128 bytes of shared memory a clock and multiprocessor. No rate of its L2
+    cache is published: infinite. The time from one kernel of a graph to the next, and what the host takes to launch one
+    from Python (a PyTorch operator and a Triton kernel alike), are assumptions, of every device.
     """
 
     matmul: float = 798e12
@@ -53,8 +62,41 @@ class Ceilings:
     attention_forward: float = 340e12
     attention_backward: float = 272e12
     instructions: float = 132 * 128 * 1.755e9
+    exponentials: float = 132 * 16 * 1.755e9
+    shared: float = 132 * 128 * 1.755e9
+    l2: float = math.inf
     between_kernels: float = 1e-6
     launch: float = 10e-6
+
+
+def _nominal(
+    matmul: float, copy: float, multiprocessors: int, lanes: int, clock: float, l2: float = math.inf
+) -> Ceilings:
+    """From a data sheet alone: dense bfloat16 FLOP/s and bytes/s as printed, which no product and no copy reaches, and
+    attention as fast as its products, exponentials and shared memory let it be."""
+    each = multiprocessors * clock
+    return Ceilings(matmul, copy, matmul, matmul, lanes * each, 16 * each, 128 * each, l2)
+
+
+DEVICES = {
+    # 80 GB SXM: data sheet; 16 exponentials and 128 bytes by the Programming Guide; the L2 cache by NVIDIA's A100
+    # whitepaper, 5120 bytes a clock. No attention of 512 tokens is published for it at head size 64.
+    "A100": _nominal(312e12, 2.039e12, 108, 64, 1.41e9, 5120 * 1.41e9),
+    "H100": Ceilings(),
+    # An H100 with HBM3e, 4.8 TB/s by its data sheet; by others, on one: products of 769 to 798 TFLOP/s, copy 4.3 TB/s.
+    "H200": Ceilings(copy=4.3e12),
+    # Data sheet; exponentials and shared memory a clock as on Hopper, by FlashAttention-4 (Zadouri et al., 2026), and
+    # 1.85 GHz: the clock at which 148 multiprocessors of 8192 FLOPs a clock have the data sheet's rate.
+    "B200": _nominal(2.25e15, 8.0e12, 148, 128, 1.85e9),
+}
+
+
+def stated(device: str) -> Ceilings:
+    """Those of the GPU that ``device`` names ("NVIDIA H200"); an H100's where it names none of DEVICES."""
+    return next((ceilings for name, ceilings in DEVICES.items() if name in device), DEVICES["H100"])
+
+
+BESIDE = ("instructions", "exponentials", "shared", "l2")  # what takes its time beside products and memory
 
 
 @dataclass(frozen=True)
@@ -62,8 +104,9 @@ class Entry:
     """One line of a step: ``times`` calls of ``operator``, each of ``flops``, ``bytes`` and ``kernels`` launches.
 
     ``direction`` is forward, backward or update; ``rate`` names the ceiling of the FLOPs. ``least`` are the bytes that
-    no implementation of the operator by itself can do without. ``instructions`` (of one lane) run while memory is
-    read and written. A call on some of the rows is a part of one of ``times``.
+    no implementation of the operator by itself can do without. ``instructions`` (of one lane), ``exponentials`` and
+    bytes to and from ``shared`` memory and the ``l2`` cache take their time while memory is read and written. A call on
+    some of the rows is a part of one of ``times``.
     """
 
     operator: str
@@ -75,11 +118,14 @@ class Entry:
     rate: str = "matmul"
     kernels: int = 1
     instructions: float = 0
+    exponentials: float = 0
+    shared: float = 0
+    l2: float = 0
 
     def seconds(self, ceilings: Ceilings) -> float:
         """Of all ``times`` calls."""
         once = self.flops / getattr(ceilings, self.rate) + self.bytes / ceilings.copy
-        once = max(once, self.instructions / ceilings.instructions)
+        once = max(once, *(getattr(self, name) / getattr(ceilings, name) for name in BESIDE))
         return self.times * (once + self.kernels * ceilings.between_kernels)
 
 
@@ -169,16 +215,19 @@ def attention(config, lengths: Sequence[int]) -> list[Entry]:
     """Both directions, and the random bits of dropout as if nothing hid them: the published rates are without."""
     layers, h = config.num_hidden_layers, config.hidden_size
     _, scores = tiled(lengths)
+    every = scores * config.num_attention_heads
+    kib = every / TILE**2 * 1024
     lines = [
-        Entry("attention", "forward", layers, flops=4 * scores * h, rate="attention_forward"),
+        Entry("attention", "forward", layers, flops=4 * scores * h, rate="attention_forward",
+              exponentials=every * (1 + 1 / TILE), shared=SHARED_FORWARD * kib, l2=L2_KERNEL * kib),
         # seven products where five would do: dq and dkv each make scores and dP; the third kernel sums what the two
         # leave for the bias of q and v
-        Entry("attention", "backward", layers, flops=14 * scores * h, rate="attention_backward", kernels=3),
-    ]
+        Entry("attention", "backward", layers, flops=14 * scores * h, rate="attention_backward", kernels=3,
+              exponentials=2 * every, shared=(SHARED_DQ + SHARED_DKV) * kib, l2=2 * L2_KERNEL * kib),
+    ]  # fmt: skip
     if config.attention_probs_dropout_prob:
-        drawn = scores * config.num_attention_heads
         lines += [
-            Entry(f"attention{BITS}", direction, layers, instructions=count * drawn, kernels=0)
+            Entry(f"attention{BITS}", direction, layers, instructions=count * every, kernels=0)
             for direction, count in (("forward", DROPOUT_FORWARD), ("backward", DROPOUT_DQ + DROPOUT_DKV))
         ]
     return lines
@@ -267,7 +316,8 @@ def accumulation(config, weights: str) -> list[Entry]:
 
 def five_products(x: Entry) -> Entry:
     if (x.operator, x.direction) == ("attention", "backward"):
-        return replace(x, flops=x.flops * 5 / 7, kernels=x.kernels - 1)
+        return replace(x, flops=x.flops * 5 / 7, kernels=x.kernels - 1, exponentials=x.exponentials / 2, l2=x.l2 / 4,
+                       shared=x.shared * SHARED_ONE_PASS / (SHARED_DQ + SHARED_DKV))  # fmt: skip
     if (x.operator, x.direction) == (f"attention{BITS}", "backward"):
         return replace(x, instructions=x.instructions * DROPOUT_ONE_PASS / (DROPOUT_DQ + DROPOUT_DKV))
     return x
@@ -275,6 +325,8 @@ def five_products(x: Entry) -> Entry:
 
 def asynchronous_forward(x: Entry) -> Entry:
     """The rate that is charged for the products already supposes that they overlap with the rest."""
+    if (x.operator, x.direction) == ("attention", "forward"):
+        return replace(x, shared=x.shared * SHARED_ASYNCHRONOUS / SHARED_FORWARD, l2=x.l2 / 2)
     if (x.operator, x.direction) == (f"attention{BITS}", "forward"):
         return replace(x, instructions=x.instructions * DROPOUT_ASYNCHRONOUS / DROPOUT_FORWARD)
     return x
@@ -376,14 +428,15 @@ def activations(config, weights: str = "bfloat16") -> list[tuple[str, int, str]]
 
 
 def ceilings_of(results: dict) -> Ceilings:
-    """The ceilings that a file of benchmarks/gpu.py measured; attention's and what is missing stay as they are."""
+    """The ceilings that a file of benchmarks/gpu.py measured; attention's and what is missing are its device's stated
+    ones."""
     limits = results.get("limits", {})
     found = {
         "matmul": limits.get("matmul_tflops", {}).get("bfloat16", 0) * 1e12,
         "copy": limits.get("copy_gbs", 0) * 1e9,
         "between_kernels": limits.get("graph_kernel_us", 0) * 1e-6,
     }
-    return replace(Ceilings(), **{name: value for name, value in found.items() if value})
+    return replace(stated(results.get("device", "")), **{name: value for name, value in found.items() if value})
 
 
 def summary(ceilings: Ceilings, weights: str = "bfloat16", optimizer: str = "lamb") -> str:
@@ -398,6 +451,44 @@ def summary(ceilings: Ceilings, weights: str = "bfloat16", optimizer: str = "lam
     header = ["BERT", "sequences", "step ms", "sequences/s", "tokens/s", "MFU", "executed", "products", "attention",
               "rest", "optimiser"]  # fmt: skip
     return Table(header, rows).markdown()
+
+
+# What is aimed at with BERT-large at 512 tokens: half of the product's rate on full sequences; at Wikipedia's lengths
+# the most real tokens a second and GPU in the logs of MLPerf Training's submitters (in FP8, on 4 or 8 GPUs).
+MFU_AIM = 0.5
+RECORD = {"H100": 272e3, "H200": 258e3, "B200": 368e3}
+
+
+def aims(weights: str = "bfloat16", optimizer: str = "lamb") -> Table:
+    """What each aim allows a step on each device, and what the products leave of it for everything else."""
+    rows, config = [], model_config("large", dropout=0.1)
+    for name, ceilings in DEVICES.items():
+        for aim, kind in (("half of the product's rate, full", "full"), ("MLPerf's best, wikipedia", "wikipedia")):
+            if kind == "wikipedia" and name not in RECORD:
+                continue
+            lengths = lengths_of(kind, 512)
+            p = predict(config, lengths, step(config, lengths, weights, optimizer), ceilings)
+            allowed = p.seconds * p.mfu / MFU_AIM if kind == "full" else sum(lengths) / RECORD[name]
+            products = p.shares["products"] * p.seconds
+            left, others = allowed - products, p.seconds - products
+            needs = "met at the ceilings" if others <= left else f"the others in {left / others:.2f} of it"
+            rows.append([f"{name}: {aim}", *(f"{1e3 * x:.1f}" for x in (allowed, p.seconds, products, left, others)),
+                         needs if left > 0 else "products in 8 bits"])  # fmt: skip
+    header = ["GPU: aim", "allows, ms", "predicted, ms", "products", "leaves the others", "the others", "needs"]
+    return Table(header, rows)
+
+
+def attention_lines() -> Table:
+    """Of BERT-large's attention at 512 tokens, what each resource of each device takes alone: the longest is the least
+    that these kernels can take, "charged" what the step has."""
+    config, lengths, rows = model_config("large", dropout=0.1), lengths_of("full", 512), []
+    for name, ceilings in DEVICES.items():
+        for x in attention(config, lengths)[:2]:
+            alone = [x.flops / ceilings.matmul, *(getattr(x, key) / getattr(ceilings, key) for key in BESIDE[1:])]
+            charged = x.seconds(ceilings) - x.times * x.kernels * ceilings.between_kernels
+            cells = [f"{1e3 * x.times * seconds:.1f}" for seconds in alone] + [f"{1e3 * charged:.1f}"]
+            rows.append([f"{name}, {x.direction}", *("not published" if cell == "0.0" else cell for cell in cells)])
+    return Table(["GPU", "products, ms", "exponentials", "shared memory", "L2 cache", "charged"], rows)
 
 
 def detail(
@@ -430,12 +521,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16")
     parser.add_argument("--optimizer", choices=("lamb", "adamw"), default="lamb")
     parser.add_argument("--of", nargs=3, metavar=("MODEL", "SEQ", "LENGTHS"), default=("large", "512", "full"))
+    parser.add_argument("--device", choices=DEVICES, default="H100", help="whose ceilings (default H100)")
     parser.add_argument("--results", type=Path, help="a file of benchmarks/gpu.py: its ceilings in place of the stated")
     options = parser.parse_args(arguments)
     model, seq, kind = options.of
     if (model, int(seq) if seq.isdigit() else 0, kind) not in CASES:
         parser.error(f"--of {' '.join(options.of)}: known are {'; '.join(f'{m} {s} {k}' for m, s, k in CASES)}")
-    ceilings = Ceilings()
+    ceilings = DEVICES[options.device]
     if options.results:
         ceilings = ceilings_of(json.loads(options.results.read_text(encoding="utf-8")))
     print(f"A prediction, at {ceilings}\n")
@@ -447,6 +539,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{x.operator}: {x.bytes / 1e9:.2f} GB, {1e3 * x.seconds(ceilings):.2f} ms")
     print("\nbytes per token and layer, kept for the backward\n")
     print(memory(options.weights))
+    print(f"\nwhat the aims need\n\n{aims(options.weights, options.optimizer).markdown()}")
+    print(f"\nattention of large at 512, each resource alone\n\n{attention_lines().markdown()}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """The command line ``bert-fast``: one module a command, each with ``add_parser(subparsers)`` and ``run(options)``.
 
 Exit codes: 0 done; 1 failed for a reason that the message gives; 2 wrong usage; 3 training stopped because losses
-were not finite; 130 Ctrl-C; 143 SIGTERM. An error is one line on stderr; ``BERT_FAST_DEBUG=1`` shows where it came
-from. A command's module imports torch and the rest inside ``run``, so ``--help`` answers at once.
+were not finite; 130 Ctrl-C; 138 SIGUSR1 (pretrain); 143 SIGTERM. An error is one line on stderr; ``BERT_FAST_DEBUG=1``
+shows where it came from. A command's module imports torch and the rest inside ``run``, so ``--help`` answers at once.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from text to a filled mask:
   bert-fast fill-mask run "The capital of France is [MASK]."
 
 bert-fast COMMAND --help explains a command, with examples. Exit codes: 0 done, 1 failed (the message says why),
-2 wrong usage, 3 stopped because losses were not finite, 130 Ctrl-C, 143 SIGTERM.
+2 wrong usage, 3 stopped because losses were not finite, 130 Ctrl-C, 138 SIGUSR1 (pretrain), 143 SIGTERM.
 """
 
 

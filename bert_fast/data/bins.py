@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert_fast.data.masking import masked_count
+from bert_fast.data.masking import MASK_PROB, masked_count
 
 
 class Capacities(NamedTuple):
@@ -26,7 +26,14 @@ class Capacities(NamedTuple):
     masked: int
 
 
-def capacities(tokens: int, max_length: int, sequences: int | None = None, *, whole_word: bool = False) -> Capacities:
+def capacities(
+    tokens: int,
+    max_length: int,
+    sequences: int | None = None,
+    *,
+    whole_word: bool = False,
+    mask_prob: float = MASK_PROB,
+) -> Capacities:
     """Capacities for batches of ``tokens`` tokens; sequences default to a mean length of a quarter ``max_length``.
 
     With ``whole_word`` a sample may be one word and all of it predicted: there is room for that.
@@ -37,7 +44,7 @@ def capacities(tokens: int, max_length: int, sequences: int | None = None, *, wh
     sequences = max(1, 4 * tokens // max_length) if sequences is None else sequences
     if sequences < 1:
         raise ValueError(f"a packed batch needs room for at least one sequence, got {sequences}")
-    masked = int(np.ceil(0.15 * tokens + 0.5 * sequences))
+    masked = int(np.ceil(mask_prob * tokens + 0.5 * sequences))
     return Capacities(tokens, sequences, max(1, masked, max_length if whole_word else 0))
 
 

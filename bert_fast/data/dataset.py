@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 from bert_fast.data.batches import Sample, pack_samples, pad_samples
 from bert_fast.data.bins import Capacities, plan_batches
 from bert_fast.data.encoding import SentenceEncoder
-from bert_fast.data.masking import masked_count
+from bert_fast.data.masking import MASK_PROB, MASK_SHARES, masked_count
 from bert_fast.data.pairs import NO_LABEL, Corpus, permutation, plan_epoch
 from bert_fast.data.samples import SampleMaker
-from bert_fast.data.tokenizer import bare_tokenizer, continuation_table, special_ids, token_ids, vocabulary_rows
+from bert_fast.data.tokenizer import bare_tokenizer, continuation_table, replacement_ids, special_ids, vocabulary_rows
 
 DRAWN = 4096  # samples that are made at a time to count their masks
 
@@ -45,8 +45,10 @@ class PretrainingDataset(Dataset):
     """The samples of an epoch, map-style; ``dataset[i]`` is a :class:`Sample`, a function of (seed, epoch, i).
 
     Arguments: a ``corpus``, its ``tokenizer``, ``max_length`` in tokens; ``nsp=False`` gives runs of sentences of
-    one document; ``whole_word`` masks whole words. :meth:`set_epoch` draws new pairs and new masks; which tokens are in
-    which sample is said in ``bert_fast/data/pairs.py``, and ``plan.held`` is how many of the corpus an epoch holds.
+    one document; ``whole_word`` masks whole words. ``mask_prob`` is the share of a sample's tokens that is predicted,
+    ``mask_shares`` how often [MASK], a random token and the token itself stand in their place; ValueError where they
+    are no shares. :meth:`set_epoch` draws new pairs and new masks; which tokens are in which sample is said in
+    ``bert_fast/data/pairs.py``, and ``plan.held`` is how many of the corpus an epoch holds.
     """
 
     def __init__(
@@ -59,12 +61,18 @@ class PretrainingDataset(Dataset):
         nsp: bool = True,
         whole_word: bool = False,
         short_seq_prob: float = 0.1,
+        mask_prob: float = MASK_PROB,
+        mask_shares: tuple[float, float, float] = MASK_SHARES,
     ):
+        if not 0 < mask_prob < 1:
+            raise ValueError(f"mask_prob must be above 0 and below 1, got {mask_prob}")
+        if len(mask_shares) != 3 or min(mask_shares) < 0 or abs(sum(mask_shares) - 1) > 1e-9:
+            raise ValueError(f"mask_shares must be three shares that sum to 1, got {mask_shares}")
         self.corpus, self.max_length, self.seed, self.nsp = corpus, max_length, seed, nsp
-        self.short_seq_prob = short_seq_prob
+        self.short_seq_prob, self.mask_prob, self.mask_shares = short_seq_prob, mask_prob, tuple(mask_shares)
         tokenizer = bare_tokenizer(tokenizer)
         self.special = special_ids(tokenizer)
-        self.vocab_size, self.vocabulary = vocabulary_rows(tokenizer), token_ids(tokenizer)
+        self.vocab_size, self.vocabulary = vocabulary_rows(tokenizer), replacement_ids(tokenizer)
         self.continues = continuation_table(tokenizer) if whole_word else None
         self.set_epoch(0)
 
@@ -110,13 +118,16 @@ class PretrainingDataset(Dataset):
     def predicted(self, indices: np.ndarray) -> np.ndarray:
         """int64 (n,): how many tokens of samples ``indices`` (n,) are predicted; of whole words they are drawn."""
         if self.continues is None:
-            return masked_count(self.plan.length[indices] - (3 if self.nsp else 2))
+            return masked_count(self.plan.length[indices] - (3 if self.nsp else 2), self.mask_prob)
         blocks = (self.__getitems__(indices[begin : begin + DRAWN]) for begin in range(0, len(indices), DRAWN))
         return np.array([len(sample.masked_labels) for block in blocks for sample in block], dtype=np.int64)
 
     def maker(self) -> SampleMaker:
         """What makes these samples from rows of a plan, which need not be here."""
-        return SampleMaker(self.corpus, self.seed, self.nsp, self.special, self.vocabulary, self.continues)
+        return SampleMaker(
+            self.corpus, self.seed, self.nsp, self.special, self.vocab_size, self.vocabulary, self.continues,
+            self.mask_prob, self.mask_shares,
+        )  # fmt: skip
 
 
 class PackedBatches(Dataset):

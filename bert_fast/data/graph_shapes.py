@@ -13,6 +13,7 @@ import numpy as np
 from bert_fast.data import Capacities, Corpus, Sample, masked_count, pack_samples
 from bert_fast.data.bins import micro_batches, needed
 from bert_fast.data.dataset import PretrainingDataset
+from bert_fast.data.masking import MASK_PROB
 from bert_fast.data.pairs import document_tokens, fewest_tokens
 from bert_fast.data.phase import Phase
 
@@ -36,6 +37,7 @@ def sizes_of_phases(
             seq=phase.seq,
             special=special,
             whole_word=whole_word,
+            mask_prob=max(phase.mask_probs),
         )
         for phase in phases
     }
@@ -53,15 +55,17 @@ def sample_lengths(dataset: PretrainingDataset, seq: int) -> np.ndarray:
 
 
 def phase_sizes(
-    lengths: np.ndarray, batch_size: int, tokens: int, *, seq: int, special: int, whole_word: bool = False
-) -> list[Capacities]:
+    lengths: np.ndarray, batch_size: int, tokens: int, *, seq: int, special: int, whole_word: bool = False,
+    mask_prob: float = MASK_PROB,
+) -> list[Capacities]:  # fmt: skip
     """Capacities, ascending, for updates of ``batch_size`` sequences of ``lengths``, drawn independently.
 
     ``tokens`` is the budget of a micro-batch, ``special`` how many tokens of a sequence are never predicted. The last
-    holds any sequence of ``seq`` tokens. An update's micro-batches all have the same capacities. With ``whole_word``
+    holds any sequence of ``seq`` tokens. An update's micro-batches all have the same capacities. ``mask_prob`` is the
+    highest share of tokens that an update predicts. With ``whole_word``
     the predicted tokens vary; the few batches that have more than there is room for get shapes of their own.
     """
-    masked = masked_count(lengths - special)
+    masked = masked_count(lengths - special, mask_prob)
     trials = max(4, min(TRIALS, TRIED_SEQUENCES // batch_size))
     # raw words of the bit generator: its stream is fixed for ever, those of NumPy's distributions are not
     words = np.random.Philox(key=0)
@@ -78,7 +82,7 @@ def phase_sizes(
         if whole_word:  # four standard deviations, of two tokens a sequence
             predicted += int(np.ceil(8 * np.sqrt(most[1])))
         if level == LEVELS:
-            most[0], predicted = max(most[0], seq), max(predicted, int(masked_count(np.array([seq - special]))[0]))
+            most[0], predicted = max(most[0], seq), max(predicted, int(masked_count(seq - special, mask_prob)))
         size = Capacities(rounded(most[0], TOKENS), rounded(sequences, SEQUENCES), rounded(predicted, MASKED))
         if size not in sizes:
             sizes.append(size)

@@ -35,6 +35,7 @@ class Order(NamedTuple):
     indices: np.ndarray
     rows: np.ndarray
     size: Capacities
+    mask_prob: float
     longest: int | None = None
 
 
@@ -102,7 +103,7 @@ class BatchMaker(Dataset):
         samples = []
         for epoch in np.unique(order.epochs).tolist():
             here = turns[order.epochs[turns] == epoch]
-            samples += make(epoch, order.indices[here], order.rows[here])
+            samples += make(epoch, order.indices[here], order.rows[here], order.mask_prob)
         size, masked = order.size, sum(len(sample.masked_labels) for sample in samples)
         if masked > size.masked:  # whole words: how many there are is known here alone
             size = size._replace(masked=rounded(masked, ROUND_MASKED))
@@ -129,7 +130,7 @@ def updates(dataset: PretrainingDataset, phases: list[Phase], step: int, place: 
             continue
         stream = Stream(dataset, phase.seq, place)
         for number in range(step, phase.last):
-            yield stream.take(number, phase.batch_size)
+            yield stream.take(number, phase.batch_size, phase.mask_prob(number))
         step, place = phase.last, Place(stream.place.epoch + 1, 0)
 
 
@@ -156,7 +157,7 @@ def load_updates(
             for slots in parts:
                 yield Order(
                     slots, update.epochs[slots], update.indices[slots], update.rows[slots],
-                    size or _own_size(update, slots), longest,
+                    size or _own_size(update, slots), update.mask_prob, longest,
                 )  # fmt: skip
 
     batches = iter(
@@ -193,4 +194,5 @@ def _start_worker(number: int) -> None:
     """The main process decides when to stop: it finishes its update and saves first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     torch.set_num_threads(1)

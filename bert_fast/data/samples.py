@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from bert_fast.data.batches import Sample
-from bert_fast.data.masking import choose_tokens, choose_words, masked_count, replace_tokens
+from bert_fast.data.masking import MASK_PROB, MASK_SHARES, choose_tokens, choose_words, masked_count, replace_tokens
 from bert_fast.data.pairs import NO_LABEL, Corpus, require_known
 from bert_fast.data.tokenizer import SpecialIds
 
-RULE = 2  # of which sample is which, in plans and here; a run cannot go on by another
+RULE = 3  # of which sample is which, in plans and here; a run cannot go on by another
 KEY, BITS, TURN = range(3)  # what a sample's random words are for, in this order
 
 
@@ -17,23 +17,33 @@ KEY, BITS, TURN = range(3)  # what a sample's random words are for, in this orde
 class SampleMaker:
     """Makes samples of ``corpus``; each is a function of (seed, epoch, index) and its row of the plan.
 
-    ``vocabulary`` int64 are the ids that have a token, and ``continues`` (rows,) bool those of pieces that continue a
-    word, for whole-word masking; else None.
+    Token ids are below ``rows``, ``vocabulary`` int64 are those that may be drawn in a token's place, and ``continues``
+    (rows,) bool tells the pieces that continue a word, for whole-word masking; else None. ``mask_prob`` and
+    ``mask_shares`` are as of :class:`PretrainingDataset`.
     """
 
     corpus: Corpus
     seed: int
     nsp: bool
     special: SpecialIds
+    rows: int
     vocabulary: np.ndarray
     continues: np.ndarray | None
+    mask_prob: float = MASK_PROB
+    mask_shares: tuple[float, float, float] = MASK_SHARES
 
-    def __call__(self, epoch: int, indices: np.ndarray, rows: np.ndarray) -> list[Sample]:
-        """Samples ``indices`` (n,) of ``epoch``, from ``rows`` (n, 5) of its plan (see ``Plan.rows``)."""
+    def __call__(
+        self, epoch: int, indices: np.ndarray, rows: np.ndarray, mask_prob: float | None = None
+    ) -> list[Sample]:
+        """Samples ``indices`` (n,) of ``epoch``, from ``rows`` (n, 5) of its plan (see ``Plan.rows``).
+
+        ``mask_prob`` goes before that of all samples.
+        """
         texts = 2 if self.nsp else 1  # A and B, or one run
         begin, sizes = rows[:, 0 : 2 * texts : 2], np.diff(rows[:, :4])[:, 0 : 2 * texts : 2]
         real = sizes.sum(axis=1)
-        needs = [real, masked_count(real), 0 * real] if self.continues is None else [real, real, real**0]
+        wanted = masked_count(real, self.mask_prob if mask_prob is None else mask_prob)
+        needs = [real, wanted, 0 * real] if self.continues is None else [real, real, real**0]
         needs = np.stack(needs, axis=1)
         words = random_words(self.seed, epoch, indices, needs.sum(axis=1))
         use = np.repeat(np.tile(np.arange(3, dtype=np.int8), len(needs)), needs.ravel())
@@ -49,22 +59,22 @@ class SampleMaker:
             ids[place], is_real[place] = token, False
         places = np.flatnonzero(is_real)
         ids[places] = np.concatenate([self.corpus.tokens[start:end] for start, end in spans])
-        if ids.max(initial=0) >= (known := self.vocabulary[-1] + 1):
-            require_known(self.corpus, spans, known)
+        if ids.max(initial=0) >= self.rows:
+            require_known(self.corpus, spans, self.rows)
         segments = (np.arange(len(ids)) > np.repeat(after_a, lengths)).astype(np.int64)
 
         bits = words[use == BITS]
         if self.continues is None:
-            chosen = choose_tokens(words[use == KEY], real)
+            chosen = choose_tokens(words[use == KEY], real, wanted)
         else:  # a piece cut off from its word starts one
             begins = ~self.continues[ids[places]] | (np.diff(places, prepend=-1) != 1)
             turns = (words[use == TURN] >> np.uint64(32)).astype(np.int64) * real >> 32
-            chosen = choose_words(words[use == KEY], turns, real, begins)
+            chosen = choose_words(words[use == KEY], turns, real, wanted, begins)
             bits = bits[chosen]
         masked = places[chosen]
         labels = ids[masked]
         ends = _before(chosen)[_before(real)]
-        ids[masked] = replace_tokens(labels, bits, self.special.mask, self.vocabulary)
+        ids[masked] = replace_tokens(labels, bits, self.special.mask, self.vocabulary, self.mask_shares)
         masked -= np.repeat(cls, np.diff(ends))
 
         nsp_labels = rows[:, 4].tolist() if self.nsp else [NO_LABEL] * len(rows)

@@ -118,6 +118,13 @@ def token_ids(tokenizer: Tokenizer) -> np.ndarray:
     return np.array(sorted(number for token, number in vocabulary.items() if token), dtype=np.int64)
 
 
+def replacement_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """int64, sorted: the ids that have a token which is not special, those that may stand in a token's place."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    special = {*special_ids(tokenizer), *(number for number, token in added if token.special)}
+    return np.setdiff1d(token_ids(tokenizer), sorted(special))
+
+
 def vocabulary_rows(tokenizer: Tokenizer) -> int:
     """The rows that an embedding of the ids needs: the largest id and one, whatever gaps there are below."""
     return int(token_ids(tokenizer)[-1]) + 1

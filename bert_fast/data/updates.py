@@ -32,6 +32,7 @@ class Update:
 
     epochs, indices   which samples: number ``indices`` of ``epochs``
     lengths, masked   their tokens, and how many of these are predicted (of whole words: how many are expected)
+    mask_prob         the share of their tokens that is predicted
     rows              (sequences, 5): a_start, a_end, b_start, b_end, label, what a sample is made from
     after             the place of the next update
     """
@@ -44,6 +45,7 @@ class Update:
     masked: np.ndarray
     rows: np.ndarray
     after: Place
+    mask_prob: float
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -69,8 +71,9 @@ class Stream:
         self.dataset, self.order = self._planned(epoch) if self.next is None else self.next.result()
         self.next = None
 
-    def take(self, step: int, size: int) -> Update:
-        """Update ``step``: the next ``size`` sequences."""
+    def take(self, step: int, size: int, mask_prob: float | None = None) -> Update:
+        """Update ``step``: the next ``size`` sequences, ``mask_prob`` of whose tokens are predicted (None: as the
+        dataset says)."""
         epoch, position = self.place
         taken, missing = [], size
         while missing:
@@ -85,8 +88,9 @@ class Stream:
                 self.next = in_background(partial(self._planned, epoch + 1))
         self.place = Place(epoch, position)
         epochs, indices, lengths, rows = (np.concatenate(column) for column in zip(*taken, strict=True))
-        masked = masked_count(lengths - (3 if self.dataset.nsp else 2))
-        return Update(step, self.seq, epochs, indices, lengths, masked, rows, self.place)
+        mask_prob = self.dataset.mask_prob if mask_prob is None else mask_prob
+        masked = masked_count(lengths - (3 if self.dataset.nsp else 2), mask_prob)
+        return Update(step, self.seq, epochs, indices, lengths, masked, rows, self.place, mask_prob)
 
 
 def in_background(make: Callable) -> Future:

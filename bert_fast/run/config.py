@@ -45,6 +45,14 @@ class PretrainConfig:
     out: str = option("", "data", "the run's folder: checkpoints, metrics, the model", "RUN")
     nsp: bool = option(True, "data", "next-sentence prediction; without it a sample is sentences of one document")
     whole_word: bool = option(False, "data", "mask whole words")
+    mask_prob: str = option(
+        "0.15", "data", "share of a sample's tokens that is predicted; 0.30:0.15 falls from the first to the second, "
+        "linearly over each phase; validation is at 0.15 whatever this is", "P|P:P",
+    )  # fmt: skip
+    mask_shares: str = option(
+        "80:10:10", "data", "percent of the predicted tokens that the model sees as [MASK], as a random token, and as "
+        "they are", "M:R:K",
+    )  # fmt: skip
     short_seq_prob: float = option(0.1, "data", "share of samples whose target length is shorter than --seq", "P")
     validation: float = option(0.01, "data", "share of the documents held out for validation; 0: none", "SHARE")
     validation_data: str | None = option(None, "data", "prepared folder to validate on instead", "DIR")
@@ -84,8 +92,13 @@ class PretrainConfig:
     lr: float = option(1e-4, "optimizer", "highest learning rate", "LR")
     warmup: float = option(0.01, "optimizer", "updates of linear warm-up; below 1: share of the updates", "N")
     schedule: str = option(
-        "linear", "optimizer", "decay of the learning rate to 0 after the warm-up",
-        choices=("linear", "polynomial", "constant"),
+        "linear", "optimizer", "decay of the learning rate to 0 after the warm-up; wsd stays at --lr until the last "
+        "--decay-steps",
+        choices=("linear", "polynomial", "cosine", "constant", "wsd"),
+    )  # fmt: skip
+    decay_steps: float | None = option(
+        None, "optimizer", "updates over which wsd decays, the last of a schedule; below 1: share of its updates "
+        "[default: none]", "N",
     )  # fmt: skip
     power: float = option(0.5, "optimizer", "of the polynomial decay", "P")
     beta1: float = option(0.9, "optimizer", "decay of the first moment", "B")
@@ -145,6 +158,8 @@ class PretrainConfig:
         for name in ("warmup", "lr", "power", "weight_decay", "clip"):
             _require(self, name, 0 <= getattr(self, name) < float("inf"), "a number of at least 0")
         _require(self, "short_seq_prob", 0 <= self.short_seq_prob <= 1, "between 0 and 1")
+        mask_probs(self)
+        mask_shares(self)
         _require(self, "dropout", self.dropout is None or 0 <= self.dropout < 1, "at least 0 and below 1")
         _require(self, "initializer_range", self.initializer_range is None or self.initializer_range > 0, "above 0")
         for name in ("validation", "beta1", "beta2"):
@@ -152,6 +167,9 @@ class PretrainConfig:
         _require(self, "eps", self.eps > 0, "above 0")
         _require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         _require(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
+        _require(self, "decay_steps", self.decay_steps is None or 0 < self.decay_steps < float("inf"), "above 0")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ConfigError(f"--decay-steps needs --schedule wsd; --schedule is {self.schedule}")
         _require(self, "peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "above 0")
 
     def as_dict(self) -> dict:
@@ -222,7 +240,7 @@ def phases(config: PretrainConfig) -> list["Phase"]:
     from bert_fast.data.phase import Phase  # its package imports tokenizers, which `--help` needs not wait for
 
     drafts = [_parsed(text, config) for text in (config.phases or f"{config.seq}:{config.steps}").split(",")]
-    found, first = [], 0
+    found, first, probs = [], 0, mask_probs(config)
     for number, draft in enumerate(drafts):
         if number == 0 or draft["own"]:
             schedule_first = first
@@ -231,16 +249,46 @@ def phases(config: PretrainConfig) -> list["Phase"]:
                 if later["own"]:
                     break
                 steps += later["steps"]
-            warmup = draft["warmup"] * steps if draft["warmup"] < 1 else draft["warmup"]
             shared = {
                 "lr": draft["lr"],
-                "warmup": round(warmup),
+                "warmup": _updates(draft["warmup"], steps),
+                "decay": min(_updates(config.decay_steps or 0, steps), steps),
                 "schedule_first": schedule_first,
                 "schedule_last": schedule_first + steps,
             }
-        found.append(Phase(draft["seq"], first, first + draft["steps"], draft["batch"], **shared))
+        found.append(Phase(draft["seq"], first, first + draft["steps"], draft["batch"], **shared, mask_probs=probs))
         first += draft["steps"]
     return found
+
+
+def mask_probs(config: PretrainConfig) -> tuple[float, float]:
+    """The shares of tokens that a phase's first and last update predict. ConfigError if wrong."""
+    found = _numbers(config.mask_prob)
+    _require(config, "mask_prob", len(found) in (1, 2), "a share, or two as 0.30:0.15")
+    _require(config, "mask_prob", all(0 < p < 1 for p in found), "above 0 and below 1")
+    return found[0], found[-1]
+
+
+def mask_shares(config: PretrainConfig) -> tuple[float, float, float]:
+    """The shares of predicted tokens that become [MASK], become a random token, and stay. ConfigError if wrong."""
+    found = _numbers(config.mask_shares)
+    right = len(found) == 3 and all(0 <= percent <= 100 for percent in found) and abs(sum(found) - 100) < 1e-9
+    _require(config, "mask_shares", right, "three percentages that sum to 100, as 80:10:10")
+    masked, random, kept = (percent / 100 for percent in found)
+    return masked, random, kept
+
+
+def _numbers(text: str) -> list[float]:
+    """The numbers between colons; none where one of them is no number."""
+    try:
+        return [float(part) for part in text.split(":")]
+    except ValueError:
+        return []
+
+
+def _updates(number: float, of: int) -> int:
+    """A number of updates, where one below 1 is a share ``of`` so many."""
+    return round(number * of if number < 1 else number)
 
 
 def _parsed(text: str, config: PretrainConfig) -> dict:
@@ -284,6 +332,8 @@ def _converted(field: dataclasses.Field, kind: type, value):
     right = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         right, value = True, float(value)
+    if field.name == "mask_prob" and isinstance(value, float):  # a file's number
+        right, value = True, str(value)
     if not right:
         raise ConfigError(f"{flag(field.name)} takes {KINDS[kind]}, got {value!r}")
     if choices and value not in choices:

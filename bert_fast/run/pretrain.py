@@ -24,7 +24,7 @@ from bert_fast.devices import has_matrix_unit, matmul_peak
 from bert_fast.flops import step_flops
 from bert_fast.output import Output
 from bert_fast.run import checkpoint, new_model
-from bert_fast.run.config import ConfigError, PretrainConfig, effective, phases
+from bert_fast.run.config import ConfigError, PretrainConfig, effective, mask_probs, mask_shares, phases
 from bert_fast.run.export import description, export
 from bert_fast.run.meter import Meter
 from bert_fast.run.metrics import MetricsFile
@@ -45,9 +45,9 @@ DONE, NOT_FINITE = 0, 3
 def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
     """Trains as ``config`` says, from the last good checkpoint in its ``out`` on, and returns the exit code.
 
-    0: all updates done, RUN/model written; 3: too many updates in a row were not finite; 130 and 143: stopped by
-    SIGINT and SIGTERM after a checkpoint. Raises ConfigError for options that make no sense together, NotTheSameRun,
-    CheckpointError (a full disk) and what reading the data raises. Under torchrun every process calls it.
+    0: all updates done, RUN/model written; 3: too many updates in a row were not finite; 130, 138 and 143: stopped by
+    SIGINT, SIGUSR1 and SIGTERM after a checkpoint. Raises ConfigError for options that make no sense together,
+    NotTheSameRun, CheckpointError (a full disk) and what reading the data raises. Under torchrun all processes call it.
     """
     output = output or Output()
     with started(config.device) as ranks, locked(Path(config.out), ranks), stop_on_signals() as asked_to_stop:
@@ -79,11 +79,12 @@ class _Run:
         corpus, held_out = hold_out(corpus, config.validation, seed=config.seed, nsp=config.nsp)
         if config.validation_data:
             held_out = self._other_corpus(config.validation_data)
-        self.dataset = self._dataset(corpus)
+        self.dataset = self._dataset(corpus, mask_prob=mask_probs(config)[0], mask_shares=mask_shares(config))
         self.validation = None
         if held_out is not None:
             self.validation = Validation(
-                self._dataset(held_out), limit=config.validation_sequences, tokens=self.tokens, ranks=ranks,
+                self._dataset(held_out),  # masked as published, so that curves of runs compare
+                limit=config.validation_sequences, tokens=self.tokens, ranks=ranks,
                 precision=self.precision,
             )  # fmt: skip
 
@@ -142,11 +143,10 @@ class _Run:
         stop: str | int | None = None
         self._introduce()
         with output.progress(self.total, "pre-training", "updates", done=self.step) as self.bar:
-            waiting: list[tuple[Work, float, Outcome]] = []
+            waiting: list[tuple[Work, float, int | torch.Tensor, Outcome]] = []
             for work in self.meter.timed(self._work()):
                 stopping = asked_to_stop.signal is not None
-                outcome, lr = self._one_update(work, stopping)
-                waiting.append((work, lr, outcome))
+                waiting.append((work, *self._one_update(work, stopping)))
                 done = work.update.step + 1
                 validating = self._every(config.validate_every or config.checkpoint_every, done)
                 saving = self._every(config.checkpoint_every, done)
@@ -185,7 +185,8 @@ class _Run:
             sizes = self.sizes[phase.seq, phase.batch_size]
             self.update.prepare([example(size, phase.seq, nsp=self.config.nsp, pad_id=pad) for size in sizes[::-1]])
 
-    def _one_update(self, work: Work, stopping: bool) -> tuple[Outcome, float]:
+    def _one_update(self, work: Work, stopping: bool) -> tuple[float, int | torch.Tensor, Outcome]:
+        """The update's learning rate, how many tokens it predicts on all ranks, and what came of it."""
         config, step = self.config, work.update.step
         phase = self.phases[phase_of(step, self.phases)]
         if phase is not self.prepared:
@@ -204,14 +205,15 @@ class _Run:
             sequences=len(work.update) if config.nsp else 0,
             stop=stopping,
         )
-        return outcome, lr
+        return lr, predicted, outcome
 
-    def _account(self, work: Work, lr: float, outcome: Outcome) -> str | None:
+    def _account(self, work: Work, lr: float, predicted: int | torch.Tensor, outcome: Outcome) -> str | None:
         """Takes an update's numbers into counts, metrics and display; returns why the run must stop, or None."""
         update = work.update
         mlm, nsp, stops, norm = outcome.scalars.tolist()
         self.step, self.place, self.phase = update.step + 1, update.after, phase_of(update.step, self.phases)
-        flops = step_flops(self.model.config, update.lengths.tolist(), int(update.masked.sum()), train=True)
+        predicted, real = int(predicted), int((update.lengths - (3 if self.config.nsp else 2)).sum())
+        flops = step_flops(self.model.config, update.lengths.tolist(), predicted, train=True)
         self.meter.count(int(update.lengths.sum()), flops)
         finite = all(map(_is_finite, (mlm, nsp, norm)))
         self.skipped = [self.skipped[0], 0] if finite else [self.skipped[0] + 1, self.skipped[1] + 1]
@@ -223,8 +225,9 @@ class _Run:
             self.seconds += seconds
             entry = {
                 "epoch": update.after.epoch, "loss": mlm + (nsp or 0.0), "mlm_loss": mlm, "nsp_loss": nsp,
-                "learning_rate": lr, "grad_norm": norm, "real_tokens_per_s": tokens / seconds,
-                "mfu": flops / seconds / (self.peak * self.ranks.world), "seconds": self.seconds,
+                "learning_rate": lr, "grad_norm": norm, "mask_prob": predicted / real,
+                "real_tokens_per_s": tokens / seconds, "mfu": flops / seconds / (self.peak * self.ranks.world),
+                "seconds": self.seconds,
             }  # fmt: skip
             if self.metrics:
                 self.metrics.write("train", self.step, **entry)
@@ -357,11 +360,11 @@ class _Run:
         except ValueError as error:  # nothing to draw
             self.output.note(f"no loss.png: {error}")
 
-    def _dataset(self, corpus) -> PretrainingDataset:
+    def _dataset(self, corpus, **masking) -> PretrainingDataset:
         config = self.config
         return PretrainingDataset(
             corpus, self.tokenizer, max_length=self.phases[0].seq, seed=config.seed, nsp=config.nsp,
-            whole_word=config.whole_word, short_seq_prob=config.short_seq_prob,
+            whole_word=config.whole_word, short_seq_prob=config.short_seq_prob, **masking,
         )  # fmt: skip
 
     def _other_corpus(self, folder: str):

@@ -10,6 +10,8 @@ from pathlib import Path
 from bert_fast.data.files import FolderInUse
 from bert_fast.train.distributed import Ranks
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class Stop:
     """Which signal asked the run to stop, or None."""
@@ -19,12 +21,13 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM ask to stop after the update at hand; a second one takes its usual way."""
+    """SIGINT, SIGTERM and SIGUSR1 (which schedulers send some time before the end) ask to stop after the update at
+    hand; a second one takes its usual way."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the main thread
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
 
     def ask(number, frame):
         stop.signal = number

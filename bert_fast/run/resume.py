@@ -13,7 +13,9 @@ from bert_fast.run import checkpoint, new_model
 from bert_fast.run.config import ConfigError, PretrainConfig, effective, flag
 from bert_fast.train.distributed import Ranks
 
-SAMPLES = ("seed", "nsp", "whole_word", "short_seq_prob", "validation", "validation_data")  # decide what is trained on
+SAMPLES = (  # decide what is trained on
+    "seed", "nsp", "whole_word", "mask_prob", "mask_shares", "short_seq_prob", "validation", "validation_data",
+)  # fmt: skip
 SILENT = (  # may change from one start to the next without a word
     "out", "data", "steps", "keep", "resume", "workers", "log_every", "peak_tflops", "device", "recompute",
     "capture",

@@ -90,7 +90,7 @@ def quick(monkeypatch):
     """Batches without a corpus and its tokenizer, limits that are not measured."""
 
     class Work:
-        name, documents, tokens, tokenizer = "random ids", 0, 0, range(128)
+        name, documents, tokens, vocabulary = "random ids", 0, 0, 128
 
         def __init__(self, _corpus, nsp):
             self.nsp = nsp
@@ -201,7 +201,7 @@ def test_failed_parity_prints_no_speed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("quick")
 def test_a_corpus_that_is_missing_or_has_too_many_words_ends_with_status_2(capsys, monkeypatch):
-    monkeypatch.setattr(run.Workload, "tokenizer", range(129))
+    monkeypatch.setattr(run.Workload, "vocabulary", 129)
     assert run.main([*SMALL]) == 2
     assert "BERT-micro has 128 words, the corpus 129" in capsys.readouterr().err
     monkeypatch.setattr(run, "Workload", workload.Workload)

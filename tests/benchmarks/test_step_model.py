@@ -2,6 +2,7 @@
 hand."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,10 +213,50 @@ def test_the_operators_bytes_by_hand():
 
 
 def test_time_is_that_of_what_takes_longest():
-    ceilings = step_model.Ceilings(matmul=100.0, copy=10.0, instructions=50.0, between_kernels=0.5)
+    ceilings = step_model.Ceilings(matmul=100.0, copy=10.0, instructions=50.0, exponentials=2.0, shared=5.0, l2=4.0,
+                                   between_kernels=0.5)  # fmt: skip
     entry = step_model.Entry("x", "forward", 2, flops=200, bytes=30, instructions=100, kernels=3)
     assert entry.seconds(ceilings) == 2 * (2 + 3 + 1.5)
-    assert step_model.replace(entry, instructions=500).seconds(ceilings) == 2 * (10 + 1.5)
+    for longest in ({"instructions": 500}, {"exponentials": 20}, {"shared": 50}, {"l2": 40}):
+        assert step_model.replace(entry, **longest).seconds(ceilings) == 2 * (10 + 1.5)
+
+
+def test_attentions_resources_by_hand():
+    """One sequence of 128 in one layer: four tiles of each of two heads. The clocks of a tile's backward on Hopper and
+    what the L2 cache gives at a rate of products were counted from the kernels' machine code and docstrings."""
+    config = BertConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2)
+    forward, backward, *_ = step_model.attention(config, [128])
+    tiles = 2 * 4
+    assert forward.shared == tiles * (5 * 8 << 10)  # 64 x 64 elements of 2 bytes: Q, K, V; K and V copied in
+    assert backward.shared / tiles / 128 == 1216
+    assert backward.flops / tiles / (1024 * 4) == 896  # 4096 a clock
+    assert forward.exponentials == tiles * (64 * 64 + 64)  # of each score, and to rescale each row
+    assert backward.exponentials == tiles * 2 * 64 * 64
+    assert forward.l2 / forward.flops * 340e12 == pytest.approx(5.3e12, rel=0.01)
+    one_pass = step_model.five_products(backward)
+    assert (one_pass.shared, one_pass.exponentials) == (tiles * (112 << 10), backward.exponentials / 2)
+    assert step_model.asynchronous_forward(forward).l2 == forward.l2 / 2
+
+
+def test_each_device_has_its_own_ceilings(monkeypatch):
+    assert step_model.stated("NVIDIA H200") == step_model.ceilings_of({"device": "NVIDIA H200"})
+    assert step_model.stated("NVIDIA H200").copy == 4.3e12
+    assert step_model.stated("smoke") == step_model.Ceilings()
+    a100, b200 = step_model.stated("NVIDIA A100-SXM4-80GB"), step_model.stated("NVIDIA B200")
+    assert (a100.exponentials, a100.shared) == (108 * 16 * 1.41e9, 108 * 128 * 1.41e9)
+    # on a B200 products are so fast that shared memory is the longest
+    forward = step_model.attention(model_config("large", dropout=0.1), [512])[0]
+    for device, longest in ((a100, forward.flops / a100.matmul), (b200, forward.shared / b200.shared)):
+        assert forward.seconds(device) == pytest.approx(24 * (longest + 1e-6))
+    lines = {row[0]: row for row in step_model.aims().rows}
+    assert len(lines) == 4 + 3  # for an A100 no record is known
+    config, lengths = model_config("large", dropout=0.1), [512] * 64
+    full = flops.step_flops(config, lengths, step_model.masked_positions(lengths), train=True)
+    assert float(lines["H200: half of the product's rate, full"][1]) == pytest.approx(1e3 * full / 399e12, rel=1e-3)
+    monkeypatch.setattr(step_model, "RECORD", {"H100": 1e6})
+    needs = {row[0]: row[-1] for row in step_model.aims().rows}
+    assert needs["H100: MLPerf's best, wikipedia"] == "products in 8 bits"
+    assert needs["H100: half of the product's rate, full"] == "met at the ceilings"
 
 
 def test_parameters_are_those_of_the_model():
@@ -282,6 +323,11 @@ def test_each_candidate_saves_time_and_leaves_the_products_alone():
             changed = [change(x) for x in changed]
             assert all(change(x) == x for x in lines if x.operator.startswith("product"))
         saved[name] = built - step_model.predict(config, lengths, changed, ceilings).seconds
+    readme = (Path(step_model.__file__).parents[2] / "kernels" / "experiments" / "README.md").read_text(
+        encoding="utf-8"
+    )
+    for seconds in (0, *(saved[f"bert_fast-{name}"] for name in ("one-pass", "asynchronous", "epilogue"))):
+        assert f"{1e3 * (built - seconds):.1f} ms" in readme
     together = saved.pop("bert_fast-candidates")
     assert all(seconds > 0 for seconds in saved.values())
     assert together == pytest.approx(sum(saved.values()))

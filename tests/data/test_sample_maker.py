@@ -103,12 +103,12 @@ def test_random_words_are_philox():
 
 def test_of_equal_keys_the_first_win():
     keys = np.array([5] * 20 + [2**64 - 1] * 10 + [3, 1, 2], dtype=np.uint64)
-    chosen = choose_tokens(keys, np.array([20, 10, 3]))
+    chosen = choose_tokens(keys, np.array([20, 10, 3]), np.array([3, 2, 1]))
     assert np.flatnonzero(chosen).tolist() == [0, 1, 2, 20, 21, 31]
 
 
-@pytest.mark.parametrize("tokens", [29, 61, 125, 509])
-def test_words_of_every_length_have_the_same_chance(tokens):
+@pytest.mark.parametrize(("tokens", "mask_prob"), [(29, 0.15), (61, 0.15), (125, 0.15), (509, 0.15), (61, 0.4)])
+def test_words_of_every_length_have_the_same_chance(tokens, mask_prob):
     """Chi-squared over the lengths 1 to 14, at 29 tokens three times what is predicted of them."""
     generator = np.random.default_rng(tokens)
     samples = 400_000 // tokens
@@ -119,14 +119,16 @@ def test_words_of_every_length_have_the_same_chance(tokens):
         sizes.append(np.diff(np.flatnonzero(row), append=tokens))
     sizes = np.concatenate(sizes)
     keys = generator.integers(0, 2**64, samples * tokens, dtype=np.uint64)
-    chosen = choose_words(keys, generator.integers(0, tokens, samples), counts, begins.ravel())
+    wanted = masked_count(counts, mask_prob)
+    chosen = choose_words(keys, generator.integers(0, tokens, samples), counts, wanted, begins.ravel())
     first = np.flatnonzero(begins.ravel())
     np.testing.assert_array_equal(np.repeat(chosen[first], sizes), chosen)  # whole words
     taken, all_of_them = (np.bincount(of, minlength=15)[1:] for of in (sizes[chosen[first]], sizes))
     assert_fits(taken, all_of_them)
-    share, wanted = chosen.mean(), masked_count(tokens) / tokens
-    assert abs(share - wanted) < 5 * 4 / tokens / samples**0.5  # four tokens a sample are a standard deviation
-    assert chosen.reshape(samples, tokens).sum(axis=1).max() < masked_count(tokens) + 14
+    assert (
+        abs(chosen.mean() - wanted[0] / tokens) < 5 * 4 / tokens / samples**0.5
+    )  # four tokens a sample are a standard deviation
+    assert chosen.reshape(samples, tokens).sum(axis=1).max() < wanted[0] + 14
 
 
 def test_shards_are_read_where_samples_are_made(corpus, tokenizer):

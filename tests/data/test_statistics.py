@@ -47,7 +47,7 @@ def test_replaced_tokens_are_uniform_over_the_vocabulary(drawn):
     labels = np.concatenate([sample.masked_labels for sample in samples])
     replaced = seen[(seen != dataset.special.mask) & (seen != labels)]
     bins = np.bincount(replaced * 100 // dataset.vocab_size, minlength=100)
-    assert_fits(bins, np.bincount(np.arange(dataset.vocab_size) * 100 // dataset.vocab_size))
+    assert_fits(bins, np.bincount(dataset.vocabulary * 100 // dataset.vocab_size))
     # and whatever token it replaces
     common = np.argsort(np.bincount(labels))[-20:]
     cases = np.stack([seen == dataset.special.mask, seen == labels], axis=1)
@@ -96,3 +96,35 @@ def test_one_in_ten_targets_is_shorter_and_uniform():
         assert counts[:2].sum() == 0
         short = probability / 63  # 2 .. 64 tokens alike
         assert_fits(counts[2:], [short] * 62 + [1 - probability + short])
+
+
+@pytest.mark.parametrize(
+    ("mask_prob", "shares"), [(0.3, (0.6, 0.3, 0.1)), (0.4, (1.0, 0.0, 0.0)), (0.07, (0, 0.5, 0.5))]
+)
+def test_other_rates_and_shares(drawn, corpus, tokenizer, mask_prob, shares):
+    """As many tokens as the rate says, those of a lower rate among them, replaced by the shares."""
+    options = {"max_length": 128, "seed": 11, "mask_shares": shares}
+    dataset = PretrainingDataset(corpus, tokenizer, mask_prob=mask_prob, **options)
+    lower = PretrainingDataset(corpus, tokenizer, mask_prob=mask_prob / 2, **options)
+    samples, fewer = (d.__getitems__(range(600)) for d in (dataset, lower))
+    for sample, part in zip(samples, fewer, strict=True):
+        n = len(sample.input_ids) - 3
+        assert len(sample.masked_positions) == max(1, round(mask_prob * n))
+        assert len(part.masked_positions) == max(1, round(mask_prob / 2 * n))
+        assert set(part.masked_positions) <= set(sample.masked_positions)
+    seen = np.concatenate([sample.input_ids[sample.masked_positions] for sample in samples])
+    labels = np.concatenate([sample.masked_labels for sample in samples])
+    assert not np.isin(seen[(seen != dataset.special.mask) & (seen != labels)], list(dataset.special)).any()
+    masked, kept = int((seen == dataset.special.mask).sum()), int((seen == labels).sum())
+    found = np.array([masked, len(seen) - masked - kept, kept])
+    possible = np.array(shares) > 0
+    assert not found[~possible].any()
+    if possible.sum() > 1:
+        assert_fits(found[possible], np.array(shares)[possible])
+
+
+@pytest.mark.parametrize("wrong", [{"mask_prob": 0.0}, {"mask_prob": 1}, {"mask_shares": (0.8, 0.1)},
+                                   {"mask_shares": (0.9, 0.2, -0.1)}, {"mask_shares": (0.8, 0.1, 0.2)}])  # fmt: skip
+def test_what_is_no_share_is_refused(corpus, tokenizer, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PretrainingDataset(corpus, tokenizer, **wrong)

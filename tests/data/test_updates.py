@@ -187,7 +187,7 @@ def test_a_batch_travels_as_one_block(dataset, prepared):
     """Between processes one tensor is handed over, and the batch is what was made: names, dtypes, shapes, numbers."""
     maker = BatchMaker(dataset, prepared / "data")
     update = Stream(dataset, SEQ, Place()).take(0, 7)
-    order = Order(np.arange(7), update.epochs, update.indices, update.rows, Capacities(256, 9, 48))
+    order = Order(np.arange(7), update.epochs, update.indices, update.rows, Capacities(256, 9, 48), update.mask_prob)
     batch = maker[order]
     opened = Parcel.of(batch).opened()
     assert list(opened) == list(batch)

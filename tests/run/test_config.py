@@ -6,7 +6,18 @@ import json
 import pytest
 
 from bert_fast.cli import pretrain as command
-from bert_fast.run.config import ConfigError, PretrainConfig, effective, fields, flag, read_config, resolve
+from bert_fast.run.config import (
+    ConfigError,
+    PretrainConfig,
+    effective,
+    fields,
+    flag,
+    mask_probs,
+    mask_shares,
+    phases,
+    read_config,
+    resolve,
+)
 
 GIVEN = {"data": "d", "out": "r"}
 
@@ -114,6 +125,14 @@ def test_every_option_is_a_flag_with_help(capsys):
         ('{"data": "d", "out": "r", "beta1": 1.0}', "--beta1"),
         ('{"data": "d", "out": "r", "lr": NaN}', "--lr"),
         ('{"data": "d", "out": "r", "dropout": 1}', "--dropout must be at least 0 and below 1"),
+        ('{"data": "d", "out": "r", "mask_prob": "0"}', "--mask-prob must be above 0 and below 1"),
+        ('{"data": "d", "out": "r", "mask_prob": "0.3:1"}', "--mask-prob must be above 0 and below 1"),
+        ('{"data": "d", "out": "r", "mask_prob": "0.3:0.2:0.1"}', "--mask-prob must be a share, or two"),
+        ('{"data": "d", "out": "r", "mask_prob": "much"}', "--mask-prob must be a share, or two"),
+        ('{"data": "d", "out": "r", "mask_prob": true}', "--mask-prob takes text"),
+        ('{"data": "d", "out": "r", "mask_shares": "80:10"}', "--mask-shares must be three percentages"),
+        ('{"data": "d", "out": "r", "mask_shares": "80:30:-10"}', "--mask-shares must be three percentages"),
+        ('{"data": "d", "out": "r", "mask_shares": "80:10:nan"}', "--mask-shares must be three percentages"),
         ('{"out": "r"}', "--data and --out"),
     ],
 )
@@ -122,6 +141,18 @@ def test_wrong_files_are_refused_by_name(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         resolve({}, path)
+
+
+def test_a_masking_rate_is_a_number_or_a_course(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('data = "d"\nout = "r"\nmask_prob = 0.3\nmask_shares = "100:0:0"\n')
+    config = resolve({}, path)
+    assert (mask_probs(config), mask_shares(config)) == ((0.3, 0.3), (1.0, 0.0, 0.0))
+    assert mask_probs(PretrainConfig(**GIVEN)) == (0.15, 0.15)
+    assert mask_shares(PretrainConfig(**GIVEN)) == (0.8, 0.1, 0.1)
+    long, short = phases(PretrainConfig(**GIVEN, mask_prob="0.30:0.15", phases="128:16,512:1"))
+    assert [long.mask_prob(step) for step in (0, 5, 15)] == pytest.approx([0.3, 0.25, 0.15])
+    assert short.mask_prob(16) == 0.3
 
 
 def test_no_file():

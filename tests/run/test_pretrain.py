@@ -46,7 +46,9 @@ def kill_after(monkeypatch, updates: int) -> None:
     monkeypatch.setattr(Step, "__call__", dying)
 
 
-@pytest.mark.parametrize("options", [{}, {"phases": "16:5,32:7:batch=6", "nsp": False, "whole_word": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"phases": "16:5,32:7:batch=6", "nsp": False, "whole_word": True, "mask_prob": "0.4:0.1"}]
+)
 def test_resumed_runs_are_bit_for_bit_the_uninterrupted_one(configure, tmp_path, monkeypatch, options):
     whole = configure(out=str(tmp_path / "whole"), **options)
     assert train(whole) == 0
@@ -61,6 +63,22 @@ def test_resumed_runs_are_bit_for_bit_the_uninterrupted_one(configure, tmp_path,
     assert losses(pieces) == losses(whole)
     assert [line["step"] for line in losses(whole, "train")] == list(range(1, 13))
     assert [line["step"] for line in losses(whole, "validation")] == [4, 8, 12]
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
+def test_a_masking_rate_that_falls(configure, prepared, whole_word):
+    """Every phase begins at the first rate and ends at the second; validation is masked as published."""
+    options = {"phases": "32:7:batch=64,32:5:batch=64", "whole_word": whole_word, "validate_every": 12}
+    assert train(configure(mask_prob="0.5:0.2", mask_shares="50:25:25", **options)) == 0
+    found = [line["mask_prob"] for line in losses(configure(), "train")]
+    expected = [0.5 - 0.05 * i for i in range(7)] + [0.5 - 0.075 * i for i in range(5)]
+    assert found == pytest.approx(expected, abs=0.04 if whole_word else 0.02)  # of some 29 tokens
+    (validated,) = losses(configure(), "validation")
+    dataset = PretrainingDataset(open_corpus(prepared / "data"), load_tokenizer(prepared / "tokenizer"), max_length=32)
+    _, held_out = hold_out(dataset.corpus, 0.1, seed=0, nsp=True)
+    published = PretrainingDataset(held_out, load_tokenizer(prepared / "tokenizer"), max_length=32)
+    if not whole_word:
+        assert validated["masked"] == published.predicted(published.order()).sum()
 
 
 def test_a_finished_run_is_done_at_once_and_grows_with_steps(configure):
@@ -166,7 +184,7 @@ def test_one_run_at_a_time(configure):
     assert train(config) == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_signals_save_and_leave_and_the_run_goes_on(configure, tmp_path, monkeypatch, number, code):
     whole, config = configure(out=str(tmp_path / "whole")), configure()
     train(whole)

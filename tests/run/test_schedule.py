@@ -28,6 +28,28 @@ def test_polynomial_and_constant():
     assert rates(phase, schedule="constant") == [2.0] * 5
 
 
+def test_cosine():
+    (phase,) = phases(config(steps=6, warmup=2.0, lr=4.0))
+    assert rates(phase, schedule="cosine") == pytest.approx([2, 4, 4, 2 + 2**0.5 * 1, 2, 2 - 2**0.5 * 1])
+
+
+def test_warm_up_stable_decay():
+    (phase,) = phases(config(steps=8, warmup=2.0, lr=2.0, schedule="wsd", decay_steps=4.0))
+    decay = [2 * (1 - x**0.5) for x in (0, 0.25, 0.5, 0.75)]
+    assert rates(phase, schedule="wsd") == pytest.approx([1, 2, 2, 2, *decay])
+    (share,) = phases(config(steps=8, warmup=2.0, lr=2.0, schedule="wsd", decay_steps=0.5))
+    assert share == phase
+    (stable,) = phases(config(steps=8, warmup=2.0, lr=2.0, schedule="wsd"))
+    assert rates(stable, schedule="wsd") == rates(stable, schedule="constant")
+
+
+def test_decay_is_of_wsd_alone():
+    with pytest.raises(ConfigError, match="--decay-steps needs --schedule wsd; --schedule is linear"):
+        config(decay_steps=4.0)
+    with pytest.raises(ConfigError, match="--decay-steps must be above 0"):
+        config(schedule="wsd", decay_steps=0.0)
+
+
 def test_warm_up_below_one_is_a_share_and_may_be_none():
     assert phases(config(steps=1000, warmup=0.01))[0].warmup == 10
     (phase,) = phases(config(steps=4, warmup=0.0, lr=1.0))
