@@ -2,12 +2,16 @@
 
     python -m benchmarks.device_tests      # prints the files, for `make gpu-test`
 
-They are the files that choose a device (``DEVICE`` of tests/support/parity.py).
+They are the files that choose a device (``DEVICE`` of tests/support/parity.py). This is a pytest plugin too: it appends
+every test's outcome at once to the file that BERT_FAST_TEST_OUTCOMES names, one JSON object a line, so that a run that
+is cut off loses nothing; and it ends with the process that started it: tests that go on would disturb what is timed.
 """
 
+import ctypes
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +23,8 @@ from benchmarks.results import ROOT, Results
 # that is timed is replayed; on a CPU a stand-in takes their place. The operators' tests run on a CPU too, interpreted.
 FIRST = ("test_captured_step.py", "test_pretrain_recorded.py", "test_attention_hopper.py", "test_attention.py")
 # A file whose imports are not all there (packages that only this project's own environment has) keeps no other back.
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "benchmarks.outcomes", "-p", "no:cacheprovider",
-          "--continue-on-collection-errors"]  # fmt: skip
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "benchmarks.device_tests",
+          "-p", "no:cacheprovider", "--continue-on-collection-errors"]  # fmt: skip
 
 
 def files() -> list[Path]:
@@ -59,7 +63,7 @@ def run(results: Results, paths: list[Path], until: float) -> None:
         finally:
             in_time = process.poll() is not None
             if not in_time:
-                os.killpg(process.pid, 9)
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     read(tests, outcomes)
     tests["finished"] = process.returncode in (0, 1)
@@ -84,6 +88,41 @@ def read(tests: dict, outcomes: Path) -> None:
     for outcome in ("passed", "skipped"):
         tests[outcome] = sum(row["outcome"] == outcome for row in rows)
     tests["failed"] = [row for row in rows if row["outcome"] == "failed"]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The plugin
+
+
+_worker = False
+
+
+def pytest_configure(config):
+    global _worker
+    _worker = hasattr(config, "workerinput")  # xdist's workers report to the process that started them, and end with it
+    if not _worker and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def pytest_runtest_logreport(report):
+    if not _worker and (report.when == "call" or report.outcome != "passed"):
+        _append(report, round(report.duration, 3))
+
+
+def pytest_collectreport(report):
+    """A file that could not be imported is a failure too."""
+    if not _worker and report.outcome == "failed":
+        _append(report, 0.0)
+
+
+def _append(report, seconds: float) -> None:
+    row = {"test": report.nodeid, "outcome": report.outcome, "seconds": seconds}
+    if report.outcome == "failed":
+        lines = str(report.longrepr).strip().splitlines()
+        row["message"] = next((line[4:] for line in lines if line.startswith("E   ")), lines[-1] if lines else "")[:300]
+        row["detail"] = "\n".join(lines[-25:])
+    with open(os.environ["BERT_FAST_TEST_OUTCOMES"], "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """Peak memory of a step, above the model's and the batch's: of a GPU its allocator's, on a CPU that of a process."""
 
-import json
-import os
+import multiprocessing
 import resource
-import subprocess
 import sys
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 from benchmarks.contenders import Setting, build
+from benchmarks.results import reason
 from benchmarks.workload import Batch, model_config, random_batch
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class PeakMemory:
@@ -56,33 +53,20 @@ def in_a_process(name: str, padding: str, model: str, batch: Batch, setting: Set
     The child has as many threads as this process, and so finds what torch.compile made here, which depends on their
     number. Its batch is random, in the shape of ``batch``.
     """
-    asked = {
-        "name": name, "padding": padding, "model": model, "lengths": batch.lengths, "predicted": batch.predicted,
-        "seq": batch.seq, "dropout": dropout, **asdict(setting), "dtype": str(setting.dtype).removeprefix("torch."),
-    }  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        print(f"memory of {name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return None
-    return float(done.stdout.strip().splitlines()[-1])
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        shape = (batch.lengths, batch.predicted, batch.seq)
+        try:
+            return pool.submit(child, name, padding, model, shape, setting, dropout).result()
+        except Exception as error:  # also where the system ended it for want of memory
+            print(f"memory of {name}: {reason(error)}", file=sys.stderr)
+            return None
 
 
-def child(asked: dict) -> float:
+def child(name: str, padding: str, model: str, shape: tuple, setting: Setting, dropout: float) -> float:
     """What :func:`in_a_process` asks for, measured in this process."""
-    setting = Setting(asked["device"], getattr(torch, asked["dtype"]), asked["train"], asked["nsp"], asked["optimizer"])
-    config = model_config(asked["model"], dropout=asked["dropout"])
-    built = build(asked["name"], config, setting, padding=asked["padding"])
-    batch = random_batch(
-        asked["lengths"], asked["predicted"], asked["seq"], setting.device, nsp=setting.nsp,
-        vocabulary=config.vocab_size,
-    )  # fmt: skip
-    step = built.step(batch)
+    config = model_config(model, dropout=dropout)
+    built = build(name, config, setting, padding=padding)
+    step = built.step(random_batch(*shape, setting.device, nsp=setting.nsp, vocabulary=config.vocab_size))
     with PeakMemory(setting.device) as peak:
         step()
     return peak.mib
-
-
-if __name__ == "__main__":
-    print(child(json.loads(sys.argv[1])))

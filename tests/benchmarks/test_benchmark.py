@@ -347,6 +347,11 @@ def test_peak_memory_is_that_of_a_step_not_of_preparing():
     assert kept.numel()
 
 
+def test_peak_memory_of_a_contender_that_fails_is_told(capsys):
+    assert memory.in_a_process("hf-eager", "padded", "no such model", batch(), CPU, 0.1) is None
+    assert "memory of hf-eager: KeyError" in capsys.readouterr().err
+
+
 def test_exported_peers_are_optional_and_encode_only():
     setting = replace(CPU, train=False)
     for name in onnx_openvino.PACKAGES:
