@@ -45,16 +45,16 @@ def reading(options: argparse.Namespace) -> dict:
     return {"one_per_file": options.one_per_file, "text_field": options.text_field, "file_format": options.format}
 
 
-def corpus_files(options: argparse.Namespace, *, without: Iterable[Path] = ()) -> list[Path]:
-    """The files of the corpus, but for those in ``without`` (see :func:`bert_fast.data.expand_paths`).
+def corpus_files(corpus: str | list[str], file_format: str | None, *, without: Iterable[Path] = ()) -> list[Path]:
+    """The files of ``corpus``, but for those in ``without`` (see :func:`bert_fast.data.expand_paths`).
 
     ValueError for one that is no text in UTF-8: archives, programs, pictures, UTF-16.
     """
     from bert_fast.data import expand_paths
     from bert_fast.data.formats import require_text
 
-    files = expand_paths(options.corpus, without=without)
-    require_text(files, options.format, most_nul=0.01)  # a stray NUL is removed and counted; this many are no text
+    files = expand_paths(corpus, without=without)
+    require_text(files, file_format, most_nul=0.01)  # a stray NUL is removed and counted; this many are no text
     return files
 
 

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 
 from bert_fast.cli import INTERRUPTED, TERMINATED, Terminated
 from bert_fast.cli.corpus import STRIPPED, add_corpus_arguments, corpus_bytes, corpus_files, reading, tell_share
@@ -29,6 +30,7 @@ def add_parser(subparsers) -> None:
         "first places. [SEP], [MASK] and the other special tokens of BERT are text where the corpus holds them; a "
         "tokenizer's other added tokens are tokens.",
         examples="""
+bert-fast prepare corpus/ --tokenizer tok --dry-run
 bert-fast prepare corpus/ --tokenizer tok --out data
 bert-fast prepare corpus.txt --tokenizer vocab.txt --uncased --out data
 bert-fast prepare 'zh/*.jsonl.zst' --tokenizer tok --language zh --out data
@@ -42,7 +44,14 @@ bert-fast prepare corpus/ --tokenizer tok --out /shared/data --shard 0/4     # a
     case = parser.add_mutually_exclusive_group()
     case.add_argument("--cased", action="store_true", help="a vocab.txt is cased (default: seen from what is in it)")
     case.add_argument("--uncased", action="store_true", help="a vocab.txt is uncased")
-    parser.add_argument("--out", metavar="DIR", required=True, help="where shards, index and manifest go")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--out", metavar="DIR", help="where shards, index and manifest go")
+    goal.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: show the first documents of each CORPUS with their sentences and pieces, and count what "
+        "is in its first megabyte",
+    )
     parser.add_argument("--workers", metavar="N", type=positive, help="processes (default: one a core)")
     parser.add_argument(
         "--shard", metavar="I/N", type=_shard, help="make every N-th shard, from the I-th (0 to N-1) (default: all)"
@@ -77,6 +86,8 @@ def _shard(text: str) -> tuple[int, int]:
 
 def run(options: argparse.Namespace) -> int:
     """Makes the shards; a signal leaves those that are made."""
+    if options.dry_run:
+        return _show(options)
     try:
         _prepare(options)
     except (KeyboardInterrupt, Terminated) as stop:
@@ -85,15 +96,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tokenizer(options: argparse.Namespace, out: Output):
+    from bert_fast import data
+
+    lowercase = False if options.cased else True if options.uncased else None
+    return data.load_tokenizer(options.tokenizer, lowercase=lowercase, tell=out.warn)
+
+
 def _prepare(options: argparse.Namespace) -> None:
     from bert_fast import data
     from bert_fast.data.losses import Tally
 
     out = Output.of(options)
     made_here = [*data.prepared_files(options.out), *data.tokenizer_files(options.tokenizer)]
-    files = corpus_files(options, without=made_here)
-    lowercase = False if options.cased else True if options.uncased else None
-    tokenizer = data.load_tokenizer(options.tokenizer, lowercase=lowercase, tell=out.warn)
+    files = corpus_files(options.corpus, options.format, without=made_here)
+    tokenizer = _tokenizer(options, out)
     folder = writable_folder(options.out)
     size, (index, of) = corpus_bytes(files), options.shard or (0, 1)
     done: dict = {}
@@ -141,6 +158,58 @@ def _prepare(options: argparse.Namespace) -> None:
     if made["shards_found"]:
         lines.insert(1, f"  {_number(made['shards_found'], 'shard')} made before, kept")
     out.result(facts, "\n".join(lines))
+
+
+def _show(options: argparse.Namespace) -> int:
+    """The beginning of each source as it will be seen; in all some eight seconds, however many there are. Returns the
+    exit code: 1 where one of them cannot be read."""
+    out, code = Output.of(options), 0
+    tokenizer = _tokenizer(options, out)
+    for source in options.corpus:
+        try:
+            _show_source(source, tokenizer, options, out)
+        except (OSError, ValueError) as error:
+            out.error({"source": source, "error": str(error)}, str(error))
+            code = 1
+    return code
+
+
+def _show_source(source: str, tokenizer, options: argparse.Namespace, out: Output) -> None:
+    from bert_fast import data
+    from bert_fast.data.preview import preview
+
+    files = corpus_files(source, options.format, without=data.tokenizer_files(options.tokenizer))
+    found = preview(
+        files, tokenizer, language=options.language, sentences=options.sentences,
+        seconds=min(2.0, 8 / len(options.corpus)), **reading(options),
+    )  # fmt: skip
+    counts, size = found.counts, corpus_bytes(files)
+    facts = {"source": source, "files": len(files), "bytes": size, "whole": found.whole, "read": dict(counts)}
+    names = ("place", "sentences", "of")
+    facts["documents"] = [dict(zip(names, document, strict=True)) for document in found.documents]
+    out.result(facts, "\n".join(_described(source, len(files), size, found)))
+    for lost in counts.described():
+        out.warn(f"{source}: {lost}")
+
+
+def _described(source: str, files: int, size: int | None, found) -> Iterator[str]:
+    counts = found.counts
+    whole = "" if size is None else f", {size / 1e6:,.1f} MB"
+    yield f"{source}: {_number(files, 'file')}{whole}"
+    for place, sentences, number in found.documents:
+        yield f"  {place}: {_number(number, 'sentence')}"
+        for text, pieces in sentences:
+            yield f"    {text}"
+            yield f"      {' '.join(pieces)}"
+        if number > len(sentences):
+            yield f"    and {number - len(sentences):,} more"
+    read = "in all" if found.whole else f"in the first {counts['bytes'] / 1e6:.1f} MB of text"
+    yield (
+        f"  {read}: {_number(counts['documents'], 'document')}, {_number(counts['sentences'], 'sentence')}, "
+        f"{_number(counts['tokens'], 'token')} ({counts['unknown_tokens'] / max(1, counts['tokens']):.2%} [UNK])"
+    )
+    if not found.whole and size is not None:
+        yield f"  at that rate about {counts['tokens'] * size / counts['bytes'] / 1e6:,.1f} million tokens"
 
 
 def _copies(manifest: dict) -> tuple[float, float]:

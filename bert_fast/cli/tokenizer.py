@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     _complete(options)
     out = Output.of(options)
     no_text = [file for path in (options.out, options.extend) if path for file in tokenizer_files(path)]
-    files = corpus_files(options, without=no_text)
+    files = corpus_files(options.corpus, options.format, without=no_text)
     folder = writable_folder(options.out)
     if (folder / "tokenizer.json").exists() and not options.overwrite:
         raise ValueError(f"{folder} holds a tokenizer already: choose another --out, or --overwrite it")

@@ -581,3 +581,52 @@ def test_sentences_end_where_asked(run, folder, tmp_path, rule, sentences):
     assert done.result["sentences"] == sentences
     assert bool(warnings_of(done)) == (sentences == 2)
     assert run(*argv, "--sentences", "line").code == 2
+
+
+def test_a_dry_run_shows_what_prepare_will_make(run, folder, tmp_path):
+    """The same documents, sentences and tokens as prepare's, by source, and nothing is written."""
+    (tmp_path / "a.txt").write_text("The cat sat. It was a cat!\nAnd a dog\n\nSecond text.\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "One here."}\nnone\n', encoding="utf-8")
+    (tmp_path / "c.csv").write_text("body\nno text column\n", encoding="utf-8")
+    sources = [tmp_path / "a.txt", tmp_path / "b.jsonl", folder / "corpus.jsonl"]
+    before = sorted(tmp_path.rglob("*"))
+    done = run("prepare", *sources, tmp_path / "c.csv", "--tokenizer", folder / "tok", "--dry-run", "--json")
+    assert done.code == 1  # for the table's sake, which lacks the column
+    assert [line["source"] for line in done.lines if line["kind"] == "error"] == [str(tmp_path / "c.csv")]
+    assert sorted(tmp_path.rglob("*")) == before
+    results = [line for line in done.lines if line["kind"] == "result"]
+    assert [line["source"] for line in results] == [str(source) for source in sources]
+    assert [line["whole"] for line in results] == [True, True, True]
+    first = results[0]["documents"]
+    assert [document["place"] for document in first] == [f"{tmp_path / 'a.txt'}, line {n}" for n in (1, 4)]
+    assert [text for text, _ in first[0]["sentences"]] == ["The cat sat.", "It was a cat!", "And a dog"]
+    tokenizer = data.load_tokenizer(folder / "tok")
+    for document in first:
+        for text, pieces in document["sentences"]:
+            assert pieces == tokenizer.encode(text, add_special_tokens=False).tokens
+    assert results[1]["read"]["invalid_json"] == 1
+    for source, line in zip(sources, results, strict=True):
+        made = tmp_path / f"of-{source.name}"
+        assert run("prepare", source, "--tokenizer", folder / "tok", "--out", made, "--workers", 1, "--quiet").code == 0
+        manifest = data.read_manifest(made)
+        duplicates = manifest["duplicate_tokens"]
+        assert line["read"]["documents"] == manifest["documents"] + manifest["duplicate_documents"]
+        assert line["read"]["tokens"] == manifest["tokens"] + duplicates
+        assert line["read"]["sentences"] == manifest["sentences"] or duplicates
+    text = run("prepare", tmp_path / "a.txt", "--tokenizer", folder / "tok", "--dry-run").out
+    assert "a.txt, line 4: 1 sentence\n    Second text.\n" in text
+    assert "in all: 2 documents, 4 sentences" in text
+
+
+def test_a_dry_run_stops_after_a_megabyte(run, folder, tmp_path):
+    (tmp_path / "long.txt").write_text("\n\n".join(f"Text number {n} is here." for n in range(60_000)))
+    done = run("prepare", tmp_path / "long.txt", "--tokenizer", folder / "tok", "--dry-run", "--json")
+    assert not done.result["whole"]
+    assert done.result["read"]["bytes"] <= 1.01 * 2**20 < done.result["bytes"]
+    text = run("prepare", tmp_path / "long.txt", "--tokenizer", folder / "tok", "--dry-run").out
+    assert "million tokens" in text
+
+
+def test_a_dry_run_or_a_folder(run, folder):
+    for given in ((), ("--dry-run", "--out", "d")):
+        assert run("prepare", "x", "--tokenizer", folder / "tok", *given).code == 2
