@@ -21,6 +21,8 @@ SIZES = {  # hidden layers, hidden size, attention heads; the feed-forward is fo
     "large": (24, 1024, 16),
 }
 
+NOT_INHERITED = ("out", "resume", "decay_from", "continue_from")  # of a checkpoint's run by one that begins there
+
 INSTEAD = {"seq": "phases", "steps": "phases", "model": "init_from"}  # an option, and what is read in its place if set
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -83,6 +85,14 @@ class PretrainConfig:
     micro_tokens: int | None = option(
         None, "updates", "tokens of one forward pass, at most [default: 16384 on a GPU, else 4096]", "N"
     )
+    decay_from: str | None = option(
+        None, "updates", "begin at this checkpoint of a run's stable phase (--schedule wsd or constant), with its "
+        "optimiser and that run's options, and decay to 0 over --decay-steps updates", "CHECKPOINT",
+    )  # fmt: skip
+    continue_from: str | None = option(
+        None, "updates", "begin at this checkpoint, with its optimiser and its run's options, and go on to --steps or "
+        "--phases, which count its updates; --data may be other data", "CHECKPOINT",
+    )  # fmt: skip
     seed: int = option(0, "updates", "of weights, samples, masks and dropout", "N")
 
     optimizer: str = option(
@@ -170,7 +180,22 @@ class PretrainConfig:
         _require(self, "decay_steps", self.decay_steps is None or 0 < self.decay_steps < float("inf"), "above 0")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ConfigError(f"--decay-steps needs --schedule wsd; --schedule is {self.schedule}")
+        self._require_origin()
         _require(self, "peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "above 0")
+
+    def _require_origin(self) -> None:
+        if self.decay_from and self.continue_from:
+            raise ConfigError("--decay-from and --continue-from are two places to begin at: leave one out")
+        if self.decay_from and not (self.decay_steps and self.decay_steps >= 1):
+            raise ConfigError("--decay-from needs --decay-steps, the updates of the decay, at least 1")
+        if self.origin and Path(self.origin).resolve().parent.parent == Path(self.out).resolve():
+            which = "decay_from" if self.decay_from else "continue_from"
+            raise ConfigError(f"{flag(which)} {self.origin} is a checkpoint of --out {self.out}: choose another --out")
+
+    @property
+    def origin(self) -> str | None:
+        """The checkpoint of another run that this one begins at."""
+        return self.decay_from or self.continue_from
 
     def as_dict(self) -> dict:
         """Options by name, as a configuration file has them; those that are not set are left out."""
@@ -220,14 +245,36 @@ def resolve(flags: dict, file: str | Path | None = None) -> PretrainConfig:
     """The configuration of a command line: flags over the file's options over the defaults.
 
     A flag goes before an option of the file, too, in whose place it is read (``INSTEAD``). ConfigError for an option
-    that was given beside the one in its place and contradicts it; what a file has as by default was not given.
+    that was given beside the one in its place and contradicts it; what a file has as by default was not given. A run
+    that begins at another run's checkpoint has that run's options as defaults.
     """
     values = read_config(file) if file else {}
+    values = _inherited({**values, **flags}) | values
     values = {name: value for name, value in values.items() if INSTEAD.get(name) not in flags}
     given = {field.name for field, _ in fields() if values.get(field.name, field.default) != field.default} | set(flags)
     config = PretrainConfig(**{**values, **flags})
     _require_no_contradiction(config, given)
     return config
+
+
+def _inherited(options: dict) -> dict:
+    """What a run with ``options`` takes from the run whose checkpoint it begins at; took, where that is gone."""
+    origin = options.get("decay_from") or options.get("continue_from")
+    if not origin:
+        return {}
+    state, own = Path(origin) / "state.json", Path(options.get("out", "")) / "config.json"
+    try:
+        if state.is_file() or not own.is_file():
+            found = json.loads(state.read_text(encoding="utf-8"))
+            found = effective(found["options"] | found.get("plan", {}))
+        else:
+            found = json.loads(own.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        which = "decay_from" if options.get("decay_from") else "continue_from"
+        raise ConfigError(f"{flag(which)} {origin} is no checkpoint of a run (RUN/checkpoints/step-...)") from error
+    known = {field.name for field, _ in fields()} - set(NOT_INHERITED)
+    found = {name: value for name, value in found.items() if name in known}
+    return found | ({"schedule": "wsd"} if options.get("decay_from") and found.get("schedule") == "constant" else {})
 
 
 def effective(options: dict) -> dict:

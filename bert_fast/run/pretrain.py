@@ -30,9 +30,10 @@ from bert_fast.run.meter import Meter
 from bert_fast.run.metrics import MetricsFile
 from bert_fast.run.new_rows import base_tokenizer, shortened, start_new_rows
 from bert_fast.run.optimizer import build_optimizer, load_state, owned, state_tensors
+from bert_fast.run.plan import planned
 from bert_fast.run.plot import plot_runs
 from bert_fast.run.process import Stop, locked, stop_on_signals
-from bert_fast.run.resume import identity, last_checkpoint
+from bert_fast.run.resume import identity, last_checkpoint, require_same_run
 from bert_fast.run.validation import Validation, hold_out
 from bert_fast.train import recorded
 from bert_fast.train.distributed import Ranks, started
@@ -65,7 +66,10 @@ class _Run:
     """What a run consists of, ready to go on from its last checkpoint."""
 
     def __init__(self, config: PretrainConfig, ranks: Ranks, output: Output):
-        self.config, self.ranks, self.output, self.folder = config, ranks, output, Path(config.out)
+        self.ranks, self.output, self.folder = ranks, output, Path(config.out)
+        before = last_checkpoint(config, ranks, output)
+        self.given, self.config = config, planned(config, before)
+        config = self.config
         self.phases = phases(config)
         self.total = self.phases[-1].last
         if any(phase.batch_size < ranks.world for phase in self.phases):
@@ -91,7 +95,8 @@ class _Run:
         longest = max(phase.seq for phase in self.phases)
         made = new_model.model_config(config, self.tokenizer, longest)
         self.identity = identity(config, self.tokenizer, made)
-        before = last_checkpoint(config, self.identity, self.total, ranks, output)
+        if before is not None:
+            require_same_run(self.given, before, self.identity, self.total, output)
         model_seed = derived_seed(config.seed, "weights")
         if before is None:
             base = base_tokenizer(config.init_from, self.tokenizer) if config.init_from else None
@@ -297,7 +302,8 @@ class _Run:
             "precision": self.precision,
             "processes": self.ranks.world,
             "identity": self.identity,
-            "options": self.config.as_dict(),
+            "options": self.given.as_dict(),
+            "plan": {} if self.config is self.given else {"phases": self.config.phases},
         }
 
     def _go_on_from(self, before: checkpoint.Checkpoint) -> None:
@@ -310,6 +316,9 @@ class _Run:
         self.seconds, self.validated, self.phase = state["seconds"], state["validation"], state["phase"]
         if self.step < self.total and phase_of(self.step, self.phases) != self.phase:
             self.place = Place(self.place.epoch + 1, 0)  # as the stream of updates does between two phases
+        if state["identity"]["data"] != self.identity["data"]:
+            self.place = Place()
+            self.output.note(f"{self.config.data} is not the data of {before.folder}: it begins with its first epoch")
         self.output.note(f"going on from {before.folder}, update {self.step} of {self.total}")
 
     def _introduce(self) -> None:

@@ -11,6 +11,7 @@ from bert_fast.data.tokenizer import tokenizer_digest
 from bert_fast.output import Output
 from bert_fast.run import checkpoint, new_model
 from bert_fast.run.config import ConfigError, PretrainConfig, effective, flag
+from bert_fast.run.plan import SHAPE
 from bert_fast.train.distributed import Ranks
 
 SAMPLES = (  # decide what is trained on
@@ -20,6 +21,9 @@ SILENT = (  # may change from one start to the next without a word
     "out", "data", "steps", "keep", "resume", "workers", "log_every", "peak_tflops", "device", "recompute",
     "capture",
 )  # fmt: skip
+
+
+BEGINNING = ("data", "model", "init_from", "decay_from", "continue_from")  # decide how a run begins
 
 
 class NotTheSameRun(ValueError):
@@ -39,11 +43,12 @@ def identity(config: PretrainConfig, tokenizer: Tokenizer, made) -> dict:
     }
 
 
-def last_checkpoint(
-    config: PretrainConfig, own: dict, total: int, ranks: Ranks, output: Output
-) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, of the run whose identity is ``own``; the first process looks for it, and all take
-    the same. Raises NotTheSameRun for another run's, ConfigError for one beyond the ``total`` updates."""
+def last_checkpoint(config: PretrainConfig, ranks: Ranks, output: Output) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from: the folder's newest good one, else that which ``config`` begins at, else None.
+
+    The first process looks for it, and all take the same. Raises NotTheSameRun where there is a run that must not go
+    on, and ConfigError for a damaged checkpoint to begin at.
+    """
     folder, found = Path(config.out), None
     if ranks.first:
         if config.resume == "never" and (folder / "config.json").exists():
@@ -53,14 +58,23 @@ def last_checkpoint(
             output.warn(complaint)
         if found is None:
             _same_options_if_begun(config)
+            if config.origin:
+                found = _origin(config)
     name = ranks.broadcast("" if found is None else str(found.folder))
     if not name:
         return None
     if found is None:
         state = json.loads((Path(name) / "state.json").read_text(encoding="utf-8"))
         found = checkpoint.Checkpoint(Path(name), state)
-    _same_run(config, found, own, total, output)
     return found
+
+
+def _origin(config: PretrainConfig) -> checkpoint.Checkpoint:
+    try:
+        return checkpoint.read(Path(config.origin))
+    except (OSError, ValueError) as error:
+        which = "decay_from" if config.decay_from else "continue_from"
+        raise ConfigError(f"{flag(which)} {config.origin} is no whole checkpoint: {error}") from error
 
 
 def _same_options_if_begun(config: PretrainConfig) -> None:
@@ -70,13 +84,18 @@ def _same_options_if_begun(config: PretrainConfig) -> None:
     if not path.exists():
         return
     before, now = effective(json.loads(path.read_text(encoding="utf-8"))), effective(config.as_dict())
-    differing = [flag(name) for name in ("data", "model", "init_from") if before.get(name) != now.get(name)]
+    differing = [flag(name) for name in BEGINNING if before.get(name) != now.get(name)]
     if differing:
         raise NotTheSameRun(f"{folder} has a run with another {', '.join(differing)}: choose another --out")
 
 
-def _same_run(config: PretrainConfig, found: checkpoint.Checkpoint, own: dict, total: int, output: Output) -> None:
-    folder = Path(config.out)
+def require_same_run(
+    config: PretrainConfig, found: checkpoint.Checkpoint, own: dict, total: int, output: Output
+) -> None:
+    """Raises NotTheSameRun where ``found`` is of another run than that whose identity is ``own``, ConfigError where it
+    is beyond the ``total`` updates. A run that begins at another one's checkpoint may have other data than that."""
+    begins = config.origin is not None and found.folder == Path(config.origin)
+    folder = found.folder if begins else Path(config.out)
     before, now = found.state["identity"], json.loads(json.dumps(own))
     if before.get("rule") != now["rule"]:
         raise NotTheSameRun(
@@ -84,7 +103,7 @@ def _same_run(config: PretrainConfig, found: checkpoint.Checkpoint, own: dict, t
             f"it with that version, or begin a new run with its weights: --init-from {found.folder} and another --out"
         )
     differing = []
-    if before["data"] != now["data"]:
+    if before["data"] != now["data"] and not begins:
         differing.append(f"the data (the manifest of {config.data} is not the one it was trained on)")
     if before["tokenizer"] != now["tokenizer"]:
         differing.append("the tokenizer")
@@ -97,13 +116,18 @@ def _same_run(config: PretrainConfig, found: checkpoint.Checkpoint, own: dict, t
                 differing.append(f"{what or ''}{key if what else flag(key)} (was {was!r}, now {wanted!r})")
     if differing:
         raise NotTheSameRun(
-            f"{folder} holds a run that differs in {'; '.join(differing)}: choose another --out, or the "
-            "options that it was started with"
+            f"{folder} holds a run that differs in {'; '.join(differing)}: "
+            + ("" if begins else "choose another --out, or ")
+            + "the options that it was started with"
         )
     if found.step > total:
         raise ConfigError(f"{folder} is at update {found.step} already, beyond the {total} asked for")
     before, now = effective(found.state["options"]), effective(config.as_dict())
-    changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k) and k not in SILENT]
+    plan, silent = found.state.get("plan", {}), SILENT + (SHAPE if begins else ())
+    changed = [
+        k for k in sorted(set(before) | set(now))
+        if now.get(k) not in (before.get(k), plan.get(k, before.get(k))) and k not in silent
+    ]  # fmt: skip
     if changed:
         listed = ", ".join(f"{flag(k)} (was {before.get(k)}, now {now.get(k)})" for k in changed)
         output.warn(f"going on with other options than before: {listed}")
