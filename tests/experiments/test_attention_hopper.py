@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.ops.test_attention import differentiate, packed, plain
+from tests.support.operators import BF16, HALF, differentiate
+from tests.support.packed_attention import SITE, assert_gradient_near_truth, packed, plain
 from tests.support.parity import DEVICE, assert_near_truth
 
 pytest.importorskip("triton")
@@ -24,8 +25,6 @@ from bert_fast import choice, dispatch, dropout_mask, reference
 from bert_fast.kernels import attention as portable
 from tests.support import gluon_emulation as emulation
 
-HALF, BF16 = torch.float16, torch.bfloat16
-SITE = 3
 EXPERIMENTS = "bert_fast.kernels.experiments"
 ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 if DEVICE == "cuda" and not ON_HOPPER:
@@ -53,17 +52,13 @@ def operands(lengths, heads, dtype, p, tail=0, scale=1.0):
 def compare(hopper, lengths, heads, dtype, p, tail=0):
     tensors, arguments = operands(lengths, heads, dtype, p, tail)
     grad_out, qkv, *_ = tensors
-    cu_seqlens, longest, row_key, rng_key, *_ = arguments
+    cu_seqlens, _, row_key, rng_key, *_ = arguments
     ours, grad_bias = hopper.attention_bwd(*tensors, *arguments, torch.float32)
-    true_out, truth = differentiate(
-        lambda x: reference.attention_fwd(x, *arguments)[0], qkv.double(), grad_out.double()
-    )  # fmt: skip
-    same_out, same_dtype = differentiate(lambda x: plain(x, cu_seqlens, row_key, rng_key, p), qkv, grad_out)
-    compare_forward(hopper, qkv, arguments, same_out, true_out)
-    parts = {"dq": 0, "dk": 1, "dv": 2} if longest > 1 else {"dqkv": slice(0, 3)}
-    factor = 3.0 if min(lengths, default=0) < 16 else 1.5  # as in test_attention.py
-    for name, i in parts.items():
-        assert_near_truth(name, ours[:, i], same_dtype[:, i], truth[:, i], factor=factor, floor=4.0)
+    doubles = {"qkv": qkv.double()}
+    truth = differentiate(lambda qkv: reference.attention_fwd(qkv, *arguments)[0], doubles, grad_out.double())
+    same_dtype = differentiate(lambda qkv: plain(qkv, cu_seqlens, row_key, rng_key, p), {"qkv": qkv}, grad_out)
+    compare_forward(hopper, qkv, arguments, same_dtype["out"], truth["out"])
+    assert_gradient_near_truth("qkv", lengths, ours, same_dtype["d qkv"], truth["d qkv"])
     assert (ours[sum(lengths) :] == 0).all(), "rows past cu_seqlens[-1] are not all zero"
     sums = ours.sum(0, dtype=torch.float32)
     sums[1] = 0.0

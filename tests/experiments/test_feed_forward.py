@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import bert_fast
 from bert_fast import dispatch, ops, reference
 from bert_fast.model import layers
+from tests.support.operators import BF16, FULL, HALF, assert_same_bits, compare, differentiate
 from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
 pytest.importorskip("triton")
@@ -21,7 +22,6 @@ if "triton" not in available_backends("feed_forward"):
 from bert_fast.kernels import bias_gelu
 from bert_fast.kernels.experiments import feed_forward
 
-HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 EVERYWHERE = {"fwd": {90: 1, 100: 1}, "bwd": {90: 1, 100: 1}}
 
 
@@ -52,26 +52,19 @@ def in_epilogue(monkeypatch):
         yield called
 
 
-def differentiate(function, *inputs, grad_out):
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], grad_out)]
-
-
 def plain(x, weight_in, bias, weight_out):
     z = F.linear(x, weight_in)
     return F.linear(F.gelu(z if bias is None else z + bias.to(x.dtype)), weight_out)
 
 
-def compare(tokens, hidden, columns, dtype, bias=FULL):
-    *inputs, grad_out = operands(tokens, hidden, columns, dtype, bias)
-    doubles = [None if t is None else t.double() for t in inputs]
-    ours = differentiate(ops.feed_forward, *inputs, grad_out=grad_out)
-    same_dtype = differentiate(plain, *inputs, grad_out=grad_out)
-    truth = differentiate(plain, *doubles, grad_out=grad_out.double())
-    names = ("out", "d x", "d weight_in", *([] if bias is None else ["d bias"]), "d weight_out")
-    for name, *values in zip(names, ours, same_dtype, truth, strict=True):
-        assert_near_truth(name, *values)
+def named(x, weight_in, bias, weight_out, grad_out):
+    """The inputs by name, and grad_out."""
+    return {"x": x, "weight_in": weight_in, "bias": bias, "weight_out": weight_out}, grad_out
+
+
+def check(tokens, hidden, columns, dtype, bias=FULL):
+    inputs = named(*operands(tokens, hidden, columns, dtype, bias))
+    compare("feed_forward", "triton", ops.feed_forward, plain, plain, *inputs)
 
 
 SHAPES = [(1, 64, 128), (7, 40, 136), (129, 72, 264), (1000, 64, 128)]
@@ -80,20 +73,20 @@ SHAPES = [(1, 64, 128), (7, 40, 136), (129, 72, 264), (1000, 64, 128)]
 @pytest.mark.parametrize(("tokens", "hidden", "columns"), SHAPES)
 @pytest.mark.parametrize("dtype", [BF16, HALF, FULL], ids=str)
 def test_shapes(in_epilogue, tokens, hidden, columns, dtype):
-    compare(tokens, hidden, columns, dtype)
+    check(tokens, hidden, columns, dtype)
     assert in_epilogue == ["product_gelu", "product_gelu_bwd"]
 
 
 @pytest.mark.parametrize("bias", [None, BF16], ids=str)
 def test_biases(in_epilogue, bias):
-    compare(130, 80, 144, BF16, bias)
+    check(130, 80, 144, BF16, bias)
     assert in_epilogue == ["product_gelu", "product_gelu_bwd"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, FULL], ids=str)
 def test_a_layer_of_bert(in_epilogue, dtype):
-    compare(300, 768, 3072, dtype)
+    check(300, 768, 3072, dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF, FULL], ids=str)
@@ -130,9 +123,9 @@ def test_same_bits_whoever_computes_a_tile(monkeypatch, tokens, dtype):
 
 
 def test_same_bits_twice(in_epilogue):
-    *inputs, grad_out = operands(130, 40, 200, BF16)
-    first, second = (differentiate(ops.feed_forward, *inputs, grad_out=grad_out) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    inputs = named(*operands(130, 40, 200, BF16))
+    first, second = (differentiate(ops.feed_forward, *inputs) for _ in range(2))
+    assert_same_bits(first, second)
 
 
 def test_nothing_but_its_own_rows(in_epilogue):
@@ -165,7 +158,7 @@ def test_what_the_kernels_have_not_is_two_operators(in_epilogue, tokens, hidden,
         with pytest.raises(TypeError, match=r"bias_gelu: x has dtype torch.float64.*reference"):
             ops.feed_forward(*inputs)
     else:
-        compare(tokens, hidden, columns, dtype)
+        check(tokens, hidden, columns, dtype)
     assert in_epilogue == []
     x, weight_in, bias, weight_out = inputs
     with pytest.raises(ValueError, match="feed_forward: the kernels have contiguous matrices"):
@@ -202,9 +195,9 @@ def test_a_weight_that_is_fixed_has_no_gradient(in_epilogue):
     x, weight_in, bias, weight_out, grad_out = operands(5, 16, 16, BF16)
     out = ops.feed_forward(x, weight_in.requires_grad_(), bias.requires_grad_(), weight_out)
     out.backward(grad_out)
-    expected = differentiate(ops.feed_forward, x, weight_in, bias, weight_out, grad_out=grad_out)
-    assert torch.equal(weight_in.grad, expected[2])
-    assert torch.equal(bias.grad, expected[3])
+    expected = differentiate(ops.feed_forward, *named(x, weight_in, bias, weight_out, grad_out))
+    assert torch.equal(weight_in.grad, expected["d weight_in"])
+    assert torch.equal(bias.grad, expected["d bias"])
     assert x.grad is None
     assert weight_out.grad is None
 

@@ -1,16 +1,14 @@
 """attention: each backend against float64 with the same dropout mask, forward and gradient, on packed sequences."""
 
-import itertools
-
 import pytest
 import torch
 
 from bert_fast import dispatch, dropout_mask, ops, reference
+from tests.support.operators import BF16, FULL, HALF, assert_same_bits, differentiate, of_backend
+from tests.support.packed_attention import SITE, assert_gradient_near_truth, packed, plain
 from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
-HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 BACKENDS = available_backends("attention")
-SITE = 3
 LENGTHS = {
     "one token in all": [1],
     "two": [2],
@@ -24,84 +22,35 @@ LENGTHS = {
 }
 
 
-def packed(lengths, heads, size, dtype=FULL, tail=0, scale=1.0):
-    """qkv (T, 3, heads, size), cu_seqlens, the longest length, and the keys of a mask; samples 7, 10, 13, ..."""
-    total = sum(lengths) + tail
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int32).cumsum(0)], dtype=torch.int32)
-    samples = 7 + 3 * torch.arange(len(lengths))
-    qkv = (scale * torch.randn(total, 3, heads, size)).to(dtype)
-    row_key = dropout_mask.row_keys(cu_seqlens, total, samples)
-    rng_key = torch.randint(-(2**62), 2**62, (1,))
-    tensors = (t.to(DEVICE) for t in (qkv, cu_seqlens, row_key, rng_key))
-    return *tensors, max(lengths, default=0)
-
-
-def plain(qkv, cu_seqlens, row_key, rng_key, p):
-    """What a user of PyTorch writes, in qkv's dtype throughout, with the mask of bert_fast.dropout_mask."""
-    tokens, _, heads, size = qkv.shape
-    outs = []
-    bounds = cu_seqlens.tolist()
-    for start, end in itertools.pairwise(bounds):
-        q, k, v = qkv[start:end].permute(1, 2, 0, 3)
-        probabilities = torch.softmax(size**-0.5 * (q @ k.transpose(1, 2)), dim=-1)
-        if p > 0.0 and end > start:
-            keep = dropout_mask.attention_keep_mask(rng_key, row_key[start:end], heads, end - start, p, SITE)
-            probabilities = probabilities * keep * dropout_mask.dropout_scale(p)
-        outs.append((probabilities @ v).transpose(0, 1).reshape(end - start, heads * size))
-    return torch.cat([*outs, qkv.new_zeros(tokens - bounds[-1], heads * size)])
-
-
-def differentiate(function, qkv, grad_out, *others):
-    """function(qkv, *others), and its gradients."""
-    leaves = [x.detach().clone().requires_grad_() for x in (qkv, *others)]
-    out = function(*leaves)
-    if not out.requires_grad:  # no sequence: plain PyTorch's result does not depend on qkv
-        return out, torch.zeros_like(qkv)
-    return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
-
-
 def compare(backend, lengths, heads, size, dtype, p, tail=0, scale=1.0):
     qkv, cu_seqlens, row_key, rng_key, longest = packed(lengths, heads, size, dtype, tail, scale)
     grad_out = torch.randn(qkv.shape[0], heads * size, device=DEVICE).to(dtype)
     keys = {"row_key": row_key, "rng_key": rng_key}
-    bias = torch.randn(3, heads, size, device=DEVICE).to(dtype)
-
-    with dispatch.use_backend(attention=backend):
-        ours = differentiate(
-            lambda x, b: ops.attention(x, cu_seqlens, longest, p=p, site=SITE, bias=b, **keys), qkv, grad_out, bias
-        )
-        _, lse = torch.ops.bert_fast.attention_fwd(
-            qkv, cu_seqlens, longest, row_key, rng_key, size**-0.5, p, SITE, None
-        )  # fmt: skip
-    same_dtype = differentiate(lambda x: plain(x, cu_seqlens, row_key, rng_key, p), qkv, grad_out)
     arguments = (cu_seqlens, longest, row_key, rng_key, size**-0.5, p, SITE)
-    truth = differentiate(lambda x: reference.attention_fwd(x, *arguments)[0], qkv.double(), grad_out.double())
-    _, true_lse = reference.attention_fwd(qkv.double(), *arguments)
+    inputs = {"qkv": qkv, "bias": torch.randn(3, heads, size, device=DEVICE).to(dtype)}
+
+    def operator(qkv, bias):
+        return ops.attention(qkv, cu_seqlens, longest, p=p, site=SITE, bias=bias, **keys)
+
+    ours = of_backend("attention", backend, operator, inputs, grad_out)
+    with dispatch.use_backend(attention=backend):
+        _, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments, None)
+    same_dtype = differentiate(lambda qkv: plain(qkv, cu_seqlens, row_key, rng_key, p), {"qkv": qkv}, grad_out)
+    doubles = {"qkv": qkv.double()}
+    truth = differentiate(lambda qkv: reference.attention_fwd(qkv, *arguments)[0], doubles, grad_out.double())
+    _, true_lse = reference.attention_fwd(doubles["qkv"], *arguments)
 
     floor = 2.0 if size <= 128 else 4.0  # scores of more terms, added in one run where PyTorch's library splits it
-    assert_near_truth(f"out ({backend})", ours[0], same_dtype[0], truth[0], floor=floor)
-    parts = {"dq": 0, "dk": 1, "dv": 2}
-    if longest <= 1:  # a token alone has dq = dk = 0: no scale of their own to measure rounding by
-        parts = {"dqkv": slice(0, 3)}
-    # P is exp(score - lse), both rounded in fp32, where PyTorch keeps its P: floor 4. For matrices of a few rows
-    # PyTorch's library adds the D terms of a score in eight sums, for larger ones, and our kernels always, in one:
-    # sqrt(8) times the rounding, and so it measured (3 keys, D = 64: up to 5.8 units in the last place against 1.3).
-    factor = 3.0 if min(lengths, default=0) < 16 else 1.5
-    for name, i in parts.items():
-        assert_near_truth(
-            f"{name} ({backend})", ours[1][:, i], same_dtype[1][:, i], truth[1][:, i], factor=factor, floor=4.0
-        )
-    sums = same_dtype[1].sum(0), truth[1].sum(0)  # what a linear layer of that dtype gives its bias, and the truth
-    for name, i in parts.items():
-        if name != "dk":
-            assert_near_truth(
-                f"{name} of the bias ({backend})", ours[2][i], sums[0][i], sums[1][i], factor=factor, floor=4.0
-            )
-    assert (ours[2][1] == 0).all(), "the keys' bias has a gradient"
-    assert float(sums[1][1].abs().max()) <= 1e-12 * float(truth[1].abs().sum())  # as it is in truth
+    assert_near_truth(f"out ({backend})", ours["out"], same_dtype["out"], truth["out"], floor=floor)
+    grad, grad_bias, same_grad, true_grad = ours["d qkv"], ours["d bias"], same_dtype["d qkv"], truth["d qkv"]
+    assert_gradient_near_truth(f"qkv ({backend})", lengths, grad, same_grad, true_grad)
+    sums = same_grad.sum(0), true_grad.sum(0)  # what a linear layer of that dtype gives its bias, and the truth
+    assert_gradient_near_truth(f"the bias ({backend})", lengths, grad_bias, *sums, but=("dk",))
+    assert (grad_bias[1] == 0).all(), "the keys' bias has a gradient"
+    assert float(sums[1][1].abs().max()) <= 1e-12 * float(true_grad.abs().sum())  # as it is in truth
     assert_near_truth(f"lse ({backend})", lse, true_lse.float(), true_lse, floor=16.0)
     used = sum(lengths)
-    for name, rows in (("out", ours[0][used:]), ("dqkv", ours[1][used:]), ("lse", lse[:, used:])):
+    for name, rows in (("out", ours["out"][used:]), ("dqkv", grad[used:]), ("lse", lse[:, used:])):
         assert (rows == 0).all(), f"{name} ({backend}): rows past cu_seqlens[-1] are not all zero"
 
 
@@ -165,14 +114,13 @@ def test_no_sequence_sees_another(backend, p):
     changed, changed_grad = qkv.clone(), grad_out.clone()
     changed[9:79] = 50 * torch.randn(70, 3, 1, 32, device=DEVICE)
     changed_grad[9:79] += 1
-    results = []
-    with dispatch.use_backend(attention=backend):
-        for x, g in ((qkv, grad_out), (changed, changed_grad)):
-            results.append(
-                differentiate(
-                    lambda x: ops.attention(x, cu_seqlens, longest, p=p, row_key=row_key, rng_key=rng_key), x, g
-                )
-            )
+    keys = {"row_key": row_key, "rng_key": rng_key}
+    results = [
+        of_backend(
+            "attention", backend, lambda qkv: ops.attention(qkv, cu_seqlens, longest, p=p, **keys), {"qkv": x}, g
+        ).values()
+        for x, g in ((qkv, grad_out), (changed, changed_grad))
+    ]
     for before, after in zip(*results, strict=True):
         assert torch.equal(before[:9], after[:9])
         assert torch.equal(before[79:], after[79:])
@@ -227,8 +175,7 @@ def test_same_bits_twice(backend, dtype):
             out, lse = torch.ops.bert_fast.attention_fwd(qkv, *arguments, None)
             grads = torch.ops.bert_fast.attention_bwd(grad_out, qkv, out, lse, *arguments, dtype)
             runs.append((out, lse, *grads))
-    for first, second in zip(*runs, strict=True):
-        assert torch.equal(first, second)
+    assert_same_bits(*runs)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -271,19 +218,18 @@ def test_float32_bias_of_16_bit_qkv(backend, dtype):
     qkv, cu_seqlens, row_key, rng_key, longest = packed([70, 5, 64], 2, 32, dtype, tail=3)
     grad_out = torch.randn(qkv.shape[0], 64, device=DEVICE).to(dtype)
     keys = {"p": 0.1, "row_key": row_key, "rng_key": rng_key, "site": SITE}
-    with dispatch.use_backend(attention=backend):
-        _, grad, grad_bias = differentiate(
-            lambda x, b: ops.attention(x, cu_seqlens, longest, bias=b, **keys),
-            qkv,
-            grad_out,
-            torch.randn(192).to(qkv.device),
-        )
+    inputs = {"qkv": qkv, "bias": torch.randn(192, device=DEVICE)}
+    _, grad, grad_bias = of_backend(
+        "attention", backend, lambda qkv, bias: ops.attention(qkv, cu_seqlens, longest, bias=bias, **keys), inputs,
+        grad_out,
+    ).values()  # fmt: skip
     assert grad_bias.shape == (192,)
     assert grad_bias.dtype == FULL
     rounded = grad.sum(0, dtype=FULL).flatten()
     arguments = (cu_seqlens, longest, row_key, rng_key, 32**-0.5, 0.1, SITE)
-    _, truth = differentiate(lambda x: reference.attention_fwd(x, *arguments)[0], qkv.double(), grad_out.double())
-    truth = truth.sum(0).flatten()
+    doubles = {"qkv": qkv.double()}
+    truth = differentiate(lambda qkv: reference.attention_fwd(qkv, *arguments)[0], doubles, grad_out.double())
+    truth = truth["d qkv"].sum(0).flatten()
     for part in (slice(0, 64), slice(128, 192)):
         assert_near_truth(f"bias ({backend})", grad_bias[part], rounded[part], truth[part], factor=1.2)
     assert not grad_bias[64:128].any()

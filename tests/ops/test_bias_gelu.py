@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from bert_fast import dispatch, ops, reference
-from tests.support.parity import DEVICE, assert_near_truth, available_backends
+from tests.support.operators import BF16, FULL, HALF, assert_same_bits, compare, differentiate, of_backend
+from tests.support.parity import DEVICE, available_backends
 
-HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {  # x, bias
     "fp32": (FULL, FULL),
     "bf16": (BF16, BF16),
@@ -20,40 +20,28 @@ DTYPES = {  # x, bias
 BACKENDS = available_backends("bias_gelu")
 
 
-def differentiate(function, x, bias, grad_out):
-    leaves = [t.detach().clone().requires_grad_() for t in (x, bias) if t is not None]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+def composed(x, bias):
+    return F.gelu(x if bias is None else x + bias.to(x.dtype))
 
 
-def compare(backend, tokens, columns, dtypes, bias=True, scale=1.5):
+def check(backend, tokens, columns, dtypes, bias=True, scale=1.5):
     x = (scale * torch.randn(tokens, columns)).to(dtypes[0]).to(DEVICE)
-    bias = torch.randn(columns).to(dtypes[1]).to(DEVICE) if bias else None
+    inputs = {"x": x, "bias": torch.randn(columns).to(dtypes[1]).to(DEVICE) if bias else None}
     grad_out = torch.randn(tokens, columns, device=DEVICE).to(x.dtype)
-    with dispatch.use_backend(bias_gelu=backend):
-        ours = differentiate(ops.bias_gelu, x, bias, grad_out)
-    same_dtype = differentiate(lambda x, b=None: F.gelu(x if b is None else x + b.to(x.dtype)), x, bias, grad_out)
-    truth = differentiate(
-        lambda x, b=None: reference.bias_gelu_fwd(x, b),
-        x.double(),
-        None if bias is None else bias.double(),
-        grad_out.double(),
-    )
-    for name, *values in zip(("out", "d x", "d bias"), ours, same_dtype, truth, strict=False):
-        assert_near_truth(f"{name} ({backend})", *values)
+    compare("bias_gelu", backend, ops.bias_gelu, composed, reference.bias_gelu_fwd, inputs, grad_out)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes(backend, dtypes, bias):
-    compare(backend, 17, 96, DTYPES[dtypes], bias)
+    check(backend, 17, 96, DTYPES[dtypes], bias)
 
 
 @pytest.mark.parametrize(("tokens", "columns"), [(0, 64), (1, 64), (17, 1), (129, 7), (66, 128), (7, 300), (3, 3072)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes(backend, tokens, columns):
-    compare(backend, tokens, columns, DTYPES["fp32"])
+    check(backend, tokens, columns, DTYPES["fp32"])
 
 
 @pytest.mark.slow
@@ -61,7 +49,7 @@ def test_shapes(backend, tokens, columns):
 @pytest.mark.parametrize(("tokens", "columns"), [(3, 1), (65, 7), (33, 300), (40, 3072), (5, 4096), (2, 9000)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_shapes(backend, tokens, columns, dtypes):
-    compare(backend, tokens, columns, DTYPES[dtypes])
+    check(backend, tokens, columns, DTYPES[dtypes])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,10 +77,10 @@ def test_is_erf_and_not_its_tanh_approximation(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_twice(backend):
-    x, bias, grad_out = torch.randn(70, 96).to(DEVICE), torch.randn(96).to(DEVICE), torch.randn(70, 96).to(DEVICE)
-    with dispatch.use_backend(bias_gelu=backend):
-        first, second = (differentiate(ops.bias_gelu, x, bias, grad_out) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    inputs = {"x": torch.randn(70, 96, device=DEVICE), "bias": torch.randn(96, device=DEVICE)}
+    grad_out = torch.randn(70, 96, device=DEVICE)
+    first, second = (of_backend("bias_gelu", backend, ops.bias_gelu, inputs, grad_out) for _ in range(2))
+    assert_same_bits(first, second)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -131,13 +119,13 @@ def test_all_16_bit_inputs(backend, dtype):
     beyond the inputs' tails the limits are exact, and NaN stays NaN."""
     u = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     u = u[torch.isfinite(u)][None]
+    ours = of_backend("bias_gelu", backend, ops.bias_gelu, {"x": u.to(DEVICE)}, torch.ones_like(u, device=DEVICE))
     with dispatch.use_backend(bias_gelu=backend):
-        ours = differentiate(ops.bias_gelu, u.to(DEVICE), None, torch.ones_like(u, device=DEVICE))
         ends = ops.bias_gelu(torch.tensor([[-math.inf, -60.0, 60.0, math.inf, math.nan]], dtype=dtype, device=DEVICE))
-    theirs = differentiate(F.gelu, u, None, torch.ones_like(u))
-    truth = differentiate(F.gelu, u.double(), None, torch.ones_like(u))
+    theirs, truth = (differentiate(F.gelu, {"input": x}, torch.ones_like(u)) for x in (u, u.double()))
     inside = u.abs() < 100
-    for our, their, true, limit in zip(ours, theirs, truth, (u.clamp(min=0), u > 0), strict=True):
+    results = (found.values() for found in (ours, theirs, truth))
+    for our, their, true, limit in zip(*results, (u.clamp(min=0), u > 0), strict=True):
         our = our.cpu().double()
         assert torch.equal(our[~inside], limit[~inside].double())
         our, their = (our - true)[inside], (their.double() - true)[inside]

@@ -1,15 +1,17 @@
 """embedding_layernorm: dropout(LayerNorm(word + position + segment)), each backend against float64."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bert_fast import dispatch, dropout_mask, ops, reference
-from tests.support.parity import DEVICE, assert_near_truth, available_backends
+from tests.support.operators import BF16, FULL, HALF, assert_same_bits, compare, of_backend
+from tests.support.parity import DEVICE, available_backends
 
 EPS = 1e-12
 SITE = 0
-HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {  # tables, LayerNorm parameters, output
     "fp32": (FULL, FULL, FULL),
     "bf16": (BF16, BF16, BF16),
@@ -41,37 +43,32 @@ def make_keys(tokens):
     return dropout_mask.row_keys(lengths, tokens), torch.tensor([-0x1234_5678_9ABC_DEF0], device=DEVICE)
 
 
-def differentiate(function, tables, grad_out):
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in tables.items()}
-    out = function(**leaves)
-    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(out.dtype))
-    return {"out": out.detach(), **{f"d {name}": g for name, g in zip(leaves, grads, strict=True)}}
+def operator(indices, keys, p=0.0, padding_idx=None, out_dtype=None):
+    """The operator as a function of its tables."""
+    row_key, rng_key = keys
+    return functools.partial(
+        ops.embedding_layernorm, *indices, eps=EPS, p=p, row_key=row_key, rng_key=rng_key, site=SITE,
+        padding_idx=padding_idx, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
-def run(backend, indices, tables, grad_out, keys, p=0.0, padding_idx=None, out_dtype=None):
-    def ours(word, position, segment, weight, bias):
-        return ops.embedding_layernorm(
-            *indices, word, position, segment, weight, bias, eps=EPS, p=p, row_key=keys[0], rng_key=keys[1], site=SITE,
-            padding_idx=padding_idx, out_dtype=out_dtype,
-        )  # fmt: skip
-
-    with dispatch.use_backend(embedding_layernorm=backend):
-        return differentiate(ours, tables, grad_out)
+def run(backend, indices, tables, grad_out, keys, p=0.0):
+    return of_backend("embedding_layernorm", backend, operator(indices, keys, p), tables, grad_out)
 
 
-def compare(backend, tokens, columns, dtypes, p, padding_idx=None, indices=None, segments_of_table=SEGMENTS):
+def check(backend, tokens, columns, dtypes, p, padding_idx=None, indices=None, segments_of_table=SEGMENTS):
     indices = make_indices(tokens) if indices is None else indices
     tables, keys, out_dtype = make_tables(columns, dtypes, segments_of_table), make_keys(tokens), dtypes[2]
     grad_out = torch.randn(tokens, columns, device=DEVICE).to(out_dtype)
     ids, positions, segments = indices
 
-    def exact(word, position, segment, weight, bias):
+    def exact(word, **others):
         if padding_idx is not None:  # nn.Embedding's rule, which is about the gradient alone
             word = torch.cat(
                 [word[:padding_idx], word[padding_idx : padding_idx + 1].detach(), word[padding_idx + 1 :]]
             )
-        tensors = (*indices, word, position, segment, weight, bias, *keys)
-        return reference.embedding_layernorm_fwd(*tensors, EPS, p, SITE, -1, torch.float64)[0]
+        arguments = (*indices, word, *others.values(), *keys, EPS, p, SITE, -1, torch.float64)
+        return reference.embedding_layernorm_fwd(*arguments)[0]
 
     def composed(word, position, segment, weight, bias):
         z = F.embedding(ids, word, padding_idx) + F.embedding(segments, segment) + F.embedding(positions, position)
@@ -80,25 +77,21 @@ def compare(backend, tokens, columns, dtypes, p, padding_idx=None, indices=None,
             y = y * dropout_mask.hidden_keep_mask(keys[1], keys[0], columns, p, SITE) * dropout_mask.dropout_scale(p)
         return y.to(out_dtype)
 
-    result = run(backend, indices, tables, grad_out, keys, p, padding_idx, out_dtype)
-    truth = differentiate(exact, {name: t.double() for name, t in tables.items()}, grad_out.double())
-    same_dtype = differentiate(composed, tables, grad_out)
-    for name, value in result.items():
-        assert_near_truth(f"{name} ({backend})", value, same_dtype[name], truth[name])
-    return result
+    ours = operator(indices, keys, p, padding_idx, out_dtype)
+    return compare("embedding_layernorm", backend, ours, composed, exact, tables, grad_out)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes(backend, dtypes, p):
-    compare(backend, 17, 96, DTYPES[dtypes], p)
+    check(backend, 17, 96, DTYPES[dtypes], p)
 
 
 @pytest.mark.parametrize(("tokens", "columns"), [(0, 32), (1, 32), (17, 1), (49, 7), (18, 300), (5, 1024)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes(backend, tokens, columns):
-    compare(backend, tokens, columns, DTYPES["fp32"], 0.1)
+    check(backend, tokens, columns, DTYPES["fp32"], 0.1)
 
 
 @pytest.mark.slow
@@ -108,7 +101,7 @@ def test_shapes(backend, tokens, columns):
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_shapes(backend, tokens, columns, dtypes):
-    compare(backend, tokens, columns, DTYPES[dtypes], 0.1)
+    check(backend, tokens, columns, DTYPES[dtypes], 0.1)
 
 
 @pytest.mark.parametrize("tokens", [15, 32, 49])
@@ -116,7 +109,7 @@ def test_more_shapes(backend, tokens, columns, dtypes):
 def test_one_row_takes_every_token(backend, tokens):
     """The hottest possible rows: sums in less than a run, in whole runs alone, and with a rest."""
     same = [torch.full((tokens,), index, device=DEVICE) for index in (WORDS - 1, 3, 0)]
-    result = compare(backend, tokens, 32, DTYPES["fp32"], 0.1, indices=same)
+    result = check(backend, tokens, 32, DTYPES["fp32"], 0.1, indices=same)
     for name, row in (("d word", WORDS - 1), ("d position", 3), ("d segment", 0)):
         others = torch.ones(result[name].shape[0], dtype=torch.bool, device=DEVICE)
         others[row] = False
@@ -130,7 +123,7 @@ def test_runs_meet_rows_at_every_offset(backend, counts):
     tokens = ids.numel()
     ids = ids[torch.randperm(tokens)].to(DEVICE)
     positions, segments = torch.full_like(ids, POSITIONS - 1), ids % 2
-    compare(backend, tokens, 16, DTYPES["fp32"], 0.0, indices=(ids, positions, segments))
+    check(backend, tokens, 16, DTYPES["fp32"], 0.0, indices=(ids, positions, segments))
 
 
 @pytest.mark.parametrize("segments", [1, 5])
@@ -139,7 +132,7 @@ def test_any_number_of_segments(backend, segments):
     """Some of each at every position, and one that no token has."""
     ids, positions, _ = make_indices(50)
     found = torch.randint(0, max(1, segments - 1), (50,)).to(DEVICE)
-    result = compare(backend, 50, 24, DTYPES["fp32"], 0.1, None, (ids, positions % 3, found), segments)
+    result = check(backend, 50, 24, DTYPES["fp32"], 0.1, None, (ids, positions % 3, found), segments)
     assert segments == 1 or (result["d segment"][-1] == 0).all()
 
 
@@ -148,7 +141,7 @@ def test_any_number_of_segments(backend, segments):
 def test_padding_idx_gets_no_gradient(backend, padding_idx):
     ids, positions, segments = make_indices(40)
     ids[::5] = padding_idx
-    result = compare(backend, 40, 32, DTYPES["fp32"], 0.1, padding_idx, (ids, positions, segments))
+    result = check(backend, 40, 32, DTYPES["fp32"], 0.1, padding_idx, (ids, positions, segments))
     assert (result["d word"][padding_idx] == 0).all()
     assert (result["d position"] != 0).any()
 
@@ -210,8 +203,7 @@ def test_same_bits_twice(backend):
     indices, tables, keys = make_indices(40), make_tables(64, DTYPES["fp32"]), make_keys(40)
     grad_out = torch.randn(40, 64, device=DEVICE)
     first, second = (run(backend, indices, tables, grad_out, keys, 0.1) for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    assert_same_bits(first, second)
 
 
 def both_ways(indices, tables, grad_out, keys, p):
@@ -271,8 +263,7 @@ def test_not_contiguous(backend):
     grad_out = torch.randn(64, 9, device=DEVICE).T
     first = run(backend, indices, strided, grad_out, make_keys(9), 0.1)
     second = run(backend, [i.contiguous() for i in indices], tables, grad_out.contiguous(), make_keys(9), 0.1)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    assert_same_bits(first, second)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
 """residual_layernorm: LayerNorm(dropout(x + bias) + residual), each backend against float64."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bert_fast import dispatch, dropout_mask, ops, reference
-from tests.support.parity import DEVICE, assert_near_truth, available_backends
+from tests.support.operators import BF16, FULL, HALF, assert_same_bits, compare, of_backend
+from tests.support.parity import DEVICE, available_backends
 
 EPS = 1e-12
 SITE = 5
-HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {  # x, residual, parameters
     "fp32": (FULL, FULL, FULL),
     "bf16": (BF16, BF16, BF16),
@@ -38,27 +40,18 @@ def make_keys(tokens):
     return dropout_mask.row_keys(lengths, tokens), torch.tensor([0x1234_5678_9ABC_DEF0], device=DEVICE)
 
 
-def differentiate(function, inputs, grad_out):
-    """The output and the gradient of every input that is there."""
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items() if t is not None}
-    out = function(**{name: leaves.get(name) for name in inputs})
-    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(out.dtype))
-    return {"out": out.detach(), **{f"d {name}": g for name, g in zip(leaves, grads, strict=True)}}
+def operator(keys, p, eps=EPS):
+    """The operator as a function of its inputs."""
+    return functools.partial(ops.residual_layernorm, eps=eps, p=p, row_key=keys[0], rng_key=keys[1], site=SITE)
 
 
-def compare(backend, inputs, p):
-    row_key, rng_key = make_keys(inputs["x"].shape[0])
-    shape = inputs["x"].shape
-    residual = inputs["residual"]
+def check(backend, inputs, p):
+    shape, residual = inputs["x"].shape, inputs["residual"]
+    row_key, rng_key = keys = make_keys(shape[0])
     grad_out = torch.randn(shape, device=DEVICE).to((inputs["x"] if residual is None else residual).dtype)
 
-    def ours(x, bias, residual, weight, ln_bias):
-        return ops.residual_layernorm(
-            x, residual, weight, ln_bias, bias=bias, eps=EPS, p=p, row_key=row_key, rng_key=rng_key, site=SITE
-        )
-
-    def exact(x, bias, residual, weight, ln_bias):
-        return reference.residual_layernorm_fwd(x, bias, residual, weight, ln_bias, row_key, rng_key, EPS, p, SITE)[0]
+    def exact(**doubles):
+        return reference.residual_layernorm_fwd(**doubles, row_key=row_key, rng_key=rng_key, eps=EPS, p=p, site=SITE)[0]
 
     def composed(x, bias, residual, weight, ln_bias):
         z = x if bias is None else x + bias.to(x.dtype)
@@ -69,26 +62,20 @@ def compare(backend, inputs, p):
             z = z.to(residual.dtype) + residual
         return F.layer_norm(z, shape[1:], weight.to(z.dtype), ln_bias.to(z.dtype), EPS)
 
-    with dispatch.use_backend(residual_layernorm=backend):
-        result = differentiate(ours, inputs, grad_out)
-    double = {name: None if t is None else t.double() for name, t in inputs.items()}
-    truth = differentiate(exact, double, grad_out.double())
-    same_dtype = differentiate(composed, inputs, grad_out)
-    for name, value in result.items():
-        assert_near_truth(f"{name} ({backend})", value, same_dtype[name], truth[name])
+    compare("residual_layernorm", backend, operator(keys, p), composed, exact, inputs, grad_out)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes(backend, dtypes, p):
-    compare(backend, make_inputs(17, 96, DTYPES[dtypes]), p)
+    check(backend, make_inputs(17, 96, DTYPES[dtypes]), p)
 
 
 @pytest.mark.parametrize(("tokens", "columns"), [(0, 32), (1, 32), (17, 1), (129, 7), (128, 32), (9, 300), (5, 1024)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes(backend, tokens, columns):
-    compare(backend, make_inputs(tokens, columns, DTYPES["fp32"]), 0.1)
+    check(backend, make_inputs(tokens, columns, DTYPES["fp32"]), 0.1)
 
 
 @pytest.mark.slow
@@ -97,20 +84,20 @@ def test_shapes(backend, tokens, columns):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_shapes(backend, tokens, columns, dtypes):
     """Not one column in 16 bits: there the variance is 0, and the rounding of the saved z is all the backward sees."""
-    compare(backend, make_inputs(tokens, columns, DTYPES[dtypes]), 0.1)
+    check(backend, make_inputs(tokens, columns, DTYPES[dtypes]), 0.1)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(("bias", "residual"), [(False, True), (True, False), (False, False)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_bias_or_residual(backend, bias, residual, p):
-    compare(backend, make_inputs(19, 64, DTYPES["bf16"], bias=bias, residual=residual), p)
+    check(backend, make_inputs(19, 64, DTYPES["bf16"], bias=bias, residual=residual), p)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_large_mean_costs_no_digits(backend):
     """E[x^2] - E[x]^2 in fp32 would leave nothing of a variance of 1 beside a mean of 1e4."""
-    compare(backend, make_inputs(16, 256, DTYPES["fp32"], mean=1e4), 0.0)
+    check(backend, make_inputs(16, 256, DTYPES["fp32"], mean=1e4), 0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,12 +105,8 @@ def test_constant_rows(backend):
     """Variance 0: xhat is 0, so the output is ln_bias, and nothing is NaN or infinite."""
     inputs = make_inputs(6, 64, DTYPES["fp32"], bias=False)
     inputs["x"], inputs["residual"] = torch.zeros_like(inputs["x"]), torch.full_like(inputs["residual"], 3.0)
-    with dispatch.use_backend(residual_layernorm=backend):
-        result = differentiate(
-            lambda x, bias, residual, weight, ln_bias: ops.residual_layernorm(x, residual, weight, ln_bias, eps=1e-5),
-            inputs,
-            torch.randn(6, 64, device=DEVICE),
-        )
+    function, grad_out = operator((None, None), 0.0, eps=1e-5), torch.randn(6, 64, device=DEVICE)
+    result = of_backend("residual_layernorm", backend, function, inputs, grad_out)
     torch.testing.assert_close(result["out"], inputs["ln_bias"].expand(6, 64), rtol=0, atol=0)
     for name, value in result.items():
         assert value.isfinite().all(), name
@@ -147,19 +130,10 @@ def test_mask_is_the_function(backend, columns, p):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_twice(backend):
-    inputs = make_inputs(70, 96, DTYPES["fp32"])  # more tiles than programs
-    row_key, rng_key = make_keys(70)
+    inputs, keys = make_inputs(70, 96, DTYPES["fp32"]), make_keys(70)  # more tiles than programs
     grad_out = torch.randn(70, 96, device=DEVICE)
-
-    def ours(x, bias, residual, weight, ln_bias):
-        return ops.residual_layernorm(
-            x, residual, weight, ln_bias, bias=bias, eps=EPS, p=0.1, row_key=row_key, rng_key=rng_key
-        )
-
-    with dispatch.use_backend(residual_layernorm=backend):
-        first, second = differentiate(ours, inputs, grad_out), differentiate(ours, inputs, grad_out)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    first, second = (of_backend("residual_layernorm", backend, operator(keys, 0.1), inputs, grad_out) for _ in range(2))
+    assert_same_bits(first, second)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
