@@ -1,0 +1,41 @@
+"""How far a run is: what its checkpoints keep beside weights and optimiser."""
+
+from dataclasses import asdict, dataclass, field
+
+from bert_fast.data.updates import Place, Update
+
+
+@dataclass
+class RunState:
+    """The part of state.json that changes while a run trains.
+
+    step                updates that are done
+    phase               number of the phase of the last one, ``place`` where it left the data
+    skipped             how many were not finite; ``skipped_in_a_row`` how many of the last ones
+    seconds             of training, without validation and checkpoints
+    validation          what was found after the last update; None where it was not validated
+    """
+
+    step: int = 0
+    phase: int = 0
+    place: Place = field(default_factory=Place)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    validation: dict | None = None
+
+    @classmethod
+    def of(cls, state: dict) -> "RunState":
+        """That of a checkpoint's ``state``."""
+        own = {name: state[name] for name in cls.__dataclass_fields__}
+        return cls(**own | {"place": Place(**state["place"])})
+
+    def as_dict(self) -> dict:
+        """For state.json."""
+        return asdict(self) | {"place": self.place._asdict()}
+
+    def count(self, update: Update, phase: int, *, finite: bool) -> None:
+        """One more ``update``, of ``phase``, is done."""
+        self.step, self.phase, self.place, self.validation = update.step + 1, phase, update.after, None
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
