@@ -679,7 +679,7 @@ def test_every_instruction_set(kind):
     if "cpu" not in BACKENDS:
         pytest.skip("the C++ operators are not built")
     code = (
-        "import sys; sys.path[:0] = ['.', 'tests']; import test_optim as t\n"
+        "from tests.optim import test_optim as t\n"
         f"t.test_against_float64('cpu', {kind!r}, {{'max_grad_norm': 2.0}})\n"
         f"t.test_sixteen_bits_have_masters('cpu', t.torch.bfloat16, {kind!r})\n"
         f"t.test_sixteen_bits_have_masters('cpu', t.torch.float16, {kind!r})\n"
