@@ -115,10 +115,16 @@ class PretrainingDataset(Dataset):
             raise IndexError(f"sample {index} of {len(self)}")
         return self.maker()(self.epoch, indices, self.plan.rows(indices))
 
+    def expected(self, lengths: np.ndarray, mask_prob: float | None = None) -> np.ndarray:
+        """int64 (n,): how many tokens of samples of ``lengths`` (n,) are predicted, of whole words on average.
+
+        ``mask_prob`` is the share of tokens, None the dataset's."""
+        return masked_count(lengths - (3 if self.nsp else 2), self.mask_prob if mask_prob is None else mask_prob)
+
     def predicted(self, indices: np.ndarray) -> np.ndarray:
         """int64 (n,): how many tokens of samples ``indices`` (n,) are predicted; of whole words they are drawn."""
         if self.continues is None:
-            return masked_count(self.plan.length[indices] - (3 if self.nsp else 2), self.mask_prob)
+            return self.expected(self.plan.length[indices])
         blocks = (self.__getitems__(indices[begin : begin + DRAWN]) for begin in range(0, len(indices), DRAWN))
         return np.array([len(sample.masked_labels) for block in blocks for sample in block], dtype=np.int64)
 

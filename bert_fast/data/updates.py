@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert_fast.data import masked_count
 from bert_fast.data.dataset import PretrainingDataset
 
 
@@ -89,7 +88,7 @@ class Stream:
         self.place = Place(epoch, position)
         epochs, indices, lengths, rows = (np.concatenate(column) for column in zip(*taken, strict=True))
         mask_prob = self.dataset.mask_prob if mask_prob is None else mask_prob
-        masked = masked_count(lengths - (3 if self.dataset.nsp else 2), mask_prob)
+        masked = self.dataset.expected(lengths, mask_prob)
         return Update(step, self.seq, epochs, indices, lengths, masked, rows, self.place, mask_prob)
 
 

@@ -173,13 +173,10 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         transformers has it, where bfloat16 halves what layers pass on and keep. Raises ValueError, TypeError or
         IndexError for input that does not fit.
         """
-        for name, value in (
-            ("encoder_hidden_states", encoder_hidden_states),
-            ("encoder_attention_mask", encoder_attention_mask),
-            ("past_key_values", past_key_values),
-        ):
-            if value is not None:
-                raise ValueError(f"bert_fast.BertModel has no decoder: {name} cannot be given; use transformers' class")
+        inputs.refuse_decoders(
+            encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+        )  # fmt: skip
         source = inputs.source_of(self.config, input_ids, inputs_embeds)
         if source.shape[1] == 0 and self.pooler is not None:
             raise ValueError("the batch has sequences of length 0: the pooler reads the first token of each")
@@ -189,9 +186,10 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             key: kwargs[key] if kwargs.get(key) is not None else getattr(self.config, key, False)
             for key in ("output_hidden_states", "output_attentions")
         }
+        pools_all = self._pools_all()
         layout = inputs.layout_of(
             source, attention_mask, position_ids, self.config.num_attention_heads,
-            self._read(attention_mask, source, rows), self.pooler is not None, **kwargs,
+            self._read(attention_mask, source, rows, pools_all), self.pooler is not None, **kwargs,
         )  # fmt: skip
         if wants["output_attentions"]:
             inputs.with_weights(layout)
@@ -216,7 +214,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
 
         places = None if rows is None or rows.places is None else packing.rows_of(layout, rows.places)
         only = None
-        if places is not None and hidden_states is None and attentions is None:
+        if places is not None and hidden_states is None and attentions is None and not pools_all:
             only = self._rows_read(places, layout)
         x = self.encoder(x, layout, hidden_states, attentions, only)
         if only is not None:
@@ -224,7 +222,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             hidden, first = x.split((places.shape[0], x.shape[0] - places.shape[0]))
         else:
             hidden, first = x if places is None else x.index_select(0, places), None
-        pooled = self._pooled(x, first, layout)
+        pooled = self._pooled(x, first, layout, pools_all)
         if rows is not None:
             rows.layout, rows.hidden, rows.pooled = layout, hidden, pooled
         dense = hidden_states[-1] if hidden_states else (packing.unpack(layout, x) if rows is None else None)
@@ -251,14 +249,15 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             inputs_embeds = inputs_embeds.where(layout.mask[..., None], inputs_embeds.nan_to_num(0.0, 0.0, 0.0))
         return None, packing.pack(layout, inputs_embeds)
 
-    def _pooled(self, x: Tensor, first: Tensor | None, layout: Layout) -> Tensor | None:
+    def _pooled(self, x: Tensor, first: Tensor | None, layout: Layout, pools_all: bool) -> Tensor | None:
         """The pooler's output (B, H) of rows x (T, H); ``first`` (B, H) where the last layer made its rows alone."""
         if self.pooler is None:
             return None
-        if self._pools_first():
-            pooled = self.pooler((self._first(x, layout) if first is None else first)[:, None])
+        if pools_all:
+            states = packing.by_sequence(layout, x) if layout.packed else packing.unpack(layout, x)
         else:
-            pooled = self.pooler(packing.by_sequence(layout, x) if layout.packed else packing.unpack(layout, x))
+            states = (self._first(x, layout) if first is None else first)[:, None]
+        pooled = self.pooler(states)
         # one output, where each sequence would have its own
         return pooled if layout.several is None else pooled.masked_fill(layout.several, torch.nan)
 
@@ -306,11 +305,11 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             rows.fill(layout, outputs.last_hidden_state, outputs.pooler_output)
         return outputs
 
-    def _read(self, mask: Tensor | None, source: Tensor, rows: Rows | None) -> Tensor | None:
+    def _read(self, mask: Tensor | None, source: Tensor, rows: Rows | None, pools_all: bool) -> Tensor | None:
         """Bool (B, S): places whose outputs are read though a ``mask`` (B, S) may leave them out; None: none."""
         if mask is None or mask.dim() != 2:
             return None
-        if self._shows_padding() or (self.pooler is not None and not self._pools_first()):
+        if self._shows_padding() or pools_all:
             return torch.ones_like(mask, dtype=torch.bool, device=source.device)  # code of one's own may read all of it
         return None if rows is None else rows.read
 
@@ -329,9 +328,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         self.__dict__["_showed_padding"] = shows
         return shows
 
-    def _pools_first(self) -> bool:
-        """The pooler is transformers', which reads the first token of each sequence, without hooks."""
-        return self.pooler is not None and fusable.untouched(self.pooler, hf.BertPooler)
+    def _pools_all(self) -> bool:
+        """The pooler may read every token: it is hooked, or not transformers', which reads each sequence's first."""
+        return self.pooler is not None and not fusable.untouched(self.pooler, hf.BertPooler)
 
     def _drops(self) -> bool:
         if fusable.dropout_p(self.embeddings.dropout) > 0:
@@ -350,8 +349,6 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     def _rows_read(self, asked: Tensor, layout: Layout) -> Tensor | None:
         """The rows that a head and the pooler read, in this order; None where the last layer has to make all: it is
         hooked, so a hook may look at it, or nothing would be saved."""
-        if self.pooler is not None and not self._pools_first():
-            return None
         if not (len(self.encoder.layer) and fusable.unhooked(self.encoder.layer[-1])):
             return None
         rows = layout.row_key.shape[0]

@@ -10,6 +10,13 @@ from bert_fast.packing import Layout
 Tensor = torch.Tensor
 
 
+def refuse_decoders(**given) -> None:
+    """ValueError for an argument of ``given`` that only a decoder has a use for."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"bert_fast.BertModel has no decoder: {name} cannot be given; use transformers' class")
+
+
 def source_of(config, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """input_ids (B, S) or inputs_embeds (B, S, H), whichever is given: one of them has to be."""
     if (input_ids is None) == (inputs_embeds is None):

@@ -1,5 +1,7 @@
 """Masks and batches: distributions on a real corpus, purity, and packed against padded; pairs are test_pairs.py's."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,22 @@ def test_pure_in_seed_epoch_index(corpus, tokenizer, samples):
     order = permutation(1000, seed=1, epoch=0)
     assert sorted(order) == list(range(1000))
     assert not np.array_equal(order, permutation(1000, seed=1, epoch=1))
+
+
+def test_planned_anew_it_is_the_dataset_made_so(corpus, tokenizer):
+    """Of another epoch, length and corpus; the one that was asked goes on as it was."""
+    dataset = PretrainingDataset(corpus, tokenizer, max_length=128, seed=7)
+    dataset.set_epoch(1)
+    few = dataclasses.replace(corpus, documents=corpus.documents[::3])
+    before, other = dataset[5], dataset.replanned(epoch=2, max_length=48, corpus=few)
+    made = PretrainingDataset(few, tokenizer, max_length=48, seed=7)
+    made.set_epoch(2)
+    assert len(other) == len(made) != len(dataset)
+    assert (other.order() == made.order()).all()
+    for ours, expected in zip((*other[3], *dataset[5]), (*made[3], *before), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    assert (dataset.epoch, dataset.max_length, dataset.corpus) == (1, 128, corpus)
+    assert dataset.replanned().epoch == 0
 
 
 def test_whole_words(corpus, tokenizer):

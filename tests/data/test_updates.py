@@ -1,6 +1,7 @@
 """Which samples form an update, and how they are dealt: all of them, once, whatever the ranks."""
 
 import itertools
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -181,6 +182,20 @@ def test_a_batch_of_whole_words_has_room_for_as_many_as_are_drawn(prepared):
         assert len(batch["masked_labels"]) == max(expected, -(-int(made) // 16) * 16)
         sizes.add(len(batch["masked_labels"]) > expected)
     assert sizes == {False, True}
+
+
+def test_a_worker_opens_the_corpus_itself(dataset, prepared):
+    """What travels to a worker that was not forked has neither corpus nor plan, and makes the same batches."""
+    maker = BatchMaker(dataset, prepared / "data")
+    update = Stream(dataset, SEQ, Place(2)).take(0, 9)
+    order = Order(np.arange(9), update.epochs, update.indices, update.rows, Capacities(512, 9, 80), update.mask_prob)
+    travelled, whole = pickle.dumps(maker), pickle.dumps(dataset)
+    for kind in (b"Corpus", b"Plan"):
+        assert kind in whole
+        assert kind not in travelled
+    expected, made = maker[order], pickle.loads(travelled)[order]
+    assert list(made) == list(expected)
+    assert all((made[name] == value).all() for name, value in expected.items() if isinstance(value, torch.Tensor))
 
 
 def test_a_batch_travels_as_one_block(dataset, prepared):

@@ -273,7 +273,7 @@ def test_who_looks_on_or_differs_keeps_two_operators(in_epilogue, monkeypatch, w
     assert len(seen) == (2 if who.startswith("hook") else 0)
 
 
-def test_a_joined_layer_is_made_of_our_own_modules():
+def test_a_fused_feed_forward_is_made_of_our_own_modules():
     layer = small_model().bert.encoder.layer[0]
     assert layers.fusable_feed_forward(layer.intermediate, layer.output)
     layer.output.dense.register_forward_pre_hook(lambda *_: None)
