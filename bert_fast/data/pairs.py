@@ -12,15 +12,16 @@ rest begins the next sample. A next sentence longer than any sequence is divided
 
 **Pairs** (Devlin et al., BERT, section A.2, and `create_pretraining_data.py` of google-research/bert): A ends at any
 sentence end within the text taken, each alike. If the label is NotNext, another document's text follows, and what stood
-there is the next step's. The label is drawn first and for every pair alike, half of them NotNext. Its form should not
-tell it:
+there is the next step's. The label is drawn first and for every pair alike, half of them NotNext. Only what the texts
+say shall tell it, so both labels' pairs are of one distribution of forms:
 
-- Where the text taken is within one sentence (a last or only one, a piece of a long one), A ends at any token of it,
-  each alike, with either label. B of another document then begins at any token, too, and ends with its sentence; else
-  it begins with a sentence. In both it is filled as the text taken is, to the length of the B that it stands for at a
-  document's end, and its end alone is divided, never its beginning.
+- What replaces a B is what follows an A in another document, and of the form of the B that it replaces: as many tokens
+  and sentences, and it begins and ends with a sentence where that does. Of all such texts in the epoch's plan each is
+  taken alike. A small corpus has few of a form; there A is ended at further places, for more texts.
+- Where the text taken is within one sentence (a last or only one, a piece of a long one), A ends at any token of it
+  that leaves B half of it or 16 tokens, each alike. So few documents come to an end of two tokens, where form tells:
 - No step leaves one token of a document, which could only be NotNext. Of two left NotNext takes both: with one in A,
-  the other would be left. Documents of one token give no pair.
+  the other would be left. Documents of one token give no pair; one is taken where no other document gives any.
 
 Places within a sentence are not moved to where a word ends: a plan reads no token.
 """
@@ -33,6 +34,11 @@ import numpy as np
 from bert_fast.dropout_mask import philox
 
 IS_NEXT, NOT_NEXT, NO_LABEL = 0, 1, -100
+BEGINS_WITHIN, ENDS_WITHIN = 1, 2  # a sentence: their sum is a text's form
+COUNTED = 16  # sentences; texts of so many and of more are alike
+LEAST_LEFT = 16  # tokens, or half of the text, that A leaves B within a sentence
+TEXTS = 128  # to choose from where a B is replaced, for each length that a sequence holds: a small corpus gives them by
+MOST_CUTS = 64  # further ends of each A, at most
 WORD = 1 << 32
 BLOCK = 1 << 20  # samples of which the random words are held at a time
 
@@ -116,30 +122,50 @@ def plan_epoch(
     text = _Text(np.asarray(corpus.sentence_ends), np.asarray(corpus.documents), capacity)
     document = np.arange(len(text.first))
     sentence, position, short = np.array(text.first), text.ends[text.first], int(short_seq_prob * WORD)
+    expected = 1 + document_tokens(corpus).sum() // capacity  # pairs, about
+    streams = 3 + np.arange(min(TEXTS * capacity // expected, MOST_CUTS) // 4)[:, None]  # four words each
     steps: list[tuple[np.ndarray, ...]] = []
     while True:
         active = text.ends[text.last[document]] - position >= least
         document, sentence, position = document[active], sentence[active], position[active]
         if not len(document):
             break
-        length_word, *words = _draw(seed, len(steps), document, epoch, 0)
+        length_word, cut, choice, _ = _draw(seed, len(steps), document, epoch, 0)
         # below ``short`` the word is uniform there: one Philox call has all words of a step
         target = np.where(length_word < short, 2 + length_word * (capacity - 1) // max(short, 1), capacity)
         if nsp:
-            *sample, following, sentence = text.pairs(document, sentence, position, target, words)
+            further = _draw(seed, len(steps), document, epoch, streams) if len(streams) else ()
+            cuts = np.concatenate([cut[None], *further]).T
+            *sample, following, sentence = text.pairs(document, sentence, position, target, cuts, choice)
         else:
             following, sentence = text.filled(position, sentence, text.last[document], target, capacity, 1)
-            sample = following, document, following, following, np.full_like(document, NO_LABEL)
-        a_end, b_document, b_start, b_end, label = sample
-        length = a_end - position + b_end - b_start + special
-        steps.append((document, position, a_end, b_document, b_start, b_end, label, length))
+            sample = following, following
+        steps.append((document, position, *sample))
         position = following
     if not steps:
         raise ValueError("no document has two tokens, so there is no pair: go without NSP" if nsp else "no text")
+    if nsp:
+        steps.append(text.unpaired(1 + 4 * len(streams)))
+    return _planned(text, steps, special)
+
+
+def _planned(text: "_Text", steps: list[tuple[np.ndarray, ...]], special: int) -> Plan:
+    """The plan of what the walk's steps gave: document, a_start, a_end, b_end, and with NSP what ``pairs`` adds."""
     columns = list(zip(*steps, strict=True))
-    del steps
+    steps.clear()
     order = np.argsort(np.concatenate(columns[0]), kind="stable")  # a document's samples are in order already
-    return Plan(*(np.concatenate(columns.pop(0))[order] for _ in range(len(columns))))  # one at a time: they are large
+    columns = [np.concatenate(columns.pop(0))[order] for _ in range(len(columns))]  # one at a time: they are large
+    document, a_start, a_end, b_end, *nsp = columns
+    del order, columns
+    if nsp:
+        b_document, b_start, b_end = text.replaced(document, b_end, *nsp)
+        label = nsp.pop() & 1
+    else:
+        b_document, b_start, label = document, a_end, np.full_like(document, NO_LABEL)
+    length = a_end - a_start + b_end - b_start + special
+    plan = Plan(document, a_start, a_end, b_document, b_start, b_end, label, length)
+    paired = a_start < a_end
+    return plan if paired.all() else Plan(*(column[paired] for column in vars(plan).values()))
 
 
 def fewest_tokens(nsp: bool) -> int:
@@ -176,11 +202,12 @@ class _Text:
         goes_on = (ends[np.minimum(taken + 1, last)] - end > self.capacity) & (end - begin < target)
         return np.where(too_much | goes_on, begin + target, end), np.where(too_much, whole, taken)
 
-    def pairs(self, document, sentence, begin, target, words) -> tuple[np.ndarray, ...]:
-        """a_end, b_document, b_start, b_end and label of pairs whose A begins at ``begin``; and the next step's place.
+    def pairs(self, document, sentence, begin, target, cuts, word) -> tuple[np.ndarray, ...]:
+        """Pairs whose A begins at ``begin``: a_end, the end of the B that follows, where it would begin by each cut and
+        its kinds, and ``word``; and the next step's place.
 
-        ``words`` are three random words of each pair: for A's end and, by its lowest bit, the label; for another
-        document; and for its text.
+        ``cuts`` (steps, cuts) are random words for A's end, of which the first decides it. The lowest bit of ``word``
+        is the label.
         """
         ends, capacity, last = self.ends, self.capacity, self.last[document]
         final = ends[last]
@@ -189,54 +216,95 @@ class _Text:
         takes_it, leaves_two = one_left & (final - begin <= capacity), one_left & (final - begin > capacity)
         end, after = np.where(takes_it, final, end - leaves_two), np.where(takes_it, last, after)
         after = after - (ends[after] > end)
+        divided = ends[after] < end
 
         furthest = np.minimum(end - 1, final - 2)  # where A may end
         bound = after - (ends[after] > furthest)
         bound = bound - (ends[bound] > furthest)  # the last sentence end up to there
         between = bound > sentence
-        a_sentence = sentence + np.where(between, 1 + _below(words[0], bound - sentence), 0)
-        inside = begin + 1 + _below(words[0], np.maximum(furthest - begin, 1))
-        a_end = np.where(between, ends[a_sentence], inside)
+        inside = np.minimum(furthest, np.maximum((begin + end) // 2, end - LEAST_LEFT)) - begin
+        choices = np.where(between, bound - sentence, np.maximum(inside, 1))
+        chosen = 1 + _below(cuts, choices[:, None])
+        b_sentence = sentence[:, None] + between[:, None] * chosen
+        starts = np.where(between[:, None], ends[b_sentence], begin[:, None] + chosen)
+        form = ~between * BEGINS_WITHIN + divided * ENDS_WITHIN
+        kinds = self.kinds(form[:, None], end[:, None] - starts, (after + divided)[:, None] - b_sentence)
 
-        label = words[0] & 1  # IS_NEXT or NOT_NEXT
-        next_end = np.where(end == final, end, np.maximum(end, begin + target))
-        replaced = np.flatnonzero(label == NOT_NEXT)
-        all_of_it = replaced[(final - begin)[replaced] == 2]
-        a_end[all_of_it] = final[all_of_it]
-        between[all_of_it] = True
-        texts = self.other_text(
-            document[replaced], between[replaced], (next_end - a_end)[replaced], (begin + capacity - a_end)[replaced],
-            words[1][replaced], words[2][replaced],
-        )  # fmt: skip
-        b_document, b_start, b_end = document.copy(), a_end.copy(), end.copy()
-        for column, values in zip((b_document, b_start, b_end), texts, strict=True):
-            column[replaced] = values
-        end[replaced], after[replaced] = a_end[replaced], a_sentence[replaced]
-        return a_end, b_document, b_start, b_end, label, end, after
+        replaced = word & 1 == NOT_NEXT
+        a_end = np.where(replaced & (final - begin == 2), final, starts[:, 0])
+        following, sentence = np.where(replaced, a_end, end), np.where(replaced, b_sentence[:, 0], after)
+        return a_end, end, starts, kinds, word, following, sentence
 
-    def other_text(self, document, whole, target, room, word, place) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Document, begin and end of text of another document than ``document``, of at most ``room`` tokens.
+    def kinds(self, form, length, sentences) -> np.ndarray:
+        """One number for form, length and number of sentences of texts, in this order.
 
-        It begins with any of its sentences, each alike, where ``whole``; else at any of its tokens but the first, and
-        then it ends with that token's sentence.
+        Where a text begins or ends within a sentence, the longer ones come first: they can be divided to be like it.
         """
-        other = _below(word, len(self.first) - 1)
-        other = other + (other >= document)
-        first, last = self.first[other], self.last[other]
-        tokens = self.ends[last] - self.ends[first]
-        sentence = first + _below(place, last - first)
-        within = self.ends[first] + np.minimum(1, tokens - 1) + _below(place, np.maximum(tokens - 1, 1))
-        begin = np.where(whole, self.ends[sentence], within)
-        sentence = np.searchsorted(self.ends, begin, side="right") - 1
-        target = np.minimum(np.maximum(target, 1), room)
-        end, _ = self.filled(begin, sentence, np.where(whole, last, sentence + 1), target, room, 1)
-        return other, begin, end
+        length = np.where(form == 0, length, self.capacity - length)
+        kinds = (form * self.capacity + length) * COUNTED + np.minimum(sentences, COUNTED) - 1
+        return kinds.astype(np.min_scalar_type(4 * self.capacity * COUNTED))  # 16 bits are sorted many times as fast
+
+    def unpaired(self, cuts: int) -> tuple[np.ndarray, ...]:
+        """The documents of one token, as a plan's columns: each is a B that follows no A."""
+        document = np.flatnonzero(self.ends[self.last] - self.ends[self.first] == 1)
+        begin = self.ends[self.first[document]]
+        starts, ones = np.repeat(begin[:, None], cuts, axis=1), np.ones((len(begin), cuts), dtype=np.int64)
+        return document, begin, begin, begin + 1, starts, self.kinds(0, ones, ones), 0 * begin + IS_NEXT
+
+    def replaced(self, document, end, starts, kinds, word) -> tuple[np.ndarray, ...]:
+        """b_document, b_start and b_end of pairs in the order of their documents, as ``pairs`` gives them.
+
+        What replaces a B is any text of its kind in another document. Where there is none it is a text of the nearest
+        kind before it, or after it if only the number of sentences differs, and is divided where it is longer.
+        """
+        cuts = starts.shape[1]
+        order = np.argsort(kinds.ravel(), kind="stable")  # in each kind by document
+        kinds, owner = kinds.ravel()[order], document.astype(np.int32)[order // cuts]
+        new_kind, new_owner = (np.append(True, values[1:] != values[:-1]) for values in (kinds, owner))
+        is_b = order % cuts == 0
+        is_b &= (word & 1 == NOT_NEXT)[order // cuts]
+        places = np.flatnonzero(is_b)
+        b_document, b_start, b_end = document.copy(), starts[:, 0].copy(), end.copy()
+        for wanted in np.split(places, range(BLOCK, len(places), BLOCK)):
+            pair, kind = order[wanted] // cuts, kinds[wanted].astype(np.int64)
+            first, beyond = _run(new_kind, wanted)
+            own, own_end = _run(new_kind | new_owner, wanted)
+            others = beyond - first - (own_end - own)
+            place = first + _below(word[pair], others)
+            place += (place >= own) * (own_end - own)
+            alone = np.flatnonzero(others == 0)
+            place[alone] = _nearest(kinds, *_run(new_owner, wanted[alone]), kind[alone])
+
+            begin, text_end = starts.ravel()[order[place]], end[order[place] // cuts]
+            too_much = np.maximum(text_end - begin - (b_end[pair] - b_start[pair]), 0)
+            at_front = kind // COUNTED // self.capacity & BEGINS_WITHIN > 0
+            b_document[pair] = owner[place]
+            b_start[pair] = begin + at_front * too_much
+            b_end[pair] = text_end - ~at_front * too_much
+        return b_document, b_start, b_end
 
 
-def _draw(seed: int, step: int, document: np.ndarray, epoch: int, stream: int) -> tuple[np.ndarray, ...]:
-    """Four independent uniform words (0 .. 2**32 - 1) for every document."""
+def _nearest(kinds, begin, end, wanted) -> np.ndarray:
+    """The place just before ``begin`` or at ``end``, by which of ``kinds`` (sorted) there is nearer to ``wanted``.
+
+    That at the end only if the number of sentences alone differs, or nothing is before.
+    """
+    before, after = (kinds[place].astype(np.int64) for place in (begin - 1, np.minimum(end, len(kinds) - 1)))
+    nearer = (after // COUNTED == wanted // COUNTED) & (after - wanted < wanted - before)
+    return np.where((begin == 0) | nearer & (end < len(kinds)), end, begin - 1)
+
+
+def _run(new: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the run that each of ``places`` is in begins and ends, if one begins wherever ``new``."""
+    begins = np.append(np.flatnonzero(new), len(new))
+    run = np.searchsorted(begins, places, side="right")
+    return begins[run - 1], begins[run]
+
+
+def _draw(seed: int, step: int, document: np.ndarray, epoch: int, stream) -> tuple[np.ndarray, ...]:
+    """Four independent uniform words (0 .. 2**32 - 1) a document, (streams, documents) for streams (streams, 1)."""
     seed, step, epoch, stream = (
-        np.array([number], dtype=np.int64) for number in (seed, step, epoch, 0x5041 << 8 | stream)
+        np.atleast_1d(np.asarray(number, dtype=np.int64)) for number in (seed, step, epoch, 0x5041 << 8 | stream)
     )
     return philox(seed, step, document, epoch, stream)
 

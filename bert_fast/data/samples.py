@@ -9,7 +9,7 @@ from bert_fast.data.masking import MASK_PROB, MASK_SHARES, choose_tokens, choose
 from bert_fast.data.pairs import NO_LABEL, Corpus, require_known
 from bert_fast.data.tokenizer import SpecialIds
 
-RULE = 3  # of which sample is which, in plans and here; a run cannot go on by another
+RULE = 4  # of which sample is which, in plans and here; a run cannot go on by another
 KEY, BITS, TURN = range(3)  # what a sample's random words are for, in this order
 
 

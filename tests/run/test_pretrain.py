@@ -392,19 +392,20 @@ def test_a_checkpoint_that_would_leave_the_encoder_random_is_refused(configure, 
 
 
 def test_a_run_whose_samples_were_drawn_by_another_rule_is_refused(configure, tmp_path):
-    """A checkpoint of a version before rules had numbers; its weights begin another run."""
+    """A checkpoint of the rule before, and of a version before rules had numbers; its weights begin another run."""
     config = configure(steps=4)
     train(config)
     folder = checkpoint.folder_of(Path(config.out), 4)
     state = json.loads((folder / "state.json").read_text())
-    assert state["identity"].pop("rule")
-    state_json, sums = json.dumps(state).encode(), json.loads((folder / "checksums.json").read_text())
-    (folder / "state.json").write_bytes(state_json)
-    digest = hashlib.blake2b(state_json, digest_size=16).hexdigest()
-    sums["state.json"] = {"bytes": len(state_json), "blake2b": digest}
-    (folder / "checksums.json").write_text(json.dumps(sums))
-    with pytest.raises(NotTheSameRun, match=f"draws other samples .* --init-from {folder} and another --out"):
-        train(dataclasses.replace(config, steps=8))
+    sums, rule = json.loads((folder / "checksums.json").read_text()), state["identity"].pop("rule")
+    for before in ({"rule": rule - 1}, {}):
+        state_json = json.dumps(state | {"identity": state["identity"] | before}).encode()
+        (folder / "state.json").write_bytes(state_json)
+        digest = hashlib.blake2b(state_json, digest_size=16).hexdigest()
+        sums["state.json"] = {"bytes": len(state_json), "blake2b": digest}
+        (folder / "checksums.json").write_text(json.dumps(sums))
+        with pytest.raises(NotTheSameRun, match=f"draws other samples .* --init-from {folder} and another --out"):
+            train(dataclasses.replace(config, steps=8))
     assert checkpoint.newest(Path(config.out))[0].step == 4
     assert train(configure(out=str(tmp_path / "onward"), init_from=str(folder), steps=2)) == 0
 

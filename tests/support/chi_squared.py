@@ -15,3 +15,9 @@ def assert_fits(observed, probabilities):
     # Wilson and Hilferty: the cube root of chi-squared / k is nearly normal
     deviation = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
     assert deviation < 5, f"chi-squared {statistic:.1f} at {freedom} degrees of freedom"
+
+
+def assert_alike(first, second):
+    """Chi-squared of two samples of about the same size: they are of one distribution."""
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    assert_fits(2 * first, first + second)
