@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(dispatch.why_unavailable("triton") is not None, 
 
 
 def sums(index, count, columns, *, add=False, dtype=torch.float32, run=16):
-    x = torch.randint(-9, 9, (len(index), columns), device=DEVICE).float()
-    out = torch.randint(-9, 9, (count, columns), device=DEVICE).to(dtype) if add else torch.full(
+    x = torch.randint(-999, 999, (len(index), columns), device=DEVICE).float()
+    out = torch.randint(-999, 999, (count, columns), device=DEVICE).to(dtype) if add else torch.full(
         (count, columns), float("nan"), dtype=dtype, device=DEVICE
     )  # fmt: skip
     index = index.to(DEVICE)
@@ -42,7 +42,7 @@ def test_all_rows_have_one_index(tokens):
 
 @pytest.mark.parametrize(("columns", "dtype"), [(1, torch.bfloat16), (300, torch.float16), (1500, torch.float32)])
 def test_widths_and_dtypes(columns, dtype):
-    """A total is rounded before it is added, as a tensor of its own would be."""
+    """A total of more digits than 16 bits have is rounded before it is added, as a tensor of its own would be."""
     for add in (False, True):
         sums(torch.randint(0, 4, (70,)), 3, columns, add=add, dtype=dtype)
 
