@@ -34,6 +34,11 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="TOML or JSON file with any of these options; flags override it"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing and write nothing: say what the run will be, its memory, its measured speed and its end",
+    )
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for field, kind in fields():
         about = field.metadata
@@ -56,6 +61,11 @@ def run(options: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(options).items() if name in names}
     try:
         config = resolve(flags, options.config)
+        if options.dry_run:
+            from bert_fast.run.dry_run import dry_run
+
+            dry_run(config, Output.of(options))
+            return 0
         from bert_fast.run.pretrain import pretrain
 
         return pretrain(config, Output.of(options))

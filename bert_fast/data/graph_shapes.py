@@ -45,13 +45,16 @@ def sizes_of_phases(
 
 def sample_lengths(dataset: PretrainingDataset, seq: int) -> np.ndarray:
     """Lengths (samples,) of sequences of at most ``seq`` tokens made from evenly spaced documents, some 2048."""
-    corpus = dataset.corpus
+    few = spaced_documents(dataset.corpus, nsp=dataset.nsp)
+    return np.asarray(dataset.replanned(corpus=few, max_length=seq).plan.length)
+
+
+def spaced_documents(corpus: Corpus, *, nsp: bool) -> Corpus:
+    """The corpus of evenly spaced documents of ``corpus``, some 2048, one of which gives a sample if one does."""
     documents = np.asarray(corpus.documents)
     spaced = np.linspace(0, len(documents) - 1, min(len(documents), DOCUMENTS)).astype(np.int64)
-    one = np.argmax(document_tokens(corpus) >= fewest_tokens(dataset.nsp))  # that gives a sample
-    chosen = np.unique(np.append(spaced, one))
-    few = Corpus(corpus.tokens, corpus.sentence_ends, documents[chosen])
-    return np.asarray(dataset.replanned(corpus=few, max_length=seq).plan.length)
+    one = np.argmax(document_tokens(corpus) >= fewest_tokens(nsp))
+    return Corpus(corpus.tokens, corpus.sentence_ends, documents[np.unique(np.append(spaced, one))])
 
 
 def phase_sizes(

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from bert_fast.data import load_tokenizer, open_corpus, read_manifest
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.files import write_atomically
-from bert_fast.data.graph_shapes import example, sizes_of_phases
+from bert_fast.data.graph_shapes import example, sizes_of_phases, spaced_documents
 from bert_fast.data.loader import BatchMaker, Work, load_updates, updates
 from bert_fast.data.phase import Phase
 from bert_fast.data.tokenizer import differences
@@ -56,17 +56,17 @@ def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
         if not ranks.first:
             output = Output(silent=True)
         try:
-            return _Run(config, ranks, output).train(asked_to_stop)
+            return Run(config, ranks, output).train(asked_to_stop)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise checkpoint.disk_full(Path(config.out), error) from error
 
 
-class _Run:
-    """What a run consists of, ready to go on from its last checkpoint."""
+class Run:
+    """What a run consists of, ready to go on from its last checkpoint; ``few`` of its documents stand for its data."""
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks, output: Output):
+    def __init__(self, config: PretrainConfig, ranks: Ranks, output: Output, *, few: bool = False):
         self.ranks, self.output, self.folder = ranks, output, Path(config.out)
         before = last_checkpoint(config, ranks, output)
         self.given, self.config = config, planned(config, before)
@@ -84,6 +84,9 @@ class _Run:
         corpus, held_out = hold_out(corpus, config.validation, seed=config.seed, nsp=config.nsp)
         if config.validation_data:
             held_out = self._other_corpus(config.validation_data)
+        self.corpus = corpus
+        if few:  # an epoch of all would be planned, for minutes
+            corpus, held_out = spaced_documents(corpus, nsp=config.nsp), None
         self.dataset = self._dataset(corpus, mask_prob=mask_probs(config)[0], mask_shares=mask_shares(config))
         self.validation = None
         if held_out is not None:
@@ -115,9 +118,6 @@ class _Run:
         self.state = RunState()
         if before is not None:
             self._go_on_from(before)
-        if ranks.first:
-            options = effective(config.as_dict())
-            write_atomically(self.folder / "config.json", (json.dumps(options, indent=1) + "\n").encode())
         # recorded or not: shapes decide the last bits of a product on a GPU
         self.sizes = sizes_of_phases(self.dataset, self.phases, self.tokens) if recorded.recordable(ranks) else None
         self.prepared: Phase | None = None  # whose shapes the step is ready to record
@@ -141,6 +141,9 @@ class _Run:
     def train(self, asked_to_stop: Stop) -> int:
         """Updates, lines of metrics, validations and checkpoints, until the last update or a reason to stop."""
         config, on_cpu = self.config, self.ranks.device.type == "cpu"
+        if self.ranks.first:
+            options = effective(config.as_dict())
+            write_atomically(self.folder / "config.json", (json.dumps(options, indent=1) + "\n").encode())
         self.report = Report(self.folder, config, self.ranks, self.output, self.state.step)
         self.peak = (config.peak_tflops or 0) * 1e12 or matmul_peak(
             self.ranks.device, torch.bfloat16 if self.bf16 else torch.float32
