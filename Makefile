@@ -60,11 +60,11 @@ figures: setup
 
 test: setup
 	@echo "== Tests, fast tier"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not proof and not gpu" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15 -m "not slow and not proof and not gpu" tests
 
 test-all: setup
 	@echo "== Tests, both tiers"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not proof" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=25 -m "not gpu and not proof" tests
 	@echo "== The proof that it learns (about 25 minutes on 2 cores, 15 of them pre-training)"
 	@$(BIN)/python -m pytest -s -m proof tests
 
