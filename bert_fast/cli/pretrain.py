@@ -13,6 +13,7 @@ GROUPS = {
     "optimizer": "optimiser and learning rate",
     "device": "device",
     "run": "metrics, validation and checkpoints",
+    "sharing": "trackers and the Hugging Face Hub",
 }
 
 
@@ -29,6 +30,7 @@ def add_parser(subparsers) -> None:
         "bert-fast pretrain --data data --out run --phases 128:900000,512:100000 --checkpoint-every 5000\n"
         "bert-fast pretrain --data data --out run --init-from google-bert/bert-base-uncased --lr 5e-5\n"
         "bert-fast pretrain --config run/config.json\n"
+        "bert-fast pretrain --data data --out run --track wandb --push-to-hub user/name\n"
         "torchrun --nproc-per-node 8 -m bert_fast pretrain --data data --out run --model large --optimizer lamb",
     )
     parser.add_argument(

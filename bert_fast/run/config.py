@@ -21,7 +21,8 @@ SIZES = {  # hidden layers, hidden size, attention heads; the feed-forward is fo
     "large": (24, 1024, 16),
 }
 
-NOT_INHERITED = ("out", "resume", "decay_from", "continue_from")  # of a checkpoint's run by one that begins there
+# Of a checkpoint's run by one that begins there.
+NOT_INHERITED = ("out", "resume", "decay_from", "continue_from", "push_to_hub")
 
 INSTEAD = {"seq": "phases", "steps": "phases", "model": "init_from"}  # an option, and what is read in its place if set
 
@@ -151,6 +152,17 @@ class PretrainConfig:
         choices=("auto", "never"),
     )  # fmt: skip
 
+    track: str | None = option(
+        None, "sharing", "send every number of metrics.jsonl to these trackers, too, with accelerate: aim, clearml, "
+        "comet_ml, dvclive, mlflow, swanlab, trackio, wandb; several by comma", "NAMES",
+    )  # fmt: skip
+    track_project: str = option("bert_fast", "sharing", "project (or experiment) of the trackers", "NAME")
+    push_to_hub: str | None = option(
+        None, "sharing", "upload RUN/model to this repository of the Hugging Face Hub at the end; exit code 1 where "
+        "that fails", "USER/NAME",
+    )  # fmt: skip
+    hub_private: bool = option(True, "sharing", "make that repository private, where there is none yet")
+
     def __post_init__(self):
         for field, kind in fields():
             value = getattr(self, field.name)
@@ -170,6 +182,7 @@ class PretrainConfig:
         _require(self, "short_seq_prob", 0 <= self.short_seq_prob <= 1, "between 0 and 1")
         mask_probs(self)
         mask_shares(self)
+        trackers(self)
         _require(self, "dropout", self.dropout is None or 0 <= self.dropout < 1, "at least 0 and below 1")
         _require(self, "initializer_range", self.initializer_range is None or self.initializer_range > 0, "above 0")
         for name in ("validation", "beta1", "beta2"):
@@ -323,6 +336,13 @@ def mask_shares(config: PretrainConfig) -> tuple[float, float, float]:
     _require(config, "mask_shares", right, "three percentages that sum to 100, as 80:10:10")
     masked, random, kept = (percent / 100 for percent in found)
     return masked, random, kept
+
+
+def trackers(config: PretrainConfig) -> list[str]:
+    """The names of ``--track``. ConfigError where one is empty or stands there twice."""
+    found = [] if config.track is None else [name.strip() for name in config.track.split(",")]
+    _require(config, "track", all(found) and len(set(found)) == len(found), "names by comma, each once")
+    return found
 
 
 def _numbers(text: str) -> list[float]:

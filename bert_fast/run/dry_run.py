@@ -14,6 +14,7 @@ from bert_fast.output import Output
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.optimizer import state_tensors
 from bert_fast.run.pretrain import Run
+from bert_fast.run.tracking import require_installed
 from bert_fast.train.distributed import started
 
 SECONDS = 1.0  # of one update: long enough to be measured
@@ -24,11 +25,14 @@ def dry_run(config: PretrainConfig, output: Output | None = None) -> dict:
 
     Returns the facts by name: ``parameters`` by part; ``data``, of an epoch at the first phase's length; ``phases``;
     ``speed``, of eager updates; ``memory`` of one process, in bytes; ``hours`` and ``updates`` to the end, without
-    validation and checkpoints; ``disk``, in bytes. Raises what pretrain raises before its first update.
+    validation and checkpoints; ``disk``, in bytes. Raises what pretrain raises before its first update;
+    trackers and the Hub are not asked.
     """
     output = output or Output()
     with started(config.device) as ranks:
-        if not ranks.first:
+        if ranks.first:
+            require_installed(config)
+        else:
             output = Output(silent=True)
         run = Run(config, ranks, output, few=True)
         facts = {"parameters": _parameters(run.model), "data": _data(run), "phases": list(_phases(run))}

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers.utils import logging
 
-import bert_fast
 from bert_fast.data.tokenizer import save_tokenizer, tokenizer_contents
 from bert_fast.model import BertForPreTraining
-from bert_fast.run.config import PretrainConfig, flag, phases
+from bert_fast.run.card import CURVES, model_card
+from bert_fast.run.config import PretrainConfig
 
 
 def export(
@@ -38,7 +38,10 @@ def export(
         with _no_progress_bar():
             model.save_pretrained(aside)
         save_tokenizer(tokenizer, aside, max_length=model.config.max_position_embeddings)
-        (aside / "README.md").write_text(model_card(model, config, manifest, state), encoding="utf-8")
+        card = model_card(model, tokenizer, config, manifest=manifest, state=state)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        if (run / CURVES).is_file():
+            shutil.copy(run / CURVES, aside)
         if folder.exists():
             os.rename(folder, before)
         os.rename(aside, folder)
@@ -67,54 +70,3 @@ def _no_progress_bar():
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def model_card(model: BertForPreTraining, config: PretrainConfig, manifest: dict, state: dict) -> str:
-    """The README.md of the model: data, steps, results."""
-    made = model.config
-    size = f"{made.num_hidden_layers} layers, hidden size {made.hidden_size}, {made.num_attention_heads} heads"
-    files = [name for name, _ in manifest["made_by"]["files"]]
-    named = ", ".join(files[:10]) + (f" and {len(files) - 10} more" if len(files) > 10 else "")
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: fill-mask",
-        "tags: [bert, bert_fast]",
-        "---",
-        "",
-        "# A BERT pre-trained with bert_fast",
-        "",
-        f"{size}, a vocabulary of {made.vocab_size}, {model.num_parameters():,} parameters; it loads with",
-        "`transformers.BertForPreTraining.from_pretrained(...)` and with `bert_fast`'s class of the same name.",
-        "",
-        "## Data",
-        "",
-        f"{manifest['documents']:,} documents, {manifest['sentences']:,} sentences, {manifest['tokens']:,} tokens "
-        f"({manifest['duplicate_documents']:,} duplicate documents left out), from {named}.",
-        "",
-        "## Training",
-        "",
-        f"{state['step']:,} updates, "
-        + ("masked language modelling and next-sentence prediction" if config.nsp else "masked language modelling")
-        + (" (whole words)" if config.whole_word else "")
-        + (f", from {config.init_from}" if config.init_from else "")
-        + ":",
-        "",
-        *(f"- updates {p.first + 1:,} to {p.last:,}: {p.seq} tokens, {p.batch_size} sequences" for p in phases(config)),
-        "",
-        "| option | value |",
-        "|---|---|",
-    ]
-    shown = ("optimizer", "lr", "warmup", "schedule", "beta1", "beta2", "eps", "weight_decay", "clip", "seed")
-    lines += [f"| `{flag(name)}` | {getattr(config, name)} |" for name in shown]
-    lines += [f"| precision | {state['precision']} |", "", "## Results", ""]
-    if state["validation"] is None:
-        lines.append("Not validated: no documents were held out.")
-    else:
-        lines += [f"On held-out documents, {state['validation']['sequences']:,} sequences:", "", "| | |", "|---|---|"]
-        lines += [
-            f"| {key.replace('_', ' ')} | {value:.4f} |" for key, value in state["validation"].items()
-            if isinstance(value, float)
-        ]  # fmt: skip
-    lines += ["", f"Made with bert_fast {bert_fast.__version__}."]
-    return "\n".join(lines) + "\n"

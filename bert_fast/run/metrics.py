@@ -27,9 +27,8 @@ class MetricsFile:
     def write(self, kind: str, step: int, **values) -> None:
         """Appends a line; numbers among ``values`` become scalars ``kind/name`` of TensorBoard."""
         self.file.write(_line({"kind": kind, "step": step} | values).encode())
-        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"}
-        if numbers:
-            self.events.scalars(step, numbers)
+        if found := numbers(kind, values):
+            self.events.scalars(step, found)
 
     def flush(self) -> None:
         """Everything written so far is on the disk."""
@@ -38,6 +37,11 @@ class MetricsFile:
     def close(self) -> None:
         self.file.close()
         self.events.close()
+
+
+def numbers(kind: str, values: dict) -> dict[str, float]:
+    """What trackers show of a line: its numbers, called ``kind/name``."""
+    return {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"}
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -23,7 +23,7 @@ from bert_fast.data.updates import Place
 from bert_fast.devices import has_matrix_unit, matmul_peak
 from bert_fast.flops import step_flops
 from bert_fast.output import Output
-from bert_fast.run import checkpoint, new_model
+from bert_fast.run import checkpoint, hub, new_model
 from bert_fast.run.config import ConfigError, PretrainConfig, effective, mask_probs, mask_shares, phases
 from bert_fast.run.export import description, export
 from bert_fast.run.meter import Meter
@@ -35,32 +35,42 @@ from bert_fast.run.process import Stop, locked, stop_on_signals
 from bert_fast.run.report import Report
 from bert_fast.run.resume import identity, last_checkpoint, require_same_run
 from bert_fast.run.state import RunState
+from bert_fast.run.tracking import Trackers, require_installed
 from bert_fast.run.validation import Validation, hold_out
 from bert_fast.train import recorded
 from bert_fast.train.distributed import Ranks, started
 from bert_fast.train.schedule import learning_rate, phase_of
 from bert_fast.train.step import Outcome, derived_seed
 
-DONE, NOT_FINITE = 0, 3
+DONE, UPLOAD_FAILED, NOT_FINITE = 0, 1, 3
 
 
 def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
     """Trains as ``config`` says, from the last good checkpoint in its ``out`` on, and returns the exit code.
 
-    0: all updates done, RUN/model written; 3: too many updates in a row were not finite; 130, 138 and 143: stopped by
-    SIGINT, SIGUSR1 and SIGTERM after a checkpoint. Raises ConfigError for options that make no sense together,
-    NotTheSameRun, CheckpointError (a full disk) and what reading the data raises. Under torchrun all processes call it.
+    0: all updates done, RUN/model written; 1: that, too, but it could not be uploaded (--push-to-hub); 3: too many
+    updates in a row were not finite; 130, 138 and 143: stopped by SIGINT, SIGUSR1 and SIGTERM after a checkpoint.
+    Raises ConfigError for options that make no sense together or cannot be had here, NotTheSameRun, CheckpointError (a
+    full disk) and what reading the data raises. Under torchrun all processes call it.
     """
     output = output or Output()
     with started(config.device) as ranks, locked(Path(config.out), ranks), stop_on_signals() as asked_to_stop:
         if not ranks.first:
             output = Output(silent=True)
         try:
-            return Run(config, ranks, output).train(asked_to_stop)
+            if ranks.first:
+                require_installed(config)
+                hub.require_login(config, output)
+            run = Run(config, ranks, output)
+            with Trackers(run.config, run.state.step, ranks, output) as trackers:
+                code = run.train(asked_to_stop, trackers)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise checkpoint.disk_full(Path(config.out), error) from error
+    # no process waits for the upload
+    uploads = code == DONE and config.push_to_hub and ranks.first
+    return UPLOAD_FAILED if uploads and not hub.push(config, output) else code
 
 
 class Run:
@@ -138,13 +148,13 @@ class Run:
     def precision(self) -> str:
         return "bf16" if self.bf16 else "fp32"
 
-    def train(self, asked_to_stop: Stop) -> int:
+    def train(self, asked_to_stop: Stop, trackers: Trackers) -> int:
         """Updates, lines of metrics, validations and checkpoints, until the last update or a reason to stop."""
         config, on_cpu = self.config, self.ranks.device.type == "cpu"
         if self.ranks.first:
             options = effective(config.as_dict())
             write_atomically(self.folder / "config.json", (json.dumps(options, indent=1) + "\n").encode())
-        self.report = Report(self.folder, config, self.ranks, self.output, self.state.step)
+        self.report = Report(self.folder, config, self.ranks, self.output, trackers, self.state.step)
         self.peak = (config.peak_tflops or 0) * 1e12 or matmul_peak(
             self.ranks.device, torch.bfloat16 if self.bf16 else torch.float32
         )
@@ -290,11 +300,11 @@ class Run:
             return 128 + (asked_to_stop.signal or signal.SIGTERM)
         if self.ranks.first:
             state = self._state()
+            self._plot()  # the card shows it
             folder = export(self.folder, self.model, self.tokenizer, self.config, manifest=self.manifest, state=state)
             facts = {"model": str(folder), "step": state["step"], "data_time": self.meter.share_waiting}
             facts |= {"skipped": state["skipped"], "validation": state["validation"]}
             text = f"{folder}: {state['step']:,} updates, waiting for data {self.meter.share_waiting:.1%} of the time"
-            self._plot()
             self.output.result(facts, text)
         self.ranks.wait()
         return DONE

@@ -12,17 +12,20 @@ from bert_fast.data.loader import Work
 from bert_fast.data.pairs import document_tokens, fewest_tokens
 from bert_fast.output import Output
 from bert_fast.run.config import PretrainConfig
-from bert_fast.run.metrics import MetricsFile
+from bert_fast.run.metrics import MetricsFile, numbers
+from bert_fast.run.tracking import Trackers
 from bert_fast.train.distributed import Ranks
 from bert_fast.train.step import Outcome
 
 
 class Report:
     """Tells of the run in ``folder``, which goes on from update ``step``. Only the first process writes metrics, and
-    the ``output`` of the others is silent."""
+    the ``output`` of the others is silent; ``trackers`` get its numbers."""
 
-    def __init__(self, folder: Path, config: PretrainConfig, ranks: Ranks, output: Output, step: int):
-        self.config, self.ranks, self.output = config, ranks, output
+    def __init__(
+        self, folder: Path, config: PretrainConfig, ranks: Ranks, output: Output, trackers: Trackers, step: int
+    ):
+        self.config, self.ranks, self.output, self.trackers = config, ranks, output, trackers
         self.metrics = MetricsFile(folder, step) if ranks.first else None
 
     def introduce(
@@ -105,6 +108,7 @@ class Report:
     def _write(self, kind: str, step: int, **values) -> None:
         if self.metrics:
             self.metrics.write(kind, step, **values)
+            self.trackers.log(step, numbers(kind, values))
 
 
 def _epoch(dataset: PretrainingDataset) -> str:

@@ -19,7 +19,7 @@ SAMPLES = (  # decide what is trained on
 )  # fmt: skip
 SILENT = (  # may change from one start to the next without a word
     "out", "data", "steps", "keep", "resume", "workers", "log_every", "peak_tflops", "device", "recompute",
-    "capture",
+    "capture", "track", "track_project", "push_to_hub", "hub_private",
 )  # fmt: skip
 
 
