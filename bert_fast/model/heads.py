@@ -1,6 +1,7 @@
 """BERT with its heads: same names, arguments, outputs and checkpoint keys as transformers' classes."""
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,6 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.models.bert import modeling_bert as hf
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from bert_fast import ops, packing
@@ -29,22 +28,24 @@ from bert_fast.model.outputs import BertForPreTrainingOutputWithoutLogits, Maske
 from bert_fast.reference import divisor
 
 Tensor = torch.Tensor
+Model = Any  # one with a head: to a type checker each attribute of an nn.Module is a Tensor or a Module
 
 
-def _returns_dict(model: nn.Module, kwargs: dict) -> bool:
+def _returns_dict(model: Model, kwargs: dict) -> bool:
     asked = kwargs.get("return_dict")
     return model.config.return_dict if asked is None else asked
 
 
-def _labelled(labels: Tensor | None, source: Tensor) -> Tensor | None:
-    """Bool (B, S): where ``labels`` (B, S) are not -100."""
+def _labelled(labels: Tensor | None, source: Tensor | None) -> Tensor | None:
+    """Bool (B, S): where ``labels`` (B, S) are not -100. Without a ``source`` the encoder has to say that it lacks."""
     if labels is None:
         return None
-    check_labels("labels", labels, source.shape[:2])
-    return labels.reshape(source.shape[:2]) != -100
+    shape = labels.shape if source is None else source.shape[:2]
+    check_labels("labels", labels, shape)
+    return labels.reshape(shape) != -100
 
 
-def _nowhere(source: Tensor) -> Tensor:
+def _nowhere(source: Tensor | None) -> Tensor:
     """The places whose outputs a head reads that only looks at the pooled ones: none."""
     return torch.empty(0, dtype=torch.int64, device=None if source is None else source.device)
 
@@ -73,7 +74,7 @@ def _masked_positions(
 
 
 def _encode(
-    model: nn.Module, rows: Rows, kwargs: dict, input_ids: Tensor | None, attention_mask: Tensor | None,
+    model: Model, rows: Rows, kwargs: dict, input_ids: Tensor | None, attention_mask: Tensor | None,
     token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None, **more,
 ):  # fmt: skip
     """The outputs of ``model.bert``, and ``rows`` filled. An encoder with code of one's own, be it a hook, is called as
@@ -91,13 +92,13 @@ def _encode(
         layout = packing.packed_layout(inputs["cu_seq_lens_q"].int(), inputs["max_length_q"], states.shape[1])
     else:
         layout = None if attention_mask is not None else packing.flattened_layout(position_ids, states.shape[0])
-        layout = layout or packing.full_layout(*states.shape[:2], states.device)
+        layout = layout or packing.full_layout(states.shape[0], states.shape[1], states.device)
         layout.mask = attention_mask != 0 if attention_mask is not None and attention_mask.dim() == 2 else None
     rows.fill(layout, states, outputs[1] if len(outputs) > 1 else None)
     return outputs
 
 
-def _pooled(model: nn.Module, kwargs: dict, input_ids: Tensor | None, *inputs: Tensor | None):
+def _pooled(model: Model, kwargs: dict, input_ids: Tensor | None, *inputs: Tensor | None):
     """The outputs of ``model.bert`` and the pooled ones (B, H), which are all that its head reads."""
     *_, inputs_embeds = inputs
     rows = Rows(places=_nowhere(input_ids if input_ids is not None else inputs_embeds))
@@ -123,7 +124,7 @@ def _by_tokens(rows: Rows, packed: bool, *modules: nn.Module) -> Tensor:
     return packing.unpack(rows.layout, x) if packed else x
 
 
-def _predicts_rows(cls: nn.Module, kind: type) -> bool:
+def _predicts_rows(cls: Model, kind: type) -> bool:
     """The MLM head of ``cls`` can be run on the rows that are wanted alone: no code of one's own sees its input."""
     if not (untouched(cls, kind) and untouched(cls.predictions, hf.BertLMPredictionHead)):
         return False
@@ -140,7 +141,7 @@ class _MaskedLanguageModelling:
     """
 
     def __init__(
-        self, model: nn.Module, kind: type, source: Tensor, labels: Tensor | None, return_logits, kwargs: dict
+        self, model: Model, kind: type, source: Tensor | None, labels: Tensor | None, return_logits, kwargs: dict
     ):
         self.model, self.count, packed = model, kwargs.get("num_items_in_batch"), kwargs.get("masked_labels")
         self.named = ("labels", labels) if packed is None else ("masked_labels", packed)  # as the caller gave them
@@ -171,8 +172,8 @@ class _MaskedLanguageModelling:
         """The loss at masked positions, whose logits no one reads; one operator while ``decoder`` is plain."""
         if not plain(decoder, nn.Linear) or decoder.bias is None:
             return self._cross_entropy(decoder(transformed))
-        normalizer = as_tensor(self.count, transformed)
-        with naming(lambda: ops.out_of_range(*self.named, decoder.weight.shape[0], -100)):
+        normalizer, (name, given) = as_tensor(self.count, transformed), self.named
+        with naming(lambda: ops.out_of_range(name, given, decoder.weight.shape[0], -100)):
             loss = ops.mlm_loss(transformed, decoder.weight, decoder.bias, self.targets, normalizer=normalizer)
         # as transformers' loss, in the dtype of the logits
         return loss if autocasts(transformed.device) else loss.to(transformed.dtype)
@@ -193,7 +194,7 @@ def _output_type(logits: Tensor | None, without: type, whole: type) -> type:
     return without if logits is None and not torch.compiler.is_compiling() else whole
 
 
-def _wants_logits(model: nn.Module, has_labels: bool, return_logits, kwargs: dict) -> bool:
+def _wants_logits(model: Model, has_labels: bool, return_logits, kwargs: dict) -> bool:
     if return_logits is None:
         return_logits = getattr(model.config, "return_logits", False)
     return not (model.training and has_labels) or bool(return_logits) or not _returns_dict(model, kwargs)
@@ -217,7 +218,7 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         return_logits: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, ...] | hf.BertForPreTrainingOutput:
         """As transformers': the loss is the mean over labels (B, S) (-100: none) plus the mean over
         next_sentence_label (B,) (0: B follows A); of one alone, where only one is given.
@@ -269,7 +270,7 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
         encoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         return_logits: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, ...] | MaskedLMOutput:
         """As transformers'; masked_positions, masked_labels and num_items_in_batch as in BertForPreTraining."""
         source = input_ids if input_ids is not None else inputs_embeds
@@ -297,7 +298,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentenceP
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, ...] | NextSentencePredictorOutput:
         """As transformers'."""
         outputs, pooled = _pooled(self, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -320,7 +321,7 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, ...] | SequenceClassifierOutput:
         """As transformers'."""
         outputs, pooled = _pooled(self, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -357,7 +358,7 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, ...] | MultipleChoiceModelOutput:
         """As transformers': inputs (B, choices, S), or embeds (B, choices, S, H); labels (B,)."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -391,7 +392,7 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, ...] | TokenClassifierOutput:
         """As transformers'; the classifier runs on attended tokens alone."""
         source = input_ids if input_ids is not None else inputs_embeds
@@ -410,7 +411,7 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
 def _place_loss(name: str, scores: Tensor, positions: Tensor, layout: packing.Layout) -> Tensor:
     """Cross-entropy of one of the ``scores`` (B, S) of each sequence against its ``positions`` (B,) or (B, 1); those
     past its end are ignored."""
-    length = scores.shape[1]
+    length: int | Tensor = scores.shape[1]
     if layout.packed:
         scores, length = packing.by_sequence(layout, scores[0], torch.finfo(scores.dtype).min), layout.cu_seqlens.diff()
     check_labels(name, positions, scores.shape[:1])
@@ -432,7 +433,7 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, ...] | QuestionAnsweringModelOutput:
         """As transformers', but that the scores of padding are the lowest number, so that none of a token is below.
 

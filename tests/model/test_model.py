@@ -1124,6 +1124,7 @@ def _long(*shape):
     ("error", "message", "batch"),
     [
         (ValueError, "exactly one", {}),
+        (ValueError, "exactly one", {"labels": (B, S)}),
         (ValueError, "shape", {"input_ids": (S,)}),
         (ValueError, "attention_mask has shape", {"input_ids": (B, S), "attention_mask": (B, S + 1)}),
         (ValueError, "attention_mask has 3", {"input_ids": (B, S), "attention_mask": (B, S, S)}),
