@@ -21,7 +21,7 @@ help:
 	@echo "make gpu-rehearsal  all of make gpu's host code without a GPU, in front of a stand-in for its driver: no numbers"
 	@echo "make sanitize  the C++ operators' tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make emulate   the C++ operators' tests with their AVX-512 code run by AVX2 instructions"
-	@echo "make lint      check style (ruff); make format rewrites it"
+	@echo "make lint      check style (ruff) and types (mypy); make format rewrites the style"
 	@echo "make docs      build the documentation's site, build/site/index.html; a warning is an error"
 	@echo "make clean     remove .venv and what was built"
 
@@ -125,6 +125,7 @@ emulate: setup
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 format: setup
 	@$(BIN)/ruff check --fix .

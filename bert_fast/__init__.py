@@ -44,11 +44,13 @@ _DISPATCH = "bert_fast.dispatch"
 _ELSEWHERE = {"BertConfig": "transformers", "backends": _DISPATCH, "set_backend": _DISPATCH, "use_backend": _DISPATCH}
 
 
-def __getattr__(name: str):
-    """What ``__all__`` names, imported when first asked for: transformers takes seconds to import."""
-    if name in __all__:
-        return getattr(import_module(_ELSEWHERE.get(name, "bert_fast.model")), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker a module with a __getattr__ has every name, misspelt ones too
+
+    def __getattr__(name: str):
+        """What ``__all__`` names, imported when first asked for: transformers takes seconds to import."""
+        if name in __all__:
+            return getattr(import_module(_ELSEWHERE.get(name, "bert_fast.model")), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

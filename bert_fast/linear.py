@@ -52,7 +52,7 @@ def linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> 
     """
     if _owned(weights):
         return _Linear.apply(x.to(product_dtype(x)), bias, False, *weights)
-    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(list(weights)), bias)
 
 
 def linear_with_residual(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -141,9 +141,10 @@ def _weight_gradients(weights, rows, first, grad_out: Tensor, x: Tensor) -> list
     return left
 
 
-def _one_matrix(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The matrix of the rows of ``parts``, which lie in memory one after the other; None where they do not."""
-    if any(part is None or not part.is_contiguous() for part in parts):
+def _one_matrix(maybe: Sequence[Tensor | None]) -> Tensor | None:
+    """The matrix of the rows of ``maybe``, which lie in memory one after the other; None where they do not."""
+    parts = [part for part in maybe if part is not None and part.is_contiguous()]
+    if len(parts) < len(maybe):
         return None
     start = parts[0]
     storage, offset = start.untyped_storage()._cdata, start.storage_offset()

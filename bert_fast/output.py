@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bert_fast import extras
 from bert_fast.text import well_formed
@@ -47,8 +48,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default is None or action.default is False or isinstance(action.default, list):
-            return action.help
-        return super()._get_help_string(action)
+            return action.help or ""
+        return super()._get_help_string(action) or ""
 
 
 def _indented(examples: str) -> str:
@@ -161,7 +162,8 @@ class Progress:
 
     def __init__(self, total: float | None, what: str, unit: str, done: float = 0):
         self.total, self.what, self.unit = total, what, unit
-        self.done, self.text, self.facts = done, "", {}
+        self.done, self.text = done, ""
+        self.facts: dict[str, Any] = {}
         self._began, self._done_before = time.monotonic(), done
 
     def advance(self, units: float = 1, text: str | None = None, **facts) -> None:

@@ -115,7 +115,8 @@ def masked_layout(
 
 def _unpacked_layout(attended: Tensor, samples: Tensor | None) -> Layout:
     """Every place is a row, and a bias in attention leaves out the keys that are not ``attended`` (B, S)."""
-    layout = full_layout(*attended.shape, attended.device, samples)
+    batch, length = attended.shape
+    layout = full_layout(batch, length, attended.device, samples)
     layout.bias = attention_bias(attended[:, None, None, :], torch.float32)
     layout.mask, layout.explicit = attended, True
     return layout

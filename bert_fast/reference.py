@@ -430,9 +430,7 @@ def mlm_loss_fwd(
     return loss / count, grad_hidden, grad_word.to(word.dtype), grad_bias.to(bias.dtype)
 
 
-def mlm_loss_bwd(
-    grad_loss: Tensor, grad_hidden: Tensor, grad_word: Tensor, grad_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def mlm_loss_bwd(grad_loss: Tensor, grad_hidden: Tensor, grad_word: Tensor, grad_bias: Tensor) -> tuple[Tensor, ...]:
     """The forward's gradients times ``grad_loss`` (), as new tensors."""
     return tuple((_accumulate(g) * grad_loss).to(g.dtype) for g in (grad_hidden, grad_word, grad_bias))
 

@@ -7,6 +7,7 @@ bf16 and parameters fp32 (autocast), where nothing else is said. Nothing but the
 
 import math
 from itertools import product
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -55,7 +56,7 @@ def _case(kernel, name: str, types: dict, constants: dict, config: dict, **more)
     }
 
 
-def _types(**kinds: str) -> dict[str, str]:
+def _types(**kinds: str) -> dict[str, Any]:
     """Argument names, a string of them for each type; a pointer's type is p_ and its element's."""
     return {name: kind.replace("p_", "*") for kind, names in kinds.items() for name in names.split()}
 

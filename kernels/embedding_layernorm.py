@@ -247,7 +247,7 @@ def embedding_layernorm_bwd(
     site: int,
     padding_idx: int,
     grad_word: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See bert_fast/reference.py. A token with an index out of range adds to no gradient. TypeError for float64."""
     tokens, columns = grad_out.shape
     rows.check_tensors(
@@ -298,6 +298,6 @@ def embedding_layernorm_bwd(
     return *grads, grad_weight, grad_bias
 
 
-def embedding_layernorm_bwd_add(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def embedding_layernorm_bwd_add(*arguments) -> tuple[Tensor, ...]:
     """See bert_fast/reference.py."""
     return embedding_layernorm_bwd(*arguments)[1:]

@@ -253,9 +253,7 @@ def mlm_loss_fwd(
     return loss, grad_hidden, grad_word.to(word.dtype), grad_bias.to(bias.dtype)
 
 
-def mlm_loss_bwd(
-    grad_loss: Tensor, grad_hidden: Tensor, grad_word: Tensor, grad_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def mlm_loss_bwd(grad_loss: Tensor, grad_hidden: Tensor, grad_word: Tensor, grad_bias: Tensor) -> tuple[Tensor, ...]:
     """See bert_fast/reference.py: the three gradients times ``grad_loss``, in one launch. TypeError for float64."""
     grads = (grad_hidden, grad_word, grad_bias)
     outs = tuple(torch.empty_like(g) for g in grads)

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from bert_fast import __version__, extras
 
@@ -63,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._intermixing = False
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(argv)
     except SystemExit as stop:  # --help, --version and wrong usage
-        return stop.code or 0
+        return int(stop.code or 0)
     try:
         with _sigterm_unwinds():
             return options.run(options) or 0

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bert_fast.cli.device import add_device_argument, chosen_device
 from bert_fast.cli.lines import decoded, numbered_lines
@@ -78,18 +78,20 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer, _ = load_model(
         BertModel, options.model, optional=("pooler.",), device=chosen_device(options), output=out
     )
-    given = {"pooling": options.pooling, "normalize": options.normalize, "max_length": options.seq,
-             "prompt": options.prompt, "prompt_name": options.prompt_name}  # fmt: skip
+    given: dict[str, Any] = {
+        "pooling": options.pooling, "normalize": options.normalize, "max_length": options.seq,
+        "prompt": options.prompt, "prompt_name": options.prompt_name,
+    }  # fmt: skip
     recipe = sentence_recipe(model, **given)
     if options.prompt is not None and recipe.prompt != options.prompt:
         out.warn("--prompt holds bytes that are not UTF-8: they became U+FFFD")
-    _tell(options, out, recipe_of(model.name_or_path), recipe)
-    facts = {"pooling": list(recipe.pooling), "normalize": recipe.normalize, "prompt": recipe.prompt}
+    _tell(options, out, recipe_of(model.name_or_path or options.model), recipe)
+    facts: dict[str, Any] = {"pooling": list(recipe.pooling), "normalize": recipe.normalize, "prompt": recipe.prompt}
     facts |= {"seq": recipe.max_length, "hidden": len(recipe.pooling) * model.config.hidden_size}
-    counts = Counter()
+    counts: Counter[str] = Counter()
     with open(options.file, "rb") if options.file else nullcontext(sys.stdin.buffer) as stream:
-        lines = numbered_lines(stream, options.file or "stdin", out)
-        lines = (decoded(line, f"{options.file or 'stdin'}: line {number}") for number, line in lines)
+        numbered = numbered_lines(stream, options.file or "stdin", out)
+        lines = (decoded(line, f"{options.file or 'stdin'}: line {number}") for number, line in numbered)
         with out.progress(None, "encoding", "sentences") as bar:
             vectors = encode_sentences(model, tokenizer, lines, **given, tokens=options.batch_tokens, counts=counts)
             count = _write(options, out, _counted(vectors, bar), facts["hidden"])

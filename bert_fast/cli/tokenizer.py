@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     if (folder / "tokenizer.json").exists() and not options.overwrite:
         raise ValueError(f"{folder} holds a tokenizer already: choose another --out, or --overwrite it")
     make, passes = (_extend, 1) if options.extend else (_train, 2)
-    size, counts = corpus_bytes(files), Counter()
+    size, counts = corpus_bytes(files), Counter[str]()
     with (
         nullcontext(files) if passes == 1 else read_twice(files) as copies,
         out.progress(None if size is None else passes * size, "reading", "bytes") as bar,

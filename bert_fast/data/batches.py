@@ -28,7 +28,7 @@ class Sample(NamedTuple):
     masked_positions: np.ndarray
     masked_labels: np.ndarray
     next_sentence_label: int
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index, which no sample needs
 
 
 def pad_samples(

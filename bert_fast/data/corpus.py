@@ -4,8 +4,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Unpack
 
-from bert_fast.data.formats import LONGEST_DOCUMENT, not_utf8, texts_of, where_to_cut
+from bert_fast.data.formats import LONGEST_DOCUMENT, Reading, not_utf8, texts_of, where_to_cut
 from bert_fast.data.losses import Tally
 from bert_fast.data.paths import expand_paths
 from bert_fast.data.sentences import split_sentences
@@ -37,7 +38,7 @@ def stream_documents(
     Raises ValueError where the file cannot be read in its format (archive, damage, missing column).
     """
     tally = Tally()
-    reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
+    reading: Reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
     for document, _, _ in located_documents(Path(path), tally, **reading):
         if counts is not None:
             counts.update(tally)
@@ -48,7 +49,7 @@ def stream_documents(
 
 
 def located_documents(
-    path: Path, tally: Tally, *, name: str | None = None, **reading: str | bool | None
+    path: Path, tally: Tally, *, name: str | None = None, **reading: Unpack[Reading]
 ) -> Iterator[tuple[bytes, str, int]]:
     """:func:`stream_documents` with the place of each, ("FILE, line", 3); the file is called ``name``."""
     name = str(path) if name is None else name
@@ -114,7 +115,7 @@ def read_documents(
         documents = [split_sentences(topics[name], language, sentences) for name in sorted(topics)]
         return [document for document in documents if document]
     documents, tally = [], Tally()
-    reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
+    reading: Reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
     for path in expand_paths(paths):
         before = len(documents)
         for raw, within, number in located_documents(path, tally, **reading):
@@ -122,6 +123,7 @@ def read_documents(
             for reason in ("invalid_utf8", "nul_bytes"):
                 if tally[reason]:
                     raise ValueError(f"{tally.places[reason][0]}: not a text file in UTF-8")
+            assert text is not None  # which is not UTF-8
             if found := split_sentences(text, language, sentences):
                 documents.append(found)
         if len(documents) == before:

@@ -69,7 +69,9 @@ class PretrainingDataset(Dataset):
         if len(mask_shares) != 3 or min(mask_shares) < 0 or abs(sum(mask_shares) - 1) > 1e-9:
             raise ValueError(f"mask_shares must be three shares that sum to 1, got {mask_shares}")
         self.corpus, self.max_length, self.seed, self.nsp = corpus, max_length, seed, nsp
-        self.short_seq_prob, self.mask_prob, self.mask_shares = short_seq_prob, mask_prob, tuple(mask_shares)
+        self.short_seq_prob, self.mask_prob = short_seq_prob, mask_prob
+        of_mask, of_random, of_itself = mask_shares
+        self.mask_shares = (of_mask, of_random, of_itself)
         tokenizer = bare_tokenizer(tokenizer)
         self.special = special_ids(tokenizer)
         self.vocab_size, self.vocabulary = vocabulary_rows(tokenizer), replacement_ids(tokenizer)
@@ -108,12 +110,12 @@ class PretrainingDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> list[Sample]:
         """Several samples at a time, as DataLoader asks for them: many times faster than one by one."""
-        indices = np.asarray(indices, dtype=np.int64)
-        for index in indices[(indices < 0) | (indices >= len(self))]:
+        numbers = np.asarray(indices, dtype=np.int64)
+        for index in numbers[(numbers < 0) | (numbers >= len(self))]:
             raise IndexError(f"sample {index} of {len(self)}")
-        return self.maker()(self.epoch, indices, self.plan.rows(indices))
+        return self.maker()(self.epoch, numbers, self.plan.rows(numbers))
 
     def expected(self, lengths: np.ndarray, mask_prob: float | None = None) -> np.ndarray:
         """int64 (n,): how many tokens of samples of ``lengths`` (n,) are predicted, of whole words on average.

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush, nlargest
 from itertools import accumulate
+from typing import cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -115,7 +116,7 @@ def tokens_before(base: Tokenizer, extended: Tokenizer, ids: np.ndarray) -> int:
     prefix, cut = extended.model.continuing_subword_prefix, base.model.tokenize
     saved = 0
     for pieces, number in found.items():
-        head, *rest = map(extended.id_to_token, pieces)
+        head, *rest = (cast(str, extended.id_to_token(piece)) for piece in pieces)
         saved += number * (len(cut(head + "".join(piece.removeprefix(prefix) for piece in rest))) - len(pieces))
     return len(ids) + saved
 
@@ -267,7 +268,8 @@ def _chosen(
     words: Mapping[str, int], cutter: Cutter, add: int, min_frequency: int, progress: Callable[[int], object]
 ) -> list[str]:
     """The pieces that save most tokens of ``words`` and their numbers, in the order in which ``cutter`` gets them."""
-    candidates, chosen = _Candidates(words, cutter, min_frequency, 4 * add + 1000), []
+    candidates = _Candidates(words, cutter, min_frequency, 4 * add + 1000)
+    chosen: list[str] = []
     while True:
         while len(chosen) < add and (piece := candidates.best()) is not None:
             candidates.change(piece, cutter.add)
@@ -296,7 +298,7 @@ def _divided(words: Mapping[str, int], cutter: Cutter) -> dict[str, int]:
     letters |= {letter for piece in cutter.first for letter in piece[1:]}
     loose = letters - cutter.inner  # cut only together with others
     found, room = {}, CHOSEN_FOR
-    for word in sorted(words, key=words.get, reverse=True):
+    for word in sorted(words, key=words.__getitem__, reverse=True):
         number = len(cutter.ends(word))
         if number > 1 and "\n" not in word and (room > 0 or not loose.isdisjoint(word[1:])):
             found[word] = words[word]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate, chain, repeat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict
 
 from bert_fast import extras
 from bert_fast.data.losses import Tally
@@ -54,11 +54,21 @@ LINE_ENDS = {b"\xc2\x85": "U+0085", b"\xe2\x80\xa8": "U+2028", b"\xe2\x80\xa9": 
 SPACES = "\xa0\u1680\u2000-\u200f\u202f\u205f\u2060\u3000\ufeff"
 LOOKS_BLANK = re.compile(rf"\n[ \t\r\f\v]*([{SPACES}])[ \t\r\f\v{SPACES}]*\n")
 
+
+class Reading(TypedDict):
+    """How a file is read; see :func:`bert_fast.data.stream_documents`."""
+
+    one_per_file: bool
+    text_field: str
+    file_format: str | None
+
+
+Readable = BinaryIO | gzip.GzipFile
 Text = tuple[bytes, str, int]  # in UTF-8 unless the file is not, and its place: ("FILE, line", 3), row or element
 
 
 @contextmanager
-def opened(path: Path, name: str, file_format: str | None = None) -> Iterator[tuple[BinaryIO, str]]:
+def opened(path: Path, name: str, file_format: str | None = None) -> Iterator[tuple[io.BufferedReader, str]]:
     """The content of a file from its beginning, decompressed, and its format: one of :data:`FORMATS`.
 
     What it begins with tells whether it is compressed, and Parquet; else its ``name`` tells, where ``file_format`` does
@@ -91,7 +101,7 @@ def opened(path: Path, name: str, file_format: str | None = None) -> Iterator[tu
 class _Begun(io.RawIOBase):
     """A stream of which ``head`` has been read already: a pipe cannot go back."""
 
-    def __init__(self, head: bytes, rest: BinaryIO):
+    def __init__(self, head: bytes, rest: Readable):
         self.head, self.rest = head, rest
 
     def readable(self) -> bool:
@@ -104,7 +114,7 @@ class _Begun(io.RawIOBase):
         return len(data)
 
 
-def _begun(file: BinaryIO) -> tuple[BinaryIO, bytes]:
+def _begun(file: Readable) -> tuple[io.BufferedReader, bytes]:
     head = file.read(HEAD)
     return io.BufferedReader(_Begun(head, file), HEAD), head
 
@@ -113,7 +123,7 @@ def _compression(head: bytes) -> str | None:
     return next((name for name, begin in COMPRESSED_BEGIN.items() if begin.match(head)), None)
 
 
-def _decompressed(stream: BinaryIO, compression: str) -> BinaryIO:
+def _decompressed(stream: BinaryIO, compression: str) -> Readable:
     if compression == "gzip":
         return gzip.GzipFile(fileobj=stream)  # unlike Arrow's, it takes zeros behind the end: blocks of a tape
     pyarrow = extras.load("pyarrow")  # here: other files need no Arrow
@@ -405,6 +415,7 @@ def _parquet(path: Path, name: str, field: str) -> Iterator[Text]:
             first = next((column for column in columns if column[0] == field), None)  # a whole name before a path
             called = [column[0] for column in columns if column[0] != field or column == first]
             _require_column(name, field, called)
+            assert first is not None  # required above
             top, *inner = first[1]
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 column = batch.column(batch.schema.get_field_index(top))

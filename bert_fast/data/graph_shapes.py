@@ -72,12 +72,12 @@ def phase_sizes(
     trials = max(4, min(TRIALS, TRIED_SEQUENCES // batch_size))
     # raw words of the bit generator: its stream is fixed for ever, those of NumPy's distributions are not
     words = np.random.Philox(key=0)
-    needs = []
+    found = []
     for _ in range(trials):
         drawn = (words.random_raw(batch_size) % np.uint64(len(lengths))).astype(np.int64)
         parts = micro_batches(lengths[drawn], np.arange(batch_size), tokens)
-        needs.append(needed(lengths[drawn], masked[drawn], parts))
-    needs = np.array(sorted(needs))
+        found.append(needed(lengths[drawn], masked[drawn], parts))
+    needs = np.array(sorted(found))
     sizes = []
     for level in range(1, LEVELS + 1):
         most = needs[: -(-level * trials // LEVELS)].max(axis=0)

@@ -3,9 +3,9 @@
 import dataclasses
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,8 @@ class Parcel:
 
     @classmethod
     def of(cls, batch: dict[str, Tensor | int]) -> "Parcel":
-        contents, size = {}, 0
+        contents: dict[str, tuple[int, torch.dtype, torch.Size] | int] = {}
+        size = 0
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 contents[name] = size, value.dtype, value.shape
@@ -67,9 +68,9 @@ class Parcel:
             else:
                 contents[name] = value
         parcel = cls(torch.empty(size, dtype=torch.uint8), contents)
-        for name, value in parcel.opened().items():
-            if isinstance(value, Tensor):
-                value.copy_(batch[name])
+        for ours, given in zip(parcel.opened().values(), batch.values(), strict=True):
+            if isinstance(ours, Tensor) and isinstance(given, Tensor):
+                ours.copy_(given)
         return parcel
 
     def opened(self) -> dict[str, Tensor | int]:
@@ -117,7 +118,7 @@ class BatchMaker(Dataset):
         if self.folder is None:
             return self.__dict__
         # pickling a memory map would copy the whole file
-        return {**self.__dict__, "make": dataclasses.replace(self.make, corpus=None)}
+        return {**self.__dict__, "make": dataclasses.replace(self.make, corpus=None)}  # type: ignore[arg-type]  # a worker opens it
 
 
 def updates(dataset: PretrainingDataset, phases: list[Phase], step: int, place: Place) -> Iterator[Update]:
@@ -167,7 +168,7 @@ def load_updates(
             sampler=orders(),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            collate_fn=Parcel.of,
+            collate_fn=cast(Callable, Parcel.of),  # of one batch, for batch_size is None
             pin_memory=pin,
             worker_init_fn=_start_worker,
         )

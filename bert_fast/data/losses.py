@@ -67,7 +67,7 @@ class Tally(Counter):
 class Places:
     """Where documents are, in eight bytes each: place i is ("FILE, line", 3). Few first parts follow one another."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.starts: list[int] = []
         self.within: list[str] = []
         self.numbers = array("Q")

@@ -71,7 +71,7 @@ def _files(paths: Iterable[Path]) -> dict[str, Path]:
 def _folders(tops: Iterable[Path]) -> list[Path]:
     """``tops`` and the folders in them; each real folder once, by a way without links where there is one."""
     found: dict[str, Path] = {}
-    to_do, links = list(tops), []
+    to_do, links = list(tops), list[Path]()
     while to_do or links:
         folder = to_do.pop() if to_do else links.pop(0)
         real = os.path.realpath(folder)

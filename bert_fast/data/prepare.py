@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from bert_fast.data.corpus import decoded, located_documents
 from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.files import sole_writer, write_atomically
-from bert_fast.data.formats import require_text
+from bert_fast.data.formats import Reading, require_text
 from bert_fast.data.losses import Places, Tally
 from bert_fast.data.paths import expand_paths, is_pipe
 from bert_fast.data.sentences import RULES, split_sentences
@@ -123,15 +123,14 @@ def prepare(
     if sentences not in RULES:
         raise ValueError(f"sentences {sentences!r} is none of {', '.join(RULES)}")
     out, no_text = Path(out), prepared_files(out)
-    at_path = isinstance(tokenizer, (str, Path))
-    if at_path:
+    if isinstance(tokenizer, (str, Path)):
         no_text += tokenizer_files(tokenizer)
     files = expand_paths(paths, without=no_text)
-    tokenizer = load_tokenizer(tokenizer) if at_path else bare_tokenizer(tokenizer)
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else bare_tokenizer(tokenizer)
     require_berts_frame(tokenizer)
     require_text(files, file_format)
     versions = {path: _version(path) for path in files}
-    reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
+    reading: Reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
     made_by = {
         "files": [["-" if size is None else path.name, size] for path, (size, _) in versions.items()],
         "tokenizer": tokenizer_digest(tokenizer),
@@ -164,7 +163,7 @@ class _Part:
 
     def __init__(self, out: Path, index: int, of: int, progress: Callable[[dict], None] | None):
         self.out, self.index, self.of, self.progress = out, index, of, progress
-        self.recorded, self.done = recorded_shards(out), Counter()
+        self.recorded, self.done = recorded_shards(out), Counter[str]()
         self.units = 0  # of the whole corpus, as far as it is read
         self.elsewhere: list[tuple[int, str, list[Path]]] = []  # other parts' units: number, digest of the text, files
 
@@ -197,7 +196,7 @@ class _Part:
         return True
 
 
-def _made(tokenizer: Tokenizer, tasks: Iterator[tuple], workers: int | None) -> Iterator[Counter]:
+def _made(tokenizer: Tokenizer, tasks: Iterator[tuple], workers: int | None) -> Generator[Counter, None, None]:
     """The counts of each shard, made by :func:`_make_shard` in ``workers`` processes (None: one a core)."""
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers <= 1:
@@ -251,7 +250,7 @@ def _some(files: list[Path]) -> str:
     return names if len(files) <= 3 else f"{names} or others ({len(files)} files)"
 
 
-def _units(files: list[Path], reading: dict, unit_bytes: int) -> Iterator[Unit]:
+def _units(files: list[Path], reading: Reading, unit_bytes: int) -> Iterator[Unit]:
     """Units of at least ``unit_bytes`` (the last may be less)."""
     unit, size = Unit(0), 0
     counts = Tally()  # the reader of a file goes on counting into it
@@ -291,10 +290,11 @@ def _start_process(tokenizer: str) -> None:
 
 
 def _make_in_process(*task) -> Counter:
+    assert _encoder is not None  # _start_process made it
     return _make_shard(_encoder, *task)
 
 
-def _make_here(encoder: SentenceEncoder, tasks: Iterator[tuple]) -> Iterator[Counter]:
+def _make_here(encoder: SentenceEncoder, tasks: Iterator[tuple]) -> Generator[Counter, None, None]:
     """Makes the shards in this process, in one thread, and leaves its environment as it is."""
     for task in tasks:
         before = os.environ.get(PARALLELISM)
@@ -332,15 +332,16 @@ def _make_shard(encoder: SentenceEncoder, out: Path, unit: Unit, language: str, 
     for number in np.flatnonzero(~full):
         counts.note("empty_documents", "{} {}".format(*unit.places[kept[number]]))
     unknown = np.searchsorted(np.flatnonzero(tokens == special_ids(encoder.tokenizer).unk), ends)
-    found = {"text_characters": map(len, sentences), **encoder.lost}
-    found = {name: sums_before(list(of_each))[bounds] for name, of_each in found.items()} | {"unknown_tokens": unknown}
-    counts.update({name: int(before[-1]) for name, before in found.items() if before[-1]})
-    digests = [hashlib.blake2b(tokens[a:b], digest_size=16).digest() for a, b in pairwise(ends) if a < b]
+    of_sentences = {"text_characters": map(len, sentences), **encoder.lost}
+    sums = {name: sums_before(list(of_each))[bounds] for name, of_each in of_sentences.items()}
+    sums["unknown_tokens"] = unknown
+    counts.update({name: int(before[-1]) for name, before in sums.items() if before[-1]})
+    digests = [hashlib.blake2b(tokens[a:b].data, digest_size=16).digest() for a, b in pairwise(ends) if a < b]
     arrays = {
         "tokens": tokens,
         "sentence_lengths": lengths[lengths > 0].astype(np.uint32),
         "document_sentences": np.diff(with_token)[full].astype(np.uint32),
-        "document_counts": np.stack([np.diff(found[name])[full] for name in COUNTED], axis=1).astype(np.uint32),
+        "document_counts": np.stack([np.diff(sums[name])[full] for name in COUNTED], axis=1).astype(np.uint32),
         "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16),
     }
     counts.update(documents=int(full.sum()), tokens=len(tokens))

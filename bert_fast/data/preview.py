@@ -4,12 +4,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack, cast
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from bert_fast.data.corpus import decoded, located_documents
 from bert_fast.data.encoding import SentenceEncoder
+from bert_fast.data.formats import Reading
 from bert_fast.data.losses import Tally
 from bert_fast.data.sentences import split_sentences
 from bert_fast.data.tokenizer import bare_tokenizer, require_berts_frame, special_ids
@@ -40,7 +42,7 @@ def preview(
     documents: int = 3,
     most_bytes: int = 1 << 20,
     seconds: float = 2.0,
-    **reading: str | bool | None,
+    **reading: Unpack[Reading],
 ) -> Preview:
     """Reads ``files`` until ``most_bytes`` of text or ``seconds`` are reached, and keeps the first ``documents``.
 
@@ -67,6 +69,6 @@ def preview(
             counts["unknown_tokens"] += int((ids == unknown).sum())
             if len(found.documents) < documents:
                 parts = np.split(ids, np.cumsum(lengths)[:SHOWN])[:-1]
-                pieces = [[tokenizer.id_to_token(int(piece)) for piece in part] for part in parts]
+                pieces = [[cast(str, tokenizer.id_to_token(int(piece))) for piece in part] for part in parts]
                 found.documents.append((f"{within} {number}", list(zip(split, pieces, strict=False)), len(split)))
     return found

@@ -1,6 +1,7 @@
 """From planned pairs to masked samples, many at a time: every step but the reading of text is one NumPy operation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,8 +44,7 @@ class SampleMaker:
         begin, sizes = rows[:, 0 : 2 * texts : 2], np.diff(rows[:, :4])[:, 0 : 2 * texts : 2]
         real = sizes.sum(axis=1)
         wanted = masked_count(real, self.mask_prob if mask_prob is None else mask_prob)
-        needs = [real, wanted, 0 * real] if self.continues is None else [real, real, real**0]
-        needs = np.stack(needs, axis=1)
+        needs = np.stack([real, wanted, 0 * real] if self.continues is None else [real, real, real**0], axis=1)
         words = random_words(self.seed, epoch, indices, needs.sum(axis=1))
         use = np.repeat(np.tile(np.arange(3, dtype=np.int8), len(needs)), needs.ravel())
         spans = list(zip(begin.ravel().tolist(), (begin + sizes).ravel().tolist(), strict=True))
@@ -94,7 +94,7 @@ def random_words(seed: int, epoch: int, indices: np.ndarray, counts: np.ndarray)
     turned to key after key, for making one costs more than drawing from it.
     """
     source = np.random.Philox(key=0)
-    state = source.state
+    state: Any = source.state
     state["state"]["counter"] = state["buffer"] = (0, 0, 0, 0)  # plain numbers are read faster than arrays
     words = np.empty(counts.sum(), dtype=np.uint64)
     begin = 0

@@ -63,7 +63,7 @@ def split_sentences(text: str, language: str = "en", sentences: str = "auto") ->
     if sentences == "lines":
         return [piece for line in text.splitlines() for piece in _pieces(line)]
     by_lines = sentences == "auto" and lines_are_sentences(text)
-    stretches = []
+    stretches: list[str] = []
     for paragraph in PARAGRAPH.split(text):
         stretches += paragraph.splitlines() if by_lines and lines_are_sentences(paragraph) else [paragraph]
     return [piece for stretch in stretches for sentence in _by_marks(stretch, language) for piece in _pieces(sentence)]

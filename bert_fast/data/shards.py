@@ -130,7 +130,8 @@ class ShardedTokens:
     """The tokens of all shards as one array of which slices within a shard can be taken; opened when first used."""
 
     def __init__(self, paths: list[Path], ends: list[int]):
-        self.paths, self.ends, self.maps = paths, ends, {}
+        self.paths, self.ends = paths, ends
+        self.maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -179,7 +180,7 @@ def finish(folder: Path, shards: int, made_by: dict) -> dict:
         sizes = {name: len(maps[key]) for name, key in (("tokens", "tokens"), ("sentences", "sentence_lengths"))}
         sizes["documents"] = len(maps["document_sentences"])
         entries.append({"file": path.name, **_size_and_sum(path), **sizes})
-    total = Counter()
+    total: Counter[str] = Counter()
     for entry in entries:
         total.update({key: entry[key] for key in ("tokens", "sentences", "documents")})
     if not total["documents"]:

@@ -5,7 +5,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -100,11 +100,12 @@ def _frames_as_bert(tokenizer: Tokenizer) -> bool:
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     """The ids of the special tokens; raises ValueError naming those the vocabulary lacks or names otherwise."""
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    present = [number for number in ids.values() if number is not None]
     if missing := [token for token, number in ids.items() if number is None]:
         raise ValueError(f"the vocabulary lacks {', '.join(missing)}, which pre-training needs: use a BERT vocabulary")
     if (unknown := getattr(tokenizer.model, "unk_token", None)) not in (None, "[UNK]"):
         raise ValueError(f"the tokenizer makes {unknown} of what it does not know, not BERT's [UNK]: rename it there")
-    return SpecialIds(*ids.values())
+    return SpecialIds(*present)
 
 
 def strips_accents(tokenizer: Tokenizer) -> bool:
@@ -180,7 +181,8 @@ def find_tokenizer(source: str | Path) -> Path | None:
     optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     names = ("tokenizer_config.json", "vocab.txt", "tokenizer.json")  # the first tells the case of the second
     _, vocabulary, described = (cached_file(str(source), name, **optional) for name in names)
-    return Path(described or vocabulary) if described or vocabulary else None
+    found = described or vocabulary
+    return Path(found) if found else None
 
 
 def differences(tokenizer: Tokenizer, other: Tokenizer) -> list[str]:
@@ -216,7 +218,7 @@ def _other_rules(tokenizer: Tokenizer, other: Tokenizer, parts: Sequence[str]) -
             a, b = here.get(name), there.get(name)
             if a == b:
                 continue
-            if name in MEANINGS and isinstance(a, bool):
+            if name in MEANINGS and isinstance(a, bool) and isinstance(b, bool):
                 found.append(f"that one {MEANINGS[name][b]}, this one {MEANINGS[name][a]}")
             elif isinstance(a, (list, dict)) or isinstance(b, (list, dict)):
                 found.append(f"{name} of the {part} differs")
@@ -291,7 +293,7 @@ def _berts_settings(tokenizer: Tokenizer) -> dict | None:
 
 
 # Of a tokenizer_config.json, with what ``transformers`` takes where it does not say.
-SETTINGS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+SETTINGS: dict[str, Any] = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
 
 
 def load_tokenizer(

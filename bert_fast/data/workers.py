@@ -4,17 +4,18 @@ import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import connection, get_context, resource_tracker
 from multiprocessing.process import BaseProcess
+from typing import cast
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 def in_processes(
     number: int, start: Callable, arguments: tuple, function: Callable, tasks: Iterable[tuple]
-) -> Iterator:
+) -> Generator:
     """Results of ``function(*task)``, as they are ready, by up to ``number`` processes that call ``start(*arguments)``.
 
     ``tasks`` is read no further than there are processes to take what is read, so that it may be larger than memory.
@@ -31,7 +32,8 @@ def in_processes(
     def hear() -> Iterator:
         """Waits for what processes have to say, and yields results."""
         nonlocal starting, at_work
-        for end in connection.wait([end for end in members if end not in idle]):
+        ready = connection.wait([end for end in members if end not in idle])
+        for end in cast(list[connection.Connection], ready):
             what, value = _received(end, members[end])
             idle.append(end)
             if what == "started":
@@ -59,7 +61,8 @@ def in_processes(
             if waiting and len(members) < number:
                 with _children_begin_with_signals_blocked():
                     end, other = context.Pipe()
-                    process = context.Process(target=_serve, args=(other, start, arguments, function), daemon=True)
+                    of_worker = (other, start, arguments, function)
+                    process: BaseProcess = context.Process(target=_serve, args=of_worker, daemon=True)
                     process.start()
                     members[end] = process
                     other.close()  # so that reading from `end` fails when the process dies
@@ -88,6 +91,7 @@ def _received(end: connection.Connection, process: BaseProcess) -> tuple:
 def _death(process: BaseProcess) -> ChildProcessError:
     process.join()
     code = process.exitcode
+    assert code is not None  # it has been waited for
     how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
     memory = "; for lack of memory? Fewer workers need less" if code == -signal.SIGKILL else ""
     return ChildProcessError(f"a worker process {how}{memory}: what is made is kept, the same call goes on from there")

@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from bert_fast import ops, packing
@@ -157,7 +157,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         encoder_attention_mask: Tensor | None = None,
         past_key_values=None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, ...] | BaseModelOutputWithPoolingAndCrossAttentions:
         """As ``transformers.BertModel.forward``, without a decoder's arguments.
 
@@ -193,8 +193,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         )  # fmt: skip
         if wants["output_attentions"]:
             inputs.with_weights(layout)
-        positions = inputs.positions_of(layout, position_ids, *source.shape[:2], self._table_of_positions())
-        segments = inputs.segments_of(layout, token_type_ids, *source.shape[:2])
+        batch, length = source.shape[:2]
+        positions = inputs.positions_of(layout, position_ids, batch, length, self._table_of_positions())
+        segments = inputs.segments_of(layout, token_type_ids, batch, length)
         if not layers.all_ours(self.embeddings, self.encoder):
             given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask,
                      "token_type_ids": token_type_ids, "position_ids": position_ids}  # fmt: skip
@@ -208,8 +209,8 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         named = input_ids if embeds is None else None
         with idcheck.naming(lambda: inputs.misplaced(self.config, layout, named, token_type_ids, position_ids)):
             x = self.embeddings(ids, positions, segments, embeds, layout, hidden_dtype)
-        hidden_states = [] if wants["output_hidden_states"] is not False else None
-        attentions = [] if wants["output_attentions"] else None
+        hidden_states: list[Tensor] | None = [] if wants["output_hidden_states"] is not False else None
+        attentions: list[Tensor] | None = [] if wants["output_attentions"] else None
         x = layers.shown(x, layout, hidden_states)
 
         places = None if rows is None or rows.places is None else packing.rows_of(layout, rows.places)

@@ -4,12 +4,15 @@ An operator reads the parameters of several modules at once only while each of t
 parametrisation, another class (LoRA, quantisation, offloading) or a forward of one's own has to be called instead.
 """
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as hooked_globally
 from transformers.activations import GELUActivation
 
 Tensor = torch.Tensor
+M = TypeVar("M", bound=nn.Module)
 
 _ROW_WISE = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleDict, nn.ParameterDict}
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
@@ -32,28 +35,28 @@ def unhooked(module: nn.Module) -> bool:
     return not any(_hooked(m) for m in module.modules())
 
 
-def plain(module: nn.Module, kind: type) -> bool:
+def plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
     """``module`` is exactly ``kind``, and calling it does nothing but its forward."""
     return type(module) is kind and not _hooked(module)
 
 
-def as_made(kind: type) -> bool:
+def as_made(kind: type[nn.Module]) -> bool:
     """The forward of ``kind`` is its library's, and not one that was put on the class."""
     return kind.forward.__module__ == kind.__module__
 
 
-def untouched(module: nn.Module, kind: type) -> bool:
+def untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """``plain``, without a hook of all modules or a forward put on the class: no code of one's own sees what is in
     ``module``."""
     return plain(module, kind) and as_made(kind) and not hooked_globally()
 
 
-def runs(module: nn.Module | None, kind: type) -> bool:
+def runs(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Calling ``module`` runs the forward of ``kind``, whatever hooks there are. A class of FSDP2's has it too."""
     return getattr(type(module), "forward", None) is kind.forward and "forward" not in module.__dict__
 
 
-def unwatched(output: nn.Module, kind: type) -> bool:
+def unwatched(output: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """``output``, a layer's second half, is exactly ``kind``, and no hook sees the gradients of what it multiplies and
     of the residual: without dropout they are the same memory."""
     return type(output) is kind and type(output.dense) is nn.Linear and unhooked(output)
@@ -85,7 +88,7 @@ def requires_grad(module: nn.Module, given, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
-def plain_table(embedding: nn.Module) -> bool:
+def plain_table(embedding: nn.Module) -> TypeGuard[nn.Embedding]:
     """Looking rows up in ``embedding`` is reading its table. ``requires_grad`` does nothing to rows of a table that is
     trained."""
     if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
@@ -93,7 +96,7 @@ def plain_table(embedding: nn.Module) -> bool:
     return not _hooked(embedding, requires_grad if embedding.weight.requires_grad else None)
 
 
-def plain_layernorm(norm: nn.Module) -> bool:
+def plain_layernorm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
     """``norm`` is a plain LayerNorm with weight and bias, which the operators read."""
     return plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 

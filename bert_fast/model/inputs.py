@@ -21,12 +21,13 @@ def source_of(config, input_ids: Tensor | None, inputs_embeds: Tensor | None) ->
     """input_ids (B, S) or inputs_embeds (B, S, H), whichever is given: one of them has to be."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-    if input_ids is None:
+    if inputs_embeds is not None:
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size:
             raise ValueError(
                 f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {config.hidden_size})"
             )
         return inputs_embeds
+    assert input_ids is not None
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, length)")
     _require_integers("input_ids", input_ids)
@@ -60,9 +61,9 @@ def layout_of(
         mask = mask.to(source.device)  # as transformers does
     alone = [name for name, value in (("cu_seq_lens_k", cu_seq_lens_k), ("seq_idx", seq_idx)) if value is not None]
     if cu_seq_lens_q is not None:
-        _check_packed(batch, mask, cu_seq_lens_q, max_length_q)
+        longest = _check_packed(batch, mask, cu_seq_lens_q, max_length_q)
         cu_seqlens = cu_seq_lens_q.int()
-        return packing.packed_layout(cu_seqlens, max_length_q, length, samples=sample_ids, first=cls_positions)
+        return packing.packed_layout(cu_seqlens, longest, length, samples=sample_ids, first=cls_positions)
     if alone and position_ids is None:
         raise ValueError(f"{alone[0]} alone does not part sequences: pass position_ids, or cu_seq_lens_q")
     if mask is None:
@@ -81,7 +82,8 @@ def layout_of(
     return layout
 
 
-def _check_packed(batch: int, mask: Tensor | None, cu_seq_lens_q: Tensor, max_length_q: int | None) -> None:
+def _check_packed(batch: int, mask: Tensor | None, cu_seq_lens_q: Tensor, max_length_q: int | None) -> int:
+    """ValueError where packed input does not fit; its ``max_length_q``."""
     if batch != 1:
         raise ValueError(f"packed input (cu_seq_lens_q) has a batch of 1, but this one has {batch}")
     if packing.mapped(cu_seq_lens_q):
@@ -90,6 +92,7 @@ def _check_packed(batch: int, mask: Tensor | None, cu_seq_lens_q: Tensor, max_le
         raise ValueError("packed input (cu_seq_lens_q) takes no attention_mask: leave out padding instead")
     if max_length_q is None:
         raise ValueError("packed input needs max_length_q, the length of the longest sequence, with cu_seq_lens_q")
+    return max_length_q
 
 
 def _check_positions(position_ids: Tensor | None, batch: int, length: int) -> None:
@@ -141,7 +144,9 @@ def positions_of(layout: Layout, position_ids: Tensor | None, batch: int, length
     if position_ids is not None:
         return packing.pack(layout, torch.atleast_2d(position_ids).flatten(0, -2).expand(batch, length)).long()
     if layout.packed:
-        return (layout.row_key & dropout_mask.MASK32).where(packing.attended(layout)[0], 0)
+        real = packing.attended(layout)
+        assert real is not None  # packed rows may have an unused tail
+        return (layout.row_key & dropout_mask.MASK32).where(real[0], 0)
     if length > table:
         raise ValueError(
             f"the input has {length} positions, the model's table {table} (config.max_position_embeddings): "

@@ -72,7 +72,7 @@ def linears_side_by_side(
     """x (T, H) through plain linears of one size, all with a bias or none: their outputs (T, N) side by side; x for the
     residual, see ``linear_with_residual``; and None or, where ``bias_apart`` and it needs a gradient, the bias (N,): it
     was added detached, and the operator that reads the outputs makes its gradient."""
-    biases = None if linears[0].bias is None else [m.bias for m in linears]
+    biases = None if linears[0].bias is None else tuple(m.bias for m in linears)
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.transformed()
     if x.device.type == "cpu" and not recorded and not autocasts(x.device) and x.dtype == torch.float32:
         # Each writes its own columns: no copy of the weights, which for a short batch costs as much as the product.

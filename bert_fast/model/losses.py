@@ -43,8 +43,8 @@ def cross_entropy(
     labels = labels.reshape(-1).long()
     with naming(lambda: out_of_range(name, given, logits.shape[1], ignore_index)):
         total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    items = (labels != ignore_index).sum() if count is None else as_tensor(count, logits)
-    return (total / divisor(items)).to(total.dtype)
+    items = as_tensor(count, logits)
+    return (total / divisor((labels != ignore_index).sum() if items is None else items)).to(total.dtype)
 
 
 def elementwise(loss, prediction: Tensor, target: Tensor, count=None) -> Tensor:
@@ -54,8 +54,8 @@ def elementwise(loss, prediction: Tensor, target: Tensor, count=None) -> Tensor:
         raise ValueError(f"labels has {target.numel()} elements, expected {prediction.numel()}, those of the logits")
     if count is None and prediction.numel():
         return loss(prediction, target)
-    total = loss(prediction, target, reduction="sum")
-    return total if count is None else (total / divisor(as_tensor(count, prediction))).to(total.dtype)
+    total, items = loss(prediction, target, reduction="sum"), as_tensor(count, prediction)
+    return total if items is None else (total / divisor(items)).to(total.dtype)
 
 
 class _WithZeroGradients(torch.autograd.Function):

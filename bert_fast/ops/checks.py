@@ -52,11 +52,11 @@ def dropout_keys(operator: str, p: float, row_key: Tensor | None, rng_key: Tenso
     if p == 0.0:
         none = x.new_empty(0, dtype=torch.int64)
         return none, none
-    require(
-        row_key is not None and rng_key is not None,
-        operator,
-        "dropout needs row_key (bert_fast.dropout_mask.row_keys) and rng_key (bert_fast.ops.draw_dropout_key)",
-    )
+    if row_key is None or rng_key is None:
+        raise ValueError(
+            f"bert_fast.{operator}: dropout needs row_key (bert_fast.dropout_mask.row_keys) and rng_key "
+            "(bert_fast.ops.draw_dropout_key)"
+        )
     check_like(operator, x.device, rng_key=(rng_key, (1,)), row_key=(row_key, (x.shape[0],)))
     for name, key in (("rng_key", rng_key), ("row_key", row_key)):
         if key.dtype != torch.int64:

@@ -10,6 +10,7 @@ bert_fast/optim/reference.py has the formulas and their sources.
 """
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -167,7 +168,7 @@ class _Fused(torch.optim.Optimizer):
         function, extra = self._function()
         _run(
             function, params, params, [state.get("master", p) for state, p in zip(states, params, strict=True)],
-            [p.grad.to(p.dtype).contiguous() for p in params], [state["exp_avg"] for state in states],
+            [cast(Tensor, p.grad).to(p.dtype).contiguous() for p in params], [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states], rates.to(exact), clip.to(exact), *betas, eps, *extra,
         )  # fmt: skip
         torch.autograd.graph.increment_version(params)  # kernels write past autograd, which must refuse old graphs

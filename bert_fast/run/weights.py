@@ -8,12 +8,17 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from transformers import logging as transformers_logging
 
 from bert_fast.run import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+M = TypeVar("M", bound="PreTrainedModel")
 
 
 class UnfitWeights(ValueError):
@@ -21,8 +26,8 @@ class UnfitWeights(ValueError):
 
 
 def read_weights(
-    cls: type, source: str | Path, *, optional: Sequence[str] = (), drawn: Sequence[str] = (), **arguments
-) -> tuple[torch.nn.Module, list[str], list[str]]:
+    cls: type[M], source: str | Path, *, optional: Sequence[str] = (), drawn: Sequence[str] = (), **arguments
+) -> tuple[M, list[str], list[str]]:
     """(a ``cls`` with the weights of ``source``, names of those drawn at random, names of tensors without a place).
 
     ``source`` is a Hugging Face folder or a name on the Hub, ``arguments`` go to ``cls.from_pretrained``. Weights
@@ -31,9 +36,8 @@ def read_weights(
     has no place for, and where one is not finite; ValueError where they cannot be read; OSError where there are none.
     """
     with silent_transformers(), readable_weights(source):
-        model, loading = cls.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-        )
+        loaded: Any = cls.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
+    model, loading = loaded
     missing, unused = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     mismatched = {name: shapes for name, *shapes in sorted(loading["mismatched_keys"])}
     if wrong := [name for name in mismatched if not name.startswith(tuple(drawn))]:

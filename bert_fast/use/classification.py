@@ -6,8 +6,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from transformers import (
     BertConfig,
@@ -36,7 +37,7 @@ from bert_fast.use.inference import load_model, model_folder
 __all__ = ["Example", "finetune", "label_names", "read_examples"]
 
 # Only a head may be drawn, and a pooler that pre-training without next-sentence prediction did not train.
-LOADING = {"optional": ("bert.pooler.",), "drawn": ("classifier.",), "dtype": torch.float32}
+LOADING: dict[str, Any] = {"optional": ("bert.pooler.",), "drawn": ("classifier.",), "dtype": torch.float32}
 
 
 def finetune(
@@ -150,7 +151,9 @@ def _trained(
             train_dataset=parts["train"].rows,
             eval_dataset=parts["validation"].rows,
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+            compute_metrics=lambda p: {
+                "accuracy": float((cast(np.ndarray, p.predictions).argmax(-1) == p.label_ids).mean())
+            },
             callbacks=[report],
         )
         trainer.remove_callback(PrinterCallback)
@@ -208,7 +211,9 @@ def _require_no_header(train: list[Example], validation: list[Example], labels: 
 
 def _network(model: str | Path, labels: list[str], dropout: float | None, from_scratch: bool):
     """(the classifier, the tokenizer that it learned with, where the head comes from in words)."""
-    rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    rates: dict[str, Any] = (
+        {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    )
     folder = model_folder(model)
     network, learned, drawn = load_model(
         BertForSequenceClassification, folder, num_labels=len(labels), **LOADING, **rates
@@ -229,7 +234,7 @@ def _set_head(network: BertForSequenceClassification, folder: Path, labels: list
 
     ``drawn`` are the weights of ``network`` that ``folder`` did not have, or of another shape.
     """
-    names = BertConfig.from_pretrained(folder).id2label
+    names = cast(dict[int, str], BertConfig.from_pretrained(folder).id2label)
     rows = _rows_of_labels([names[row] for row in sorted(names)], labels)
     if rows:
         own, missing, _ = read_weights(BertForSequenceClassification, folder, **LOADING)

@@ -6,11 +6,11 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bert_fast.text import well_formed
 
@@ -107,16 +107,17 @@ def _from_table(
     names = [name for name in (text, pair, label) if name is not None]
     numbered = all(name.lstrip("-").isdigit() for name in names)
     _, header = (0, None) if numbered else next(rows, (0, []))
-    for name in names if header is not None else ():
-        if header.count(name) != 1:
+    place_of: Callable[[str], int] = int if header is None else header.index
+    for name in names:
+        if header is not None and header.count(name) != 1:
             what = "more than one column" if name in header else "no column"
             raise ValueError(f"{path}: {what} {name!r} in its header: {', '.join(header)}")
-    places = [None if n is None else int(n) if numbered else header.index(n) for n in (text, pair, label)]
+    places = [None if n is None else place_of(n) for n in (text, pair, label)]
     width = None if header is None else len(header)
     for number, row in rows:
         width = width or len(row)
         try:
-            found = [None if place is None else row[place] for place in places]
+            found: list[Any] = [None if place is None else row[place] for place in places]
         except IndexError:
             found = []
         if len(row) < max(width, len(names)) or not found:
@@ -206,8 +207,8 @@ def doubtful_labels(train: list[Example], validation: list[Example]) -> Iterator
         by_case[name.strip().lower()].append(name)
     if differing := [group for group in by_case.values() if len(group) > 1]:
         yield f"the labels {' and '.join(map(repr, sorted(differing[0])))} differ in case alone: they are two classes"
-    first = label_value(train[0].label)
-    if len(spellings) > 2 and sum(label_value(example.label) == first for example in train) == 1:
+    begin = label_value(train[0].label)
+    if len(spellings) > 2 and sum(label_value(example.label) == begin for example in train) == 1:
         yield (
             f"the first line alone, {train[0].text[:80]!r}, has the label {train[0].label!r}: are these "
             "the names of columns? Name them (--text, --label)"
@@ -220,7 +221,7 @@ def well_formed_examples(examples: Iterable[Example]) -> tuple[list[Example], in
     """``examples`` with U+FFFD for every lone surrogate, and how many there were (see :func:`well_formed`)."""
     found, replaced = [], 0
     for example in examples:
-        parts = [(None, 0) if part is None else well_formed(part) for part in example]
+        parts: list[tuple[Any, int]] = [(None, 0) if part is None else well_formed(part) for part in example]
         found.append(Example(*(part for part, _ in parts)))
         replaced += sum(number for _, number in parts)
     return found, replaced

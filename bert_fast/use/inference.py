@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,11 @@ from bert_fast.run import checkpoint
 from bert_fast.run.weights import read_weights
 from bert_fast.text import well_formed
 from bert_fast.use.pooling import Recipe, pooled, recipe_of, transformer_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+M = TypeVar("M", bound="PreTrainedModel")
 
 # Sentences that are sorted by length together; their vectors are held until all of them are there.
 WINDOW = 8192
@@ -61,13 +66,13 @@ def _is_model(folder: Path) -> bool:
 
 
 def load_model(
-    cls: type,
+    cls: type[M],
     path: str | Path,
     *,
     device: str | torch.device = "cpu",
     output: Output | None = None,
     **arguments,
-):
+) -> tuple[M, Tokenizer, list[str]]:
     """(model in evaluation mode, tokenizer, names of the weights that were drawn at random) from a run or folder.
 
     ``path`` and ``output`` are as in :func:`model_folder`. ``cls`` is one of this package's model classes,
@@ -120,7 +125,10 @@ def fill_mask(model, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[li
     if not best.isfinite().all():
         raise ValueError(f"the model's scores are not finite: it overflows in {model.dtype} on this text")
     return [
-        [Candidate(tokenizer.id_to_token(i), i, p) for p, i in zip(row.tolist(), numbers.tolist(), strict=True)]
+        [
+            Candidate(cast(str, tokenizer.id_to_token(i)), i, p)
+            for p, i in zip(row.tolist(), numbers.tolist(), strict=True)
+        ]
         for row, numbers in zip(best, candidates[found], strict=True)
     ]
 
@@ -134,7 +142,7 @@ def sentence_recipe(model, **given) -> Recipe:
     positions = model.config.max_position_embeddings
     own = (recipe_of(model.name_or_path) if model.name_or_path else None) or Recipe()
     recipe = replace(own, max_length=min(own.max_length or positions, positions)).changed(**given)
-    if not 3 <= recipe.max_length <= positions:
+    if recipe.max_length is None or not 3 <= recipe.max_length <= positions:
         raise ValueError(f"max_length must be between 3 and the model's {positions} positions, got {recipe.max_length}")
     return recipe
 
@@ -209,12 +217,13 @@ def _cutting(tokenizer: Tokenizer, recipe: Recipe) -> tuple[Tokenizer, int]:
     if recipe.lowercase:
         own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-    in_front = 0
+    in_front, length = 0, recipe.max_length
+    assert length is not None  # sentence_recipe gives one
     if recipe.prompt and not recipe.include_prompt:
         in_front = len(tokenizer.encode(recipe.prompt).ids) - 1  # [CLS] and the prompt, without its [SEP]
-        if in_front + 1 >= recipe.max_length:
-            raise ValueError(f"the prompt has {in_front} tokens, all are cut to {recipe.max_length}: no other is left")
-    tokenizer.enable_truncation(recipe.max_length)
+        if in_front + 1 >= length:
+            raise ValueError(f"the prompt has {in_front} tokens, all are cut to {length}: no other is left")
+    tokenizer.enable_truncation(length)
     return tokenizer, in_front
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ POOLINGS = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 # Of a Transformer module's configuration: what would make other vectors, and what it is where it changes nothing.
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "transformer_task": "feature-extraction", "module_output_name": "token_embeddings", "processing_kwargs": {},
     "processor_kwargs": {}, "tokenizer_args": {}, "config_kwargs": {}, "config_args": {}, "query_expansion": None,
     "query_length": None, "document_length": None, "tokenizer_name_or_path": None,
@@ -75,7 +76,7 @@ class Recipe:
             prompt = self.prompts[prompt_name]
         if prompt is not None:
             prompt, _ = well_formed(prompt)
-        given = {"normalize": normalize, "max_length": max_length, "prompt": prompt}
+        given: dict[str, Any] = {"normalize": normalize, "max_length": max_length, "prompt": prompt}
         given |= {"pooling": None if pooling is None else (pooling,)}
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
@@ -99,8 +100,8 @@ def recipe_of(folder: str | Path) -> Recipe | None:
     Source: sentence_transformers.SentenceTransformer and its modules Transformer, Pooling and Normalize.
     """
     folder = Path(folder)
-    roots = [root for root in (folder, folder.parent) if (root / "modules.json").is_file()]
-    roots = [root for root in roots if transformer_folder(root).resolve() == folder.resolve()]
+    found = ((root, transformer_folder(root)) for root in (folder, folder.parent))
+    roots = [root for root, within in found if within is not None and within.resolve() == folder.resolve()]
     if not roots:
         return None
     root, *_ = roots

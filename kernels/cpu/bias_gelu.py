@@ -31,4 +31,4 @@ def bias_gelu_bwd(
     grad_b = None if b is None else torch.empty_like(b)
     b_dtype = 0 if b is None else DTYPES[b.dtype]
     _backward(DTYPES[x.dtype], b_dtype, grad_out, x, b, grad_x, grad_b, *x.shape, torch.get_num_threads())
-    return grad_x, x.new_empty(0) if bias is None else grad_b.to(bias.dtype)
+    return grad_x, x.new_empty(0) if bias is None or grad_b is None else grad_b.to(bias.dtype)

@@ -77,6 +77,6 @@ def residual_layernorm_bwd(
         *z.shape, *_dropout(row_key, rng_key, p, site), torch.get_num_threads(),
     )  # fmt: skip
     grad_weight, grad_ln_bias, grad_bias = (g.to(weight.dtype, copy=True) for g in grads)
-    if same:
+    if grad_x is None:
         grad_x = z.new_empty(0, z.shape[1])
     return grad_x, grad_residual, grad_bias if has_bias else weight.new_empty(0), grad_weight, grad_ln_bias
