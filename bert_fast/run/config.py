@@ -22,7 +22,7 @@ SIZES = {  # hidden layers, hidden size, attention heads; the feed-forward is fo
 }
 
 # Of a checkpoint's run by one that begins there.
-NOT_INHERITED = ("out", "resume", "decay_from", "continue_from", "push_to_hub")
+NOT_INHERITED = ("out", "resume", "decay_from", "continue_from", "push_to_hub", "max_hours", "replan")
 
 INSTEAD = {"seq": "phases", "steps": "phases", "model": "init_from"}  # an option, and what is read in its place if set
 
@@ -83,6 +83,14 @@ class PretrainConfig:
         "128:7038:lr=6e-3:warmup=0.2843:batch=65536,512:1563:lr=4e-3:warmup=0.128:batch=32768",
         "PHASES",
     )
+    max_hours: float | None = option(
+        None, "updates", "hours of all starts together, in which the run ends: --steps or --phases say in which "
+        "proportion, this machine's speed how many updates; 0: no such budget", "H",
+    )  # fmt: skip
+    replan: str | None = option(
+        None, "updates", "AT:N: from update AT on, N updates do what is left of --steps or --phases; a run with "
+        "--max-hours writes it to its config.json where its speed changes", "CHANGES",
+    )  # fmt: skip
     micro_tokens: int | None = option(
         None, "updates", "tokens of one forward pass, at most [default: 16384 on a GPU, else 4096]", "N"
     )
@@ -193,12 +201,15 @@ class PretrainConfig:
         _require(self, "decay_steps", self.decay_steps is None or 0 < self.decay_steps < float("inf"), "above 0")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ConfigError(f"--decay-steps needs --schedule wsd; --schedule is {self.schedule}")
+        _require(self, "max_hours", 0 <= (self.max_hours or 0) < float("inf"), "at least 0")
         self._require_origin()
         _require(self, "peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "above 0")
 
     def _require_origin(self) -> None:
         if self.decay_from and self.continue_from:
             raise ConfigError("--decay-from and --continue-from are two places to begin at: leave one out")
+        if self.decay_from and self.max_hours:
+            raise ConfigError("--max-hours beside --decay-from, whose length is --decay-steps: leave one out")
         if self.decay_from and not (self.decay_steps and self.decay_steps >= 1):
             raise ConfigError("--decay-from needs --decay-steps, the updates of the decay, at least 1")
         if self.origin and Path(self.origin).resolve().parent.parent == Path(self.out).resolve():
@@ -297,7 +308,7 @@ def effective(options: dict) -> dict:
 
 def phases(config: PretrainConfig) -> list["Phase"]:
     """The phases of a run, in order; one of ``--seq`` and ``--steps`` where none are given. ConfigError if wrong."""
-    from bert_fast.data.phase import Phase  # its package imports tokenizers, which `--help` needs not wait for
+    from bert_fast.data.phase import Phase, paced  # its package imports tokenizers, which `--help` needs not wait for
 
     drafts = [_parsed(text, config) for text in (config.phases or f"{config.seq}:{config.steps}").split(",")]
     found, first, probs = [], 0, mask_probs(config)
@@ -318,7 +329,18 @@ def phases(config: PretrainConfig) -> list["Phase"]:
             }
         found.append(Phase(draft["seq"], first, first + draft["steps"], draft["batch"], **shared, mask_probs=probs))
         first += draft["steps"]
-    return found
+    try:
+        return paced(found, [_change(text) for text in (config.replan or "").split(",") if text])
+    except ValueError as error:
+        raise ConfigError(f"--replan {config.replan}: {error}") from error
+
+
+def _change(text: str) -> tuple[int, int]:
+    at, _, number = text.partition(":")
+    try:
+        return int(at), int(number)
+    except ValueError:
+        raise ValueError(f"{text!r} is not AT:N, two whole numbers") from None
 
 
 def mask_probs(config: PretrainConfig) -> tuple[float, float]:

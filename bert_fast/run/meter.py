@@ -11,6 +11,7 @@ class Meter:
         self.began = self.lap_began = time.perf_counter()
         self.waited = self.off = self.lap_off = 0.0
         self.tokens = self.flops = 0
+        self.lasted: dict[str, float] = {}  # seconds of the last validation, and so on
 
     def timed(self, iterator):
         """``iterator``, with the time that it takes counted as waiting; the first item, which starts workers, not."""
@@ -30,12 +31,13 @@ class Meter:
             yield item
 
     @contextmanager
-    def paused(self):
-        """Time meanwhile does not count."""
+    def paused(self, what: str):
+        """Time meanwhile does not count; ``lasted`` has it under ``what``."""
         start = time.perf_counter()
         yield
         spent = time.perf_counter() - start
         self.off, self.lap_off = self.off + spent, self.lap_off + spent
+        self.lasted[what] = spent
 
     def count(self, tokens: int, flops: int) -> None:
         self.tokens, self.flops = self.tokens + tokens, self.flops + flops

@@ -1,4 +1,5 @@
-"""The phases of a run that begins at another run's checkpoint.
+"""The phases of a run where they are not those that were asked for: it begins at another run's checkpoint, or has a
+budget of time (budget.py).
 
 They are written down as ``--phases``, in state.json and in config.json: a run that goes on needs no other run for them.
 """
@@ -15,6 +16,7 @@ from bert_fast.train.schedule import learning_rate
 SHAPE = (  # decide what the phases are
     "phases", "seq", "steps", "batch_size", "lr", "warmup", "schedule", "decay_steps", "decay_from", "continue_from",
 )  # fmt: skip
+PLANNED = ("phases", "decay_steps", "replan")  # the options that a plan consists of
 
 
 def text_of(found: Sequence[Phase]) -> str:
@@ -22,7 +24,7 @@ def text_of(found: Sequence[Phase]) -> str:
     texts = []
     for phase in found:
         text = f"{phase.seq}:{phase.last - phase.first}:batch={phase.batch_size}"
-        if phase.schedule_first == phase.first:
+        if phase.schedule_first == (phase.planned or (phase.first,))[0]:
             text += f":lr={phase.lr!r}:warmup={phase.warmup}"
         texts.append(text)
     return ",".join(texts)
@@ -36,9 +38,10 @@ def planned(config: PretrainConfig, before: Checkpoint | None) -> PretrainConfig
     if before is None:
         return config
     if config.origin and before.folder == Path(config.origin):
-        return dataclasses.replace(config, phases=text_of(_from_origin(config, before)))
+        return dataclasses.replace(config, phases=text_of(_from_origin(config, before)), replan=None)
     plan = before.state.get("plan", {})
-    if not (plan or config.origin):
+    dropped = before.state["options"].get("max_hours") and not config.max_hours  # what is asked for counts again
+    if not config.origin and (dropped or not plan):
         return config
     was, now = effective(before.state["options"]), effective(config.as_dict())
     changed = [flag(name) for name in SHAPE if now.get(name) not in (was.get(name), plan.get(name))]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,14 +25,16 @@ from bert_fast.devices import has_matrix_unit, matmul_peak
 from bert_fast.flops import step_flops
 from bert_fast.output import Output
 from bert_fast.run import checkpoint, hub, new_model
+from bert_fast.run.budget import Budget
 from bert_fast.run.config import ConfigError, PretrainConfig, effective, mask_probs, mask_shares, phases
 from bert_fast.run.export import description, export
 from bert_fast.run.meter import Meter
 from bert_fast.run.new_rows import base_tokenizer, shortened, start_new_rows
 from bert_fast.run.optimizer import build_optimizer, load_state, owned, state_tensors
-from bert_fast.run.plan import planned
+from bert_fast.run.plan import PLANNED, planned
 from bert_fast.run.plot import plot_runs
 from bert_fast.run.process import Stop, locked, stop_on_signals
+from bert_fast.run.rehearsal import rehearsed
 from bert_fast.run.report import Report
 from bert_fast.run.resume import identity, last_checkpoint, require_same_run
 from bert_fast.run.state import RunState
@@ -77,12 +80,12 @@ class Run:
     """What a run consists of, ready to go on from its last checkpoint; ``few`` of its documents stand for its data."""
 
     def __init__(self, config: PretrainConfig, ranks: Ranks, output: Output, *, few: bool = False):
+        self.began = time.perf_counter()
         self.ranks, self.output, self.folder = ranks, output, Path(config.out)
-        before = last_checkpoint(config, ranks, output)
+        self.before = before = last_checkpoint(config, ranks, output)
         self.given, self.config = config, planned(config, before)
         config = self.config
         self.phases = phases(config)
-        self.total = self.phases[-1].last
         if any(phase.batch_size < ranks.world for phase in self.phases):
             raise ConfigError(f"--batch-size must give each of {ranks.world} processes a sequence")
         automatic = config.precision == "auto"
@@ -130,8 +133,9 @@ class Run:
             self._go_on_from(before)
         # recorded or not: shapes decide the last bits of a product on a GPU
         self.sizes = sizes_of_phases(self.dataset, self.phases, self.tokens) if recorded.recordable(ranks) else None
-        self.prepared: Phase | None = None  # whose shapes the step is ready to record
+        self.prepared: tuple[int, int] | None = None  # length and batch size whose shapes the step is ready to record
         self.model.recompute(config.recompute)
+        self.budget: Budget | None = None
         self.step = recorded.make_step(
             self.model, self.optimizer, ranks, bf16=self.bf16, capture=config.capture, tell=output.warn
         )
@@ -144,6 +148,45 @@ class Run:
                 f"of those it replaces; they make text {text}"
             )
 
+    def _plan_in_time(self) -> None:
+        """The phases become those that end in time."""
+        config, state, before, spent = self.config, self.state, self.before, 0.0
+        if before is not None and before.folder.parent.parent == self.folder:
+            spent = before.state.get("spent") or state.seconds
+        left = [phase for phase in self.phases if state.step < phase.last]
+        costs = rehearsed(
+            config, left, self.model, self.dataset, self.validation, self.ranks, bf16=self.bf16, tokens=self.tokens,
+            sizes=self.sizes,
+        )  # fmt: skip
+        self.budget = budget = Budget(config, spent + time.perf_counter() - self.began, costs)
+        budget.agree(self.ranks)
+        plan = budget.first_plan(config) if before is None else budget.new_plan(config, state.step)
+        self.output.note(budget.told(config, plan, state.step))
+        self.config, self.phases = plan, phases(plan)
+
+    def _plan_again(self) -> None:
+        """At a decision of the budget: what is left of the plan may become shorter or longer."""
+        budget, before, step = self.budget, self.config, self.state.step
+        budget.measure(step, self.meter)
+        budget.agree(self.ranks)
+        plan = budget.new_plan(before, step)
+        if plan is not before:
+            self.output.note(budget.told(before, plan, step))
+            self.config, self.phases = plan, phases(plan)
+            self._write_options()
+            self.report.expect(self.total)
+        budget.watch(step, self.phases, self.meter)
+
+    def _write_options(self) -> None:
+        if self.ranks.first:
+            options = effective(self.config.as_dict())
+            write_atomically(self.folder / "config.json", (json.dumps(options, indent=1) + "\n").encode())
+
+    @property
+    def total(self) -> int:
+        """The updates of all phases."""
+        return self.phases[-1].last
+
     @property
     def precision(self) -> str:
         return "bf16" if self.bf16 else "fp32"
@@ -151,9 +194,9 @@ class Run:
     def train(self, asked_to_stop: Stop, trackers: Trackers) -> int:
         """Updates, lines of metrics, validations and checkpoints, until the last update or a reason to stop."""
         config, on_cpu = self.config, self.ranks.device.type == "cpu"
-        if self.ranks.first:
-            options = effective(config.as_dict())
-            write_atomically(self.folder / "config.json", (json.dumps(options, indent=1) + "\n").encode())
+        if config.max_hours and self.state.step < self.total:
+            self._plan_in_time()
+        self._write_options()
         self.report = Report(self.folder, config, self.ranks, self.output, trackers, self.state.step)
         self.peak = (config.peak_tflops or 0) * 1e12 or matmul_peak(
             self.ranks.device, torch.bfloat16 if self.bf16 else torch.float32
@@ -162,12 +205,14 @@ class Run:
         self.report.introduce(
             self.model, self.dataset, precision=self.precision, peak=self.peak, validates=self.validation is not None
         )
+        if self.budget:
+            self.budget.watch(self.state.step, self.phases, self.meter)
         stop, waiting = None, []
         with self.report.progress(self.total, self.state.step):
             for work in self.meter.timed(self._work()):
                 number = work.update.step
                 phase = self.phases[phase_of(number, self.phases)]
-                if phase is not self.prepared:
+                if (phase.seq, phase.batch_size) != self.prepared:
                     self._prepare(phase)
                 lr = learning_rate(number, phase, schedule=config.schedule, power=config.power)
                 predicted = self._predicted(work)
@@ -182,8 +227,10 @@ class Run:
                 waiting.append((work, lr, predicted, outcome))
                 validating = self._every(config.validate_every or config.checkpoint_every, number + 1)
                 saving = self._every(config.checkpoint_every, number + 1)
+                planning = self.budget is not None and number + 1 == self.budget.next < self.total
                 # a GPU is asked for an update's numbers when it has the next one to do
-                while waiting and (on_cpu or validating or saving or stop == "signal" or len(waiting) > 1):
+                at_once = on_cpu or validating or saving or planning
+                while waiting and (at_once or stop == "signal" or len(waiting) > 1):
                     reason = self._account(*waiting.pop(0))
                     stop = stop or reason
                 if stop == "not finite":
@@ -194,24 +241,33 @@ class Run:
                     self._save()
                 if stop:
                     break
+                if planning:
+                    self._plan_again()
         return self._end(stop, asked_to_stop)
 
     def _work(self) -> Iterator[Work]:
         config, cuda = self.config, self.ranks.device.type == "cuda"
         workers = config.workers if config.workers is not None else (2 if cuda else 1)
-        return load_updates(
-            BatchMaker(self.dataset, config.data),
-            updates(self.dataset, self.phases, self.state.step, self.state.place),
-            rank=self.ranks.rank, ranks=self.ranks.world, tokens=self.tokens, workers=workers, pin=cuda,
-            sizes=self.sizes,
-        )  # fmt: skip
+        plan = None
+        while plan is not self.phases:  # updates that were made ahead are of the plan that was
+            plan, step, place = self.phases, self.state.step, self.state.place
+            if step < self.total and phase_of(step, plan) != self.state.phase:
+                place = Place(place.epoch + 1, 0)  # as the stream of updates does between two phases
+            for work in load_updates(
+                BatchMaker(self.dataset, config.data), updates(self.dataset, plan, step, place),
+                rank=self.ranks.rank, ranks=self.ranks.world, tokens=self.tokens, workers=workers, pin=cuda,
+                sizes=self.sizes,
+            ):  # fmt: skip
+                yield work
+                if plan is not self.phases:
+                    break
 
     def _prepare(self, phase: Phase) -> None:
         """The step gets to know the phase's shapes."""
-        self.prepared = phase
+        self.prepared = phase.seq, phase.batch_size
         if self.sizes is None:
             return
-        with self.meter.paused():
+        with self.meter.paused("preparing"):
             pad = self.dataset.special.pad
             sizes = self.sizes[phase.seq, phase.batch_size]
             self.step.prepare([example(size, phase.seq, nsp=self.config.nsp, pad_id=pad) for size in sizes[::-1]])
@@ -253,7 +309,7 @@ class Run:
         return "signal" if stops else None
 
     def _validate(self) -> None:
-        with self.meter.paused():
+        with self.meter.paused("validation"):
             self.state.validation = self.validation(self.model, self.phases[self.state.phase].seq)
         self.report.validated(self.state.step, self.state.validation)
 
@@ -261,7 +317,7 @@ class Run:
         return done % interval == 0 or done == self.total
 
     def _save(self) -> None:
-        with self.meter.paused():
+        with self.meter.paused("checkpoint"):
             self.report.flush()
             model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
             optimizer = state_tensors(self.optimizer, self.model)
@@ -277,7 +333,8 @@ class Run:
             "processes": self.ranks.world,
             "identity": self.identity,
             "options": self.given.as_dict(),
-            "plan": {} if self.config is self.given else {"phases": self.config.phases},
+            "plan": {name: getattr(self.config, name) for name in PLANNED} if self.budget or self.config.origin else {},
+            "spent": self.budget.spent if self.budget else None,
         }
 
     def _go_on_from(self, before: checkpoint.Checkpoint) -> None:
@@ -285,8 +342,6 @@ class Run:
         new_model.load_weights(self.model, before.tensors("model"))
         load_state(self.optimizer, self.model, before.tensors("optimizer", lambda name: name.partition("/")[2] in mine))
         self.state = state = RunState.of(before.state)
-        if state.step < self.total and phase_of(state.step, self.phases) != state.phase:
-            state.place = Place(state.place.epoch + 1, 0)  # as the stream of updates does between two phases
         if before.state["identity"]["data"] != self.identity["data"]:
             state.place = Place()
             self.output.note(f"{self.config.data} is not the data of {before.folder}: it begins with its first epoch")

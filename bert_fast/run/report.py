@@ -50,6 +50,10 @@ class Report:
         with self.output.progress(total, "pre-training", "updates", done=done) as self._bar:
             yield
 
+    def expect(self, total: int) -> None:
+        """The run has another number of updates than before."""
+        self._bar.total = total
+
     def trained(self, step: int, entry: dict) -> None:
         """The numbers of update ``step``, and how fast the run is."""
         self._write("train", step, **entry)

@@ -23,14 +23,15 @@ def phase_of(step: int, all_phases: list[Phase]) -> int:
 def learning_rate(step: int, phase: Phase, *, schedule: str = "linear", power: float = 0.5) -> float:
     """The learning rate of update ``step`` (from 0): warm-up reaches ``phase.lr`` with its last update, then decay.
 
+    i is the update's place in its schedule, which is fractional where its pace changed (:meth:`Phase.place`).
     With w updates of warm-up and n in all: lr (i + 1) / w in the warm-up; after it, with progress
     (i - w) / (n - w), linear lr (1 - progress), polynomial lr (1 - progress)^power, cosine
     lr (1 + cos(pi progress)) / 2, or constant; wsd is constant but for the last d = ``phase.decay`` updates, which have
     lr (1 - sqrt((i - (n - d)) / d)).
     """
-    i, n, w = step - phase.schedule_first, phase.schedule_last - phase.schedule_first, phase.warmup
+    i, n, w = phase.place(step) - phase.schedule_first, phase.schedule_last - phase.schedule_first, phase.warmup
     if i < w:
-        return phase.lr * (i + 1) / w
+        return phase.lr * min(i + 1, w) / w
     if schedule == "wsd":
         decayed = max(0, i - (n - phase.decay))
         return phase.lr * (1.0 - math.sqrt(decayed / max(1, phase.decay)))
