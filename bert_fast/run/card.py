@@ -145,9 +145,9 @@ def _results(config: PretrainConfig, state: dict) -> str:
         return "Not validated: no documents were held out." + curves
     names = [name for name, value in last.items() if isinstance(value, float)]
     found = {line["step"]: line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "validation"}
-    found = list((found | {state["step"]: last}).items())
-    shown = min(MOST_ROWS, len(found))
-    picked = [found[len(found) - 1 - i * len(found) // shown] for i in range(shown)][::-1]
+    rows = list((found | {state["step"]: last}).items())
+    shown = min(MOST_ROWS, len(rows))
+    picked = [rows[len(rows) - 1 - i * len(rows) // shown] for i in range(shown)][::-1]
     lines = [
         f"On held-out documents, {last['sequences']:,} sequences:",
         "",

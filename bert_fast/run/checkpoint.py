@@ -52,7 +52,7 @@ class Checkpoint:
 
     def tensors(self, prefix: str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
         """The ``wanted`` tensors, on the CPU, of the files whose names begin with ``prefix``."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for path in sorted(self.folder.glob(f"{prefix}*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 found |= {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
@@ -158,7 +158,7 @@ def prune(run: Path, keep: int) -> None:
             continue
     newest_seq = next(reversed(validated.values()), (None,))[0]
     losses = {folder: loss for folder, (seq, loss) in validated.items() if seq == newest_seq and _finite(loss)}
-    best = min(losses, key=losses.get, default=None)
+    best = min(losses, key=losses.__getitem__, default=None)
     for folder in found[:-keep]:
         if folder != best:
             _remove(folder)
@@ -185,7 +185,7 @@ def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
     None where there is no checkpoint. CheckpointError where there are some and all are damaged.
     """
-    complaints = []
+    complaints: list[str] = []
     for folder in reversed(folders(run)):
         try:
             return read(folder), complaints
@@ -236,7 +236,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int
     ``safetensors.torch.save_file`` would need the file read again for its checksum, and reports a full disk as an
     exception of its own.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0  # which loaders of Hugging Face folders may ask for
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # which loaders of Hugging Face folders may ask for
+    offset = 0
     for name, tensor in tensors.items():
         shape, end = list(tensor.shape), offset + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
@@ -249,7 +250,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int
         for tensor in tensors.values():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             if flat.numel():
-                yield memoryview(flat.view(torch.uint8).numpy())
+                yield flat.view(torch.uint8).numpy().data
 
     return _write(path, parts())
 

@@ -385,7 +385,7 @@ def _parsed(text: str, config: PretrainConfig) -> dict:
     try:
         if len(parts) < 2:
             raise ValueError("it needs SEQ:STEPS")
-        draft = {"seq": int(parts[0]), "steps": int(parts[1]), "own": False}
+        draft: dict[str, typing.Any] = {"seq": int(parts[0]), "steps": int(parts[1]), "own": False}
         draft |= {"lr": config.lr, "warmup": config.warmup, "batch": config.batch_size}
         for part in parts[2:]:
             name, _, value = part.partition("=")

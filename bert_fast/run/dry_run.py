@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def dry_run(config: PretrainConfig, output: Output | None = None) -> dict:
         else:
             output = Output(silent=True)
         run = Run(config, ranks, output, few=True)
-        facts = {"parameters": _parameters(run.model), "data": _data(run), "phases": list(_phases(run))}
+        facts: dict[str, Any] = {"parameters": _parameters(run.model), "data": _data(run), "phases": list(_phases(run))}
         facts |= _measured(run)
         speed, memory = facts["speed"], facts["memory"]
         facts["updates"] = sum(phase["updates_left"] for phase in facts["phases"])

@@ -37,6 +37,7 @@ def require_login(config: PretrainConfig, output: Output) -> None:
 def push(config: PretrainConfig, output: Output) -> bool:
     """Uploads RUN/model in one commit and returns whether that went well; a failure is a warning with what to do."""
     name, folder = config.push_to_hub, Path(config.out) / "model"
+    assert name is not None  # else nothing is pushed
     try:
         _create(config)
         commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="A model of bert-fast pretrain")
@@ -52,4 +53,5 @@ def push(config: PretrainConfig, output: Output) -> bool:
 
 
 def _create(config: PretrainConfig) -> None:
+    assert config.push_to_hub is not None  # asked by the caller
     HfApi().create_repo(config.push_to_hub, private=config.hub_private, exist_ok=True)

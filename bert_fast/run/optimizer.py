@@ -1,5 +1,7 @@
 """The optimiser of a run, sharded over its processes, and its state by the names of parameters."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -13,7 +15,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig, ranks: Ranks) -> t
     """The optimiser of ``config`` over ``model``'s parameters, its state sharded over a machine's processes."""
     groups = optim.parameter_groups(model, weight_decay=config.weight_decay)
     kind = optim.AdamW if config.optimizer == "adamw" else optim.Lamb
-    options = {
+    options: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
@@ -30,7 +32,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig, ranks: Ranks) -> t
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """This process's part of the optimiser's state: tensors as KEY/PARAMETER, sorted by that name."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     own = _local(optimizer)
     found = {
         f"{key}/{names[parameter]}": value

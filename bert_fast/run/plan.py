@@ -74,6 +74,7 @@ def _from_origin(config: PretrainConfig, before: Checkpoint) -> list[Phase]:
             f"--decay-from {before.folder} is no checkpoint of a stable phase: --schedule {origin.schedule} was at the "
             f"learning rate {rate:g} of {here.lr:g}"
         )
+    assert config.decay_steps is not None  # --decay-from needs it
     last = step + round(config.decay_steps)
     branch = [dataclasses.replace(phase, schedule_last=last) for phase in theirs[: number + 1]]
     branch[-1] = dataclasses.replace(branch[-1], last=last)

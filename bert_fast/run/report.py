@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.loader import Work
@@ -29,7 +29,7 @@ class Report:
         self.metrics = MetricsFile(folder, step) if ranks.first else None
 
     def introduce(
-        self, model: nn.Module, dataset: PretrainingDataset, *, precision: str, peak: float, validates: bool
+        self, model: PreTrainedModel, dataset: PretrainingDataset, *, precision: str, peak: float, validates: bool
     ) -> None:
         """What is trained, on what; ``peak`` in FLOP/s a process."""
         config, made = self.config, model.config
@@ -65,9 +65,9 @@ class Report:
         bad = torch.zeros(len(update), dtype=torch.int32)
         for slots, finite in zip(work.slots, outcome.finite.tolist(), strict=True):
             bad[torch.from_numpy(slots)] = int(not finite)
-        bad = self.ranks.greatest(bad.to(self.ranks.device)).bool().cpu().numpy()
-        reason = "the loss" if bad.any() else "the gradient"
-        chosen = bad if bad.any() else ~bad
+        anywhere = self.ranks.greatest(bad.to(self.ranks.device)).bool().cpu().numpy()
+        reason = "the loss" if anywhere.any() else "the gradient"
+        chosen = anywhere if anywhere.any() else ~anywhere
         samples = [[int(e), int(i)] for e, i in zip(update.epochs[chosen], update.indices[chosen], strict=True)]
         self._write("skipped", step, reason=f"{reason} was not finite", samples=samples)
         mlm, _, _, norm = outcome.scalars.tolist()

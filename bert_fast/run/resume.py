@@ -70,6 +70,7 @@ def last_checkpoint(config: PretrainConfig, ranks: Ranks, output: Output) -> che
 
 
 def _origin(config: PretrainConfig) -> checkpoint.Checkpoint:
+    assert config.origin is not None  # asked by the caller
     try:
         return checkpoint.read(Path(config.origin))
     except (OSError, ValueError) as error:

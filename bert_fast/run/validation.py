@@ -40,7 +40,8 @@ class Validation:
     def __init__(self, dataset: PretrainingDataset, *, limit: int, tokens: int, ranks: Ranks, precision: str):
         self.dataset, self.limit, self.tokens = dataset, limit, tokens
         self.ranks, self.precision = ranks, precision
-        self.seq = self.batches = None
+        self.seq: int | None = None  # of the last call, and its batches
+        self.batches: PackedBatches
 
     def __call__(self, model: nn.Module, seq: int) -> dict:
         """What ``bert_fast.train.evaluation.evaluate`` gives, on sequences of at most ``seq`` tokens."""

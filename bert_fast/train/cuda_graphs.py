@@ -22,6 +22,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,7 +51,8 @@ class Recorder:
         self.device = self.parameters[0].device
         if self.device.type != "cuda":
             raise ValueError(f"the parameters are on {self.device}, and only a GPU has CUDA graphs")
-        self._stream, self._pool = torch.cuda.Stream(self.device), None
+        self._stream = torch.cuda.Stream(self.device)
+        self._pool: Any = None  # a handle
 
     def warm(self, function: Callable[[], None]) -> None:
         """Runs ``function`` where it will be recorded, which makes what it keeps: kernels, workspaces, state."""

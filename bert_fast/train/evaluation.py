@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,10 +59,11 @@ def sums(
     return total
 
 
-def _batch_sums(model: torch.nn.Module, batch: dict, device: torch.device) -> Tensor:
+def _batch_sums(model: Any, batch: dict, device: torch.device) -> Tensor:
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     rows = Rows(places=batch["masked_positions"])
     outputs = model.bert(**{name: batch[name] for name in INPUTS if name in batch}, rows=rows, return_dict=True)
+    assert rows.hidden is not None  # the forward filled it
     head = model.cls.predictions
     found = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     for hidden, labels in zip(*(t.split(ROWS_AT_ONCE) for t in (rows.hidden, batch["masked_labels"])), strict=True):
