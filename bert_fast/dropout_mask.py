@@ -35,7 +35,12 @@ to spare.
 Source: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (table 2: rounds).
 """
 
+from typing import TypeVar
+
+import numpy as np
 import torch
+
+Words = TypeVar("Words", torch.Tensor, np.ndarray)
 
 ROUND_A = 0xD2511F53
 ROUND_B = 0xCD9E8D57
@@ -58,7 +63,7 @@ def dropout_scale(p: float) -> float:
     return 65536 / kept if kept else 0.0
 
 
-def philox(key: torch.Tensor, c0, c1, c2, c3) -> tuple[torch.Tensor, ...]:
+def philox(key: Words, c0, c1, c2, c3) -> tuple[Words, ...]:
     """Four 32-bit words (int64 in 0 .. 2**32-1) of Philox 4x32-7; counters, tensors or arrays, broadcast together."""
     k0 = key & MASK32
     k1 = (key >> 32) & MASK32

@@ -28,6 +28,7 @@ Places within a sentence are not moved to where a word ends: a plan reads no tok
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -43,6 +44,14 @@ WORD = 1 << 32
 BLOCK = 1 << 20  # samples of which the random words are held at a time
 
 
+class Tokens(Protocol):
+    """An integer array, or anything whose slices are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, which: slice, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Token ids of documents and where their sentences lie.
@@ -52,7 +61,7 @@ class Corpus:
     documents      int64 (documents, 2): first sentence of each document and the one after its last
     """
 
-    tokens: np.ndarray
+    tokens: Tokens
     sentence_ends: np.ndarray
     documents: np.ndarray
 
@@ -139,7 +148,7 @@ def plan_epoch(
             *sample, following, sentence = text.pairs(document, sentence, position, target, cuts, choice)
         else:
             following, sentence = text.filled(position, sentence, text.last[document], target, capacity, 1)
-            sample = following, following
+            sample = [following, following]
         steps.append((document, position, *sample))
         position = following
     if not steps:
@@ -303,10 +312,10 @@ def _run(new: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw(seed: int, step: int, document: np.ndarray, epoch: int, stream) -> tuple[np.ndarray, ...]:
     """Four independent uniform words (0 .. 2**32 - 1) a document, (streams, documents) for streams (streams, 1)."""
-    seed, step, epoch, stream = (
+    key, of_step, of_epoch, of_stream = (
         np.atleast_1d(np.asarray(number, dtype=np.int64)) for number in (seed, step, epoch, 0x5041 << 8 | stream)
     )
-    return philox(seed, step, document, epoch, stream)
+    return philox(key, of_step, document, of_epoch, of_stream)
 
 
 def _below(word: np.ndarray, bound) -> np.ndarray:

@@ -29,6 +29,7 @@ class Budget:
     """The time of a run of ``config``, ``spent`` seconds of which are used, and what its parts cost."""
 
     def __init__(self, config: PretrainConfig, spent: float, costs: Costs):
+        assert config.max_hours is not None  # else a run has no budget
         self.seconds, self.began, self.costs = config.max_hours * 3600, time.perf_counter() - spent, costs
         self.left, self.measured = self.seconds - spent, TIMED
 
