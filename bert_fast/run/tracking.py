@@ -52,17 +52,20 @@ class Trackers:
 
     def __init__(self, config: PretrainConfig, step: int, ranks: Ranks, output: Output):
         self.output, self.path = output, Path(config.out) / "trackers.json"
-        known = json.loads(self.path.read_text(encoding="utf-8")) if step and self.path.is_file() else {}
-        self.tracked = [_Tracked(name, config, known.get(name)) for name in trackers(config) if ranks.first]
+        self.known = json.loads(self.path.read_text(encoding="utf-8")) if step and self.path.is_file() else {}
+        self.tracked = [_Tracked(name, config, self.known.get(name)) for name in trackers(config) if ranks.first]
 
     def __enter__(self) -> "Trackers":
         self._together(_Tracked.start)
+        self._tell()
         if ids := {tracked.name: tracked.id for tracked in self.tracked if tracked.id}:
-            write_atomically(self.path, (json.dumps(ids, indent=1) + "\n").encode())
+            write_atomically(self.path, (json.dumps(self.known | ids, indent=1) + "\n").encode())
         return self
 
     def __exit__(self, *error) -> None:
-        self._together(_Tracked.finish)
+        with redirect_stdout(sys.stderr):  # what mlflow says at the end is no result of the command
+            self._together(_Tracked.finish)
+        self._tell()
         for tracked in self.tracked:
             tracked.thread.shutdown()
 
@@ -73,11 +76,9 @@ class Trackers:
         self._tell()
 
     def _together(self, what: Callable) -> None:
-        """Does it on every tracker and waits; what trackers print is no result of the command."""
-        with redirect_stdout(sys.stderr):
-            for future in [tracked.call(what) for tracked in self.tracked]:
-                future.result()
-        self._tell()
+        """Does it on every tracker and waits."""
+        for future in [tracked.call(what) for tracked in self.tracked]:
+            future.result()
 
     def _tell(self) -> None:
         for tracked in self.tracked:

@@ -1,6 +1,7 @@
 """Trackers: what they get, going on, one that fails; wandb offline and mlflow with a file, where they are installed."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from bert_fast.train.distributed import Ranks
 from tests.support.training_runs import train
 
 tracking = pytest.importorskip("accelerate.tracking")
+
+FIRST = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -100,8 +103,11 @@ def test_a_run_that_goes_on_is_tracked_in_the_same_place(configure, made, monkey
     assert json.loads((Path(config.out) / "trackers.json").read_text()) == {"stand_in": "made-here"}
     train(configure(steps=8, track="stand_in,other"))
     train(configure(out=config.out + "-2", steps=4, track="stand_in"))
-    _, first, other, second, other_again, elsewhere = made
-    assert taken == [None, None, "made-here", None, None]
+    with Trackers(configure(track="other"), 8, FIRST, Output(silent=True)):
+        pass
+    assert json.loads((Path(config.out) / "trackers.json").read_text()) == {"stand_in": "made-here"}
+    _, first, other, second, other_again, elsewhere, _ = made
+    assert taken == [None, None, "made-here", None, None, None]
     assert first.config
     assert second.config is None  # a tracker such as mlflow refuses other values
     assert other_again.config
@@ -139,6 +145,19 @@ def test_only_the_first_process_tracks(configure, made):
     with Trackers(configure(track="stand_in"), 0, ranks, Output(silent=True)) as trackers:
         trackers.log(1, {"loss": 1.0})
     assert len(made) == 1
+
+
+def test_at_the_end_trackers_print_no_results_and_warnings_stay_json(configure, made, monkeypatch, capsys):
+    def fail(self):
+        print("look at it there")
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(made[0], "finish", fail)
+    with Trackers(configure(track="stand_in"), 0, FIRST, Output(json=True)):
+        pass
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["kind"] for line in out.splitlines()] == ["warning"]
+    assert "look at it there" in err
 
 
 def test_a_tracker_is_finished_when_the_run_is_not(configure, made, monkeypatch):
@@ -181,8 +200,12 @@ def test_wandb_offline(configure, tmp_path, monkeypatch):
     assert len(stored) == 2
     assert json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"] == known
     assert wandb.run is None
-    assert b"train/mlm_loss" in stored[0].read_bytes()
-    assert b"validation/mlm_loss" in stored[1].read_bytes()
+    until = time.monotonic() + 20  # wandb's own process writes the file
+    while b"validation/mlm_loss" not in stored[1].read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
+    for path in stored:
+        assert b"train/mlm_loss" in path.read_bytes()
+        assert b"validation/mlm_loss" in path.read_bytes()
 
 
 def test_mlflow_in_a_file(configure, tmp_path, monkeypatch):
