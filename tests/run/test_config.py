@@ -133,6 +133,8 @@ def test_every_option_is_a_flag_with_help(capsys):
         ('{"data": "d", "out": "r", "mask_shares": "80:10"}', "--mask-shares must be three percentages"),
         ('{"data": "d", "out": "r", "mask_shares": "80:30:-10"}', "--mask-shares must be three percentages"),
         ('{"data": "d", "out": "r", "mask_shares": "80:10:nan"}', "--mask-shares must be three percentages"),
+        ('{"data": "d", "out": "r", "track": "wandb,,mlflow"}', "--track must be names by comma, each once"),
+        ('{"data": "d", "out": "r", "track": "wandb, wandb"}', "--track must be names by comma, each once"),
         ('{"out": "r"}', "--data and --out"),
     ],
 )
