@@ -8,6 +8,7 @@ gradients that one micro-batch leaves for the next. How a function is recorded: 
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -42,6 +43,9 @@ class RecordedStep(Step):
     Where recording fails, ``tell`` gets the reason, and this update and all after it run eagerly, to the same bits.
     """
 
+    _address: int | None
+    _versions: list[int]
+
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bf16: bool, recorder: Recorder,
         tell: Callable[[str], None] = warnings.warn,
@@ -73,7 +77,7 @@ class RecordedStep(Step):
                 parts.append(self._part.clone())
             outcome = self._outcome(parts)
         else:  # all of it: an eager micro-batch leaves its gradients where no graph looks for them
-            update = {"predicted": predicted, "sequences": sequences, "stop": stop}
+            update: dict[str, Any] = {"predicted": predicted, "sequences": sequences, "stop": stop}
             outcome = super().__call__(batches, seed=seed, lr=self._rate, **update)
         self._versions = self._versions_now()
         return outcome
@@ -158,9 +162,11 @@ class RecordedStep(Step):
         if not last and self._gradients is None:
             self._gradients = self._memory()
         if not first:
+            assert self._gradients is not None  # the first one's
             for p in self.parameters:
                 p.grad = self._gradients.get(p)
         inputs, kept = self._inputs[shape], self._gradients if first and not last else None
+        assert self.recorder is not None
         return self.recorder.record(lambda: self._micro_batch(inputs, last, kept))
 
     def _micro_batch(self, batch: dict, last: bool, kept: dict[Tensor, Tensor] | None = None) -> None:
@@ -170,13 +176,13 @@ class RecordedStep(Step):
         self._totals[:2].add_(self._part)
         if kept:
             elsewhere = [p for p in kept if p.grad is not kept[p]]
-            torch._foreach_copy_([kept[p] for p in elsewhere], [p.grad for p in elsewhere])
+            torch._foreach_copy_([kept[p] for p in elsewhere], [cast(Tensor, p.grad) for p in elsewhere])
         if last:
             self._apply()
 
     def _memory(self) -> dict[Tensor, Tensor]:
         """Memory for gradients; where several shared theirs, as those of one product do, they lie side by side."""
-        found = {}
+        found: dict[Tensor, Tensor] = {}
         for sharing in self._trained:
             sizes = [p.numel() for p in sharing]
             parts = sharing[0].detach().new_empty(sum(sizes)).split(sizes)
@@ -185,6 +191,7 @@ class RecordedStep(Step):
 
     def _give_up(self, error: Exception) -> None:
         """Eager from here on. Gradients that graphs of this update have left stay the parameters' own."""
+        assert self.recorder is not None
         self.recorder.forget()
         self.recorder = None
         self._forget()

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,9 +78,10 @@ class Step:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bf16: bool):
-        self.model, self.optimizer, self.ranks, self.bf16 = model, optimizer, ranks, bf16
+        self.model, self.ranks, self.bf16 = model, ranks, bf16
+        self.optimizer: Any = optimizer  # its step takes a norm, as those of bert_fast.optim do, sharded or not
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.parallel = _parallel(model, ranks)
+        self.parallel: Any = _parallel(model, ranks)  # the model, or one with ``no_sync``
         names = ("num_items_in_batch", "num_sequences_in_batch")
         self._counts = {name: torch.zeros((), device=ranks.device) for name in names}
         self._totals = torch.zeros(3, dtype=torch.float64, device=ranks.device)
@@ -163,7 +165,8 @@ def _parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     named = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it and warns of the old
     synced = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{synced: False})
+    settings: dict[str, Any] = {synced: False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **settings)
 
 
 def moved(batch: dict, device: torch.device, *, copy: bool = False) -> dict:
