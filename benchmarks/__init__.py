@@ -16,7 +16,6 @@ run.py is the door (``python benchmarks/run.py --seq 512``), gpu.py the list of 
     report       results/ into docs/performance.md
     supervise    cases in a process of their own: a hang or a lost device costs one
     predict/     the step model, the aims
-    compile_report, sass  what kernels compile to, and rules about it
 
 An import points to what stands above it, or to ``bert_fast``; nothing in ``bert_fast`` imports this package.
 """

@@ -16,7 +16,7 @@ GLUON = ((3, 6), (3, 9))  # the oldest and the newest Triton with whose Gluon, w
 
 @dataclass(frozen=True)
 class Fault:
-    """What a pair of versions does wrong. ``rule`` is the one of benchmarks/compile_report.py that sees it in a
+    """What a pair of versions does wrong. ``rule`` is the one of dev/compile_report.py that sees it in a
     kernel; it is ``tolerated`` there where it is in most kernels and nobody has seen a wrong result."""
 
     rule: str

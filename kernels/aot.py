@@ -1,4 +1,4 @@
-"""What benchmarks/compile_report.py compiles ahead of time: every kernel, as its launcher would, at BERT's sizes.
+"""What dev/compile_report.py compiles ahead of time: every kernel, as its launcher would, at BERT's sizes.
 
 A case has a kernel, a name, the types of the arguments, the constants and the launch configuration, the default one.
 ``capability`` is 80, 90 or 100; but for attention and the experiments one configuration serves all. Activations are

@@ -1,6 +1,6 @@
 """What the kernels become on each GPU generation, found without a GPU: compiled ahead of time and disassembled.
 
-    python benchmarks/compile_report.py [--targets 80,90,100] [--kernels attention,mlm] [--json PATH]
+    python dev/compile_report.py [--targets 80,90,100] [--kernels attention,mlm] [--json PATH]
 
 kernels/aot.py names every kernel's default configurations at BERT's sizes, ``aot_cases(capability)``. Each is compiled
 for each target by Triton, and read with the cuobjdump of Triton's package. The exit status is 1 where a rule is broken:
@@ -45,11 +45,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
 
-from benchmarks import sass
 from bert_fast import compilers
+from dev import sass
 
 ROOT = Path(__file__).resolve().parent.parent
-OCCUPANCY = ROOT / "benchmarks" / "occupancy.json"  # kernel -> compute capability -> programs a multiprocessor
+OCCUPANCY = ROOT / "dev" / "occupancy.json"  # kernel -> compute capability -> programs a multiprocessor
 
 
 @dataclass(frozen=True)

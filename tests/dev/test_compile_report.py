@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import compile_report
+from dev import compile_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,7 +102,7 @@ def _row(**changed):
 
 def _report(*arguments, timeout=590):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # the report must clear it by itself
-    command = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "dev" / "compile_report.py"), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
 
 
