@@ -101,7 +101,7 @@ class Run:
         if few:  # an epoch of all would be planned, for minutes
             corpus, held_out = spaced_documents(corpus, nsp=config.nsp), None
         self.dataset = self._dataset(corpus, mask_prob=mask_probs(config)[0], mask_shares=mask_shares(config))
-        self.validation = None
+        self.validation: Validation | None = None
         if held_out is not None:
             self.validation = Validation(
                 self._dataset(held_out),  # masked as published, so that curves of runs compare
@@ -126,7 +126,7 @@ class Run:
                 output.note(f"{config.init_from} has no tokenizer: whether the data's gives its ids is not known")
         else:
             self.model, _ = new_model.new_model(dataclasses.replace(config, init_from=None), made, model_seed)
-        self.model.to(ranks.device)
+        self.model.to(ranks.device)  # type: ignore[arg-type]  # transformers wraps it, and its types lose self
         self.optimizer = build_optimizer(self.model, config, ranks)
         self.state = RunState()
         if before is not None:
@@ -167,6 +167,7 @@ class Run:
     def _plan_again(self) -> None:
         """At a decision of the budget: what is left of the plan may become shorter or longer."""
         budget, before, step = self.budget, self.config, self.state.step
+        assert budget is not None  # else there is no decision
         budget.measure(step, self.meter)
         budget.agree(self.ranks)
         plan = budget.new_plan(before, step)
@@ -309,6 +310,7 @@ class Run:
         return "signal" if stops else None
 
     def _validate(self) -> None:
+        assert self.validation is not None
         with self.meter.paused("validation"):
             self.state.validation = self.validation(self.model, self.phases[self.state.phase].seq)
         self.report.validated(self.state.step, self.state.validation)
