@@ -304,9 +304,17 @@ class _Launch:
 def test_no_launcher_reads_a_value(monkeypatch):
     """The host code of the Triton operators, its kernels taken out, on tensors without values."""
     pytest.importorskip("triton")
-    from bert_fast.kernels import attention, bias_gelu, embedding_layernorm, mlm_loss, residual_layernorm, rows
+    from bert_fast.kernels import (
+        attention,
+        bias_gelu,
+        embedding_layernorm,
+        mlm_loss,
+        residual_layernorm,
+        rows,
+        sum_rows,
+    )
 
-    for module in (attention, bias_gelu, embedding_layernorm, mlm_loss, residual_layernorm, rows):
+    for module in (attention, bias_gelu, embedding_layernorm, mlm_loss, residual_layernorm, rows, sum_rows):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, _Launch())
     tokens, h, vocabulary = 40, 64, 300
