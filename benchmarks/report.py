@@ -34,7 +34,7 @@ MOST_KERNELS = 25  # lines of a profile; the others in one
 
 def newest(kind: str, results: Path) -> list[tuple[Path, dict]]:
     """The files of ``kind`` ("run" on a CPU, "gpu") that count: of each folder the newest, of a CPU the newest of each
-    kind of work (mode, tokens, dtype)."""
+    kind of work (mode, tokens, dtype). Training that is not the product's own step (README.md there) does not."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         files: dict[tuple, list[tuple[Path, dict]]] = {}
@@ -45,6 +45,7 @@ def newest(kind: str, results: Path) -> list[tuple[Path, dict]]:
                 and not data.get("smoke")
                 and data.get("limits")
                 and (kind == "gpu" or "work" in data)
+                and not ("step" in data and data["work"]["mode"] == "train")
             ):
                 work = tuple(data["work"][key] for key in ("mode", "seq", "dtype")) if kind == "run" else ()
                 files.setdefault(work, []).append((path, data))
@@ -75,10 +76,9 @@ def how(path: Path, data: dict, results: Path) -> str:
     device = data["device"]
     if data["kind"] == "run" and machine:
         device = f"{machine['processor']} ({machine['instruction set of torch']}, {machine['threads']} threads)"
-    step = f"; the step is {data['step']}" if "step" in data else ""
     return (
         f"- {link(path, results)}: {device}, commit {data['commit']}, {command(data)}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; {tables.limits(data['limits'])}{step}"
+        f"transformers {versions['transformers']}; {tables.limits(data['limits'])}"
     )
 
 
