@@ -33,7 +33,7 @@ def _grid(**choices) -> list[dict]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
-def configurations(operator: str, launch: str) -> list[dict]:
+def configurations(operator: str, launch: str, capability: int = 90) -> list[dict]:
     """What to try in place of the launch's own configuration; keys that are left out stay as they are."""
     if operator == "feed_forward":  # two programs a multiprocessor, or one with twice the columns
         return [
@@ -41,7 +41,9 @@ def configurations(operator: str, launch: str) -> list[dict]:
             *_grid(BLOCK_N=(256,), num_warps=(8,), PROGRAMS=(1,), num_stages=(3, 4), FLATTEN=(False, True)),
         ]
     if operator == "attention":
-        return _grid(BLOCK_M=(64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
+        # dq copies nothing ahead there: kernels/attention.py says why
+        stages = (1,) if launch == "dq" and capability >= 100 else (1, 2, 3)
+        return _grid(BLOCK_M=(64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=stages)
     if launch == "chunk":
         return _grid(cuda=(1024, 2048, 8192))
     if operator == "mlm_loss":
@@ -87,7 +89,8 @@ def sweep(
         expected, default = call(), microseconds()
         row = {"what": f"{operator} {launch}, {model} {seq}", "default_us": default, "tried": []}
         results.add("tune", row)
-        wanted = configurations(operator, launch) if choices is None else choices
+        capability = 10 * torch.cuda.get_device_capability()[0] if device == "cuda" else 90
+        wanted = configurations(operator, launch, capability) if choices is None else choices
         for changed in wanted:
             if time.time() > until - SECONDS_OF_A_CONFIGURATION:
                 break

@@ -394,6 +394,8 @@ def test_the_sweeps_begin_with_the_worst(tmp_path):
     assert all(
         tune.configurations(operator, launch) for operator in tune.LAUNCHES for launch, _ in tune.LAUNCHES[operator]
     )
+    stages = {kind["num_stages"] for kind in tune.configurations("attention", "dq", 100)}
+    assert stages == {1} < {kind["num_stages"] for kind in tune.configurations("attention", "dq", 90)}
     x = torch.randn(100)
     assert operators.same((x, x + 1e-9), (x, x))
     assert not operators.same(x + 1e-3, x)
