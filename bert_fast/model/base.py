@@ -4,17 +4,18 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
+from transformers.processing_utils import Unpack
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from bert_fast import ops, packing
 from bert_fast.model import fusable, idcheck, inputs, layers, swap
+from bert_fast.model.inputs import ModelKwargs
 from bert_fast.packing import Layout
 
 Tensor = torch.Tensor
@@ -157,7 +158,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
         encoder_attention_mask: Tensor | None = None,
         past_key_values=None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ModelKwargs],
     ) -> tuple[Tensor, ...] | BaseModelOutputWithPoolingAndCrossAttentions:
         """As ``transformers.BertModel.forward``, without a decoder's arguments.
 

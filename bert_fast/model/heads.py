@@ -15,6 +15,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.models.bert import modeling_bert as hf
+from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
 from bert_fast import ops, packing
@@ -22,6 +23,7 @@ from bert_fast.linear import autocasts
 from bert_fast.model.base import BertModel, BertPreTrainedModel, Rows, nothing_packed
 from bert_fast.model.fusable import plain, row_wise, untouched
 from bert_fast.model.idcheck import misplaced, naming
+from bert_fast.model.inputs import ModelKwargs
 from bert_fast.model.layers import BertPredictionHeadTransform
 from bert_fast.model.losses import as_tensor, check_labels, cross_entropy, elementwise, with_zero_gradients
 from bert_fast.model.outputs import BertForPreTrainingOutputWithoutLogits, MaskedLMOutputWithoutLogits
@@ -31,7 +33,7 @@ Tensor = torch.Tensor
 Model = Any  # one with a head: to a type checker each attribute of an nn.Module is a Tensor or a Module
 
 
-def _returns_dict(model: Model, kwargs: dict) -> bool:
+def _returns_dict(model: Model, kwargs: ModelKwargs) -> bool:
     asked = kwargs.get("return_dict")
     return model.config.return_dict if asked is None else asked
 
@@ -74,7 +76,7 @@ def _masked_positions(
 
 
 def _encode(
-    model: Model, rows: Rows, kwargs: dict, input_ids: Tensor | None, attention_mask: Tensor | None,
+    model: Model, rows: Rows, kwargs: ModelKwargs, input_ids: Tensor | None, attention_mask: Tensor | None,
     token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None, **more,
 ):  # fmt: skip
     """The outputs of ``model.bert``, and ``rows`` filled. An encoder with code of one's own, be it a hook, is called as
@@ -98,7 +100,7 @@ def _encode(
     return outputs
 
 
-def _pooled(model: Model, kwargs: dict, input_ids: Tensor | None, *inputs: Tensor | None):
+def _pooled(model: Model, kwargs: ModelKwargs, input_ids: Tensor | None, *inputs: Tensor | None):
     """The outputs of ``model.bert`` and the pooled ones (B, H), which are all that its head reads."""
     *_, inputs_embeds = inputs
     rows = Rows(places=_nowhere(input_ids if input_ids is not None else inputs_embeds))
@@ -141,7 +143,7 @@ class _MaskedLanguageModelling:
     """
 
     def __init__(
-        self, model: Model, kind: type, source: Tensor | None, labels: Tensor | None, return_logits, kwargs: dict
+        self, model: Model, kind: type, source: Tensor | None, labels: Tensor | None, return_logits, kwargs: ModelKwargs
     ):
         self.model, self.count, packed = model, kwargs.get("num_items_in_batch"), kwargs.get("masked_labels")
         self.named = ("labels", labels) if packed is None else ("masked_labels", packed)  # as the caller gave them
@@ -194,7 +196,7 @@ def _output_type(logits: Tensor | None, without: type, whole: type) -> type:
     return without if logits is None and not torch.compiler.is_compiling() else whole
 
 
-def _wants_logits(model: Model, has_labels: bool, return_logits, kwargs: dict) -> bool:
+def _wants_logits(model: Model, has_labels: bool, return_logits, kwargs: ModelKwargs) -> bool:
     if return_logits is None:
         return_logits = getattr(model.config, "return_logits", False)
     return not (model.training and has_labels) or bool(return_logits) or not _returns_dict(model, kwargs)
@@ -218,7 +220,7 @@ class BertForPreTraining(BertPreTrainedModel, hf.BertForPreTraining):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         return_logits: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ModelKwargs],
     ) -> tuple[Tensor, ...] | hf.BertForPreTrainingOutput:
         """As transformers': the loss is the mean over labels (B, S) (-100: none) plus the mean over
         next_sentence_label (B,) (0: B follows A); of one alone, where only one is given.
@@ -270,7 +272,7 @@ class BertForMaskedLM(BertPreTrainedModel, hf.BertForMaskedLM):
         encoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         return_logits: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ModelKwargs],
     ) -> tuple[Tensor, ...] | MaskedLMOutput:
         """As transformers'; masked_positions, masked_labels and num_items_in_batch as in BertForPreTraining."""
         source = input_ids if input_ids is not None else inputs_embeds
@@ -298,7 +300,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel, hf.BertForNextSentenceP
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ModelKwargs],
     ) -> tuple[Tensor, ...] | NextSentencePredictorOutput:
         """As transformers'."""
         outputs, pooled = _pooled(self, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -321,7 +323,7 @@ class BertForSequenceClassification(BertPreTrainedModel, hf.BertForSequenceClass
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ModelKwargs],
     ) -> tuple[Tensor, ...] | SequenceClassifierOutput:
         """As transformers'."""
         outputs, pooled = _pooled(self, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -358,7 +360,7 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ModelKwargs],
     ) -> tuple[Tensor, ...] | MultipleChoiceModelOutput:
         """As transformers': inputs (B, choices, S), or embeds (B, choices, S, H); labels (B,)."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -392,7 +394,7 @@ class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassificat
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ModelKwargs],
     ) -> tuple[Tensor, ...] | TokenClassifierOutput:
         """As transformers'; the classifier runs on attended tokens alone."""
         source = input_ids if input_ids is not None else inputs_embeds
@@ -433,7 +435,7 @@ class BertForQuestionAnswering(BertPreTrainedModel, hf.BertForQuestionAnswering)
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ModelKwargs],
     ) -> tuple[Tensor, ...] | QuestionAnsweringModelOutput:
         """As transformers', but that the scores of padding are the lowest number, so that none of a token is below.
 

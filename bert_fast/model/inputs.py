@@ -1,5 +1,7 @@
 """What a caller gives a BertModel: checked, and as the rows of a Layout with their positions and segments."""
 
+from typing import Any, TypedDict
+
 import torch
 
 from bert_fast import dropout_mask, packing
@@ -8,6 +10,29 @@ from bert_fast.model import idcheck
 from bert_fast.packing import Layout
 
 Tensor = torch.Tensor
+
+
+class ModelKwargs(TypedDict, total=False):
+    """What the models take beside the arguments that they name; transformers' tools read from it what they can give.
+
+    It is transformers' TransformersKwargs as far as an encoder has a use for it, and this engine's own.
+    """
+
+    num_items_in_batch: Tensor | int | None
+    output_hidden_states: bool | None
+    output_attentions: bool | None
+    return_dict: bool | None
+    cu_seq_lens_q: Tensor | None
+    cu_seq_lens_k: Tensor | None
+    max_length_q: int | None
+    max_length_k: int | None
+    cls_positions: Tensor | None
+    hidden_dtype: torch.dtype | None
+    masked_labels: Tensor | None
+    masked_positions: Tensor | None
+    num_sequences_in_batch: Tensor | int | None
+    rows: Any
+    sample_ids: Tensor | None
 
 
 def refuse_decoders(**given) -> None:

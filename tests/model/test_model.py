@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import io
 import pathlib
 import re
@@ -1310,3 +1311,15 @@ def test_one_dropout_key_a_forward(monkeypatch):
     assert len(drawn) == 1
     ours.eval()(_long(B, S))
     assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_tools_read_from_the_signature_what_keyword_arguments_may_be(name):
+    """As transformers' model tests do, which leave out a check where ``output_attentions`` is not among them."""
+    theirs, ours = (
+        inspect.signature(getattr(library, name).forward).parameters["kwargs"].annotation.__args__[0].__annotations__
+        for library in (transformers, bert_fast)
+    )
+    not_of_an_encoder = {"position_ids", "output_router_logits", "is_causal", "seq_idx"}
+    assert set(theirs) - not_of_an_encoder <= set(ours)
+    assert {"masked_positions", "sample_ids", "hidden_dtype"} <= set(ours)
