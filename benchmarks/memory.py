@@ -4,13 +4,13 @@ import multiprocessing
 import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 
 from benchmarks.contenders import Setting, build
 from benchmarks.results import reason
 from benchmarks.workload import Batch, model_config, random_batch
+from bert_fast.devices import peak_memory, reset_peak_memory
 
 
 class PeakMemory:
@@ -32,19 +32,10 @@ class PeakMemory:
 
     def reset(self) -> None:
         """The peak counts from now on, still above what was held on entry."""
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            # the high-water mark of the resident set is set back to what is resident now
-            Path("/proc/self/clear_refs").write_text("5")
+        reset_peak_memory(self.device)
 
     def __exit__(self, *_):
-        if self.device == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            status = Path("/proc/self/status").read_text()
-            peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        self.mib = (peak - self.before) / 2**20
+        self.mib = (peak_memory(self.device) - self.before) / 2**20
 
 
 def in_a_process(name: str, padding: str, model: str, batch: Batch, setting: Setting, dropout: float) -> float | None:

@@ -55,3 +55,19 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def reset_peak_memory(kind: str) -> None:
+    """Has :func:`peak_memory` of ``kind`` begin anew, at what is held; OSError where the system cannot."""
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:  # the high-water mark of the resident set
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(kind: str) -> int:
+    """The most bytes since :func:`reset_peak_memory`: of this process ("cpu"), or of PyTorch's allocator on the current
+    GPU ("cuda"). OSError where the system does not say."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024

@@ -117,11 +117,15 @@ class PretrainingDataset(Dataset):
             raise IndexError(f"sample {index} of {len(self)}")
         return self.maker()(self.epoch, numbers, self.plan.rows(numbers))
 
+    def real(self, lengths: np.ndarray) -> np.ndarray:
+        """int64 (n,): how many tokens of samples of ``lengths`` (n,) are not special."""
+        return lengths - (3 if self.nsp else 2)
+
     def expected(self, lengths: np.ndarray, mask_prob: float | None = None) -> np.ndarray:
         """int64 (n,): how many tokens of samples of ``lengths`` (n,) are predicted, of whole words on average.
 
         ``mask_prob`` is the share of tokens, None the dataset's."""
-        return masked_count(lengths - (3 if self.nsp else 2), self.mask_prob if mask_prob is None else mask_prob)
+        return masked_count(self.real(lengths), self.mask_prob if mask_prob is None else mask_prob)
 
     def predicted(self, indices: np.ndarray) -> np.ndarray:
         """int64 (n,): how many tokens of samples ``indices`` (n,) are predicted; of whole words they are drawn."""

@@ -65,8 +65,8 @@ def phase_sizes(
 
     ``tokens`` is the budget of a micro-batch, ``special`` how many tokens of a sequence are never predicted. The last
     holds any sequence of ``seq`` tokens. An update's micro-batches all have the same capacities. ``mask_prob`` is the
-    highest share of tokens that an update predicts. With ``whole_word``
-    the predicted tokens vary; the few batches that have more than there is room for get shapes of their own.
+    highest share of tokens that an update predicts. With ``whole_word`` the predicted tokens vary; the few batches that
+    have more than there is room for get shapes of their own.
     """
     masked = masked_count(lengths - special, mask_prob)
     trials = max(4, min(TRIALS, TRIED_SEQUENCES // batch_size))
@@ -90,6 +90,11 @@ def phase_sizes(
         if size not in sizes:
             sizes.append(size)
     return sizes
+
+
+def examples(dataset: PretrainingDataset, sizes: Sequence[Capacities], seq: int) -> list[dict]:
+    """A batch of each of ``sizes``, the largest first, as a step is to be ready for."""
+    return [example(size, seq, nsp=dataset.nsp, pad_id=dataset.special.pad) for size in sizes[::-1]]
 
 
 def example(size: Capacities, seq: int, *, nsp: bool, pad_id: int) -> dict:

@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bert_fast.data.batches import pack_samples
 from bert_fast.data.bins import Capacities
-from bert_fast.data.graph_shapes import sample_lengths
 from bert_fast.data.pairs import document_tokens
+from bert_fast.devices import peak_memory, reset_peak_memory
 from bert_fast.output import Output
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.optimizer import state_tensors
@@ -36,7 +35,8 @@ def dry_run(config: PretrainConfig, output: Output | None = None) -> dict:
         else:
             output = Output(silent=True)
         run = Run(config, ranks, output, few=True)
-        facts: dict[str, Any] = {"parameters": _parameters(run.model), "data": _data(run), "phases": list(_phases(run))}
+        facts: dict[str, Any] = {"parameters": _parameters(run.model), "data": (data := _data(run))}
+        facts["phases"] = list(_phases(run, data["tokens"] / data["tokens_looked_at"]))
         facts |= _measured(run)
         speed, memory = facts["speed"], facts["memory"]
         facts["updates"] = sum(phase["updates_left"] for phase in facts["phases"])
@@ -71,10 +71,9 @@ def _data(run: Run) -> dict:
     }  # fmt: skip
 
 
-def _phases(run: Run) -> Iterator[dict]:
-    scale = float(document_tokens(run.corpus).sum() / document_tokens(run.dataset.corpus).sum())
+def _phases(run: Run, scale: float) -> Iterator[dict]:
     for phase in run.phases:
-        lengths = sample_lengths(run.dataset, phase.seq)
+        lengths = run.dataset.replanned(max_length=phase.seq).plan.length
         yield {
             "seq": phase.seq, "batch_size": phase.batch_size, "updates": phase.last - phase.first,
             "updates_left": phase.last - max(phase.first, min(run.state.step, phase.last)),
@@ -134,16 +133,13 @@ def _timed(run: Run, batches: list[dict]) -> float:
 
 def _memory(run: Run) -> int | None:
     """The most bytes that this process has had since the last call; None where the system does not say."""
-    if run.ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(run.ranks.device)
-        torch.cuda.reset_peak_memory_stats(run.ranks.device)
-        return peak
+    kind = run.ranks.device.type
     try:
-        status = Path("/proc/self/status").read_text()
-        Path("/proc/self/clear_refs").write_text("5")  # begins anew
+        peak = peak_memory(kind)
+        reset_peak_memory(kind)
     except OSError:
         return None
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return peak
 
 
 def _described(run: Run, facts: dict) -> Iterator[str]:

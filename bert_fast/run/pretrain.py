@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from bert_fast.data import load_tokenizer, open_corpus, read_manifest
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.files import write_atomically
-from bert_fast.data.graph_shapes import example, sizes_of_phases, spaced_documents
+from bert_fast.data.graph_shapes import examples, sizes_of_phases, spaced_documents
 from bert_fast.data.loader import BatchMaker, Work, load_updates, updates
 from bert_fast.data.phase import Phase
 from bert_fast.data.tokenizer import differences
@@ -269,9 +269,7 @@ class Run:
         if self.sizes is None:
             return
         with self.meter.paused("preparing"):
-            pad = self.dataset.special.pad
-            sizes = self.sizes[phase.seq, phase.batch_size]
-            self.step.prepare([example(size, phase.seq, nsp=self.config.nsp, pad_id=pad) for size in sizes[::-1]])
+            self.step.prepare(examples(self.dataset, self.sizes[phase.seq, phase.batch_size], phase.seq))
 
     def _predicted(self, work: Work) -> int | torch.Tensor:
         """How many tokens of the update are predicted, over all ranks."""
@@ -289,7 +287,7 @@ class Run:
         mlm, nsp, stops, norm = outcome.scalars.tolist()
         finite = all(map(math.isfinite, (mlm, nsp, norm)))
         state.count(update, phase_of(update.step, self.phases), finite=finite)
-        predicted, real = int(predicted), int((update.lengths - (3 if self.config.nsp else 2)).sum())
+        predicted, real = int(predicted), int(self.dataset.real(update.lengths).sum())
         flops = step_flops(self.model.config, update.lengths.tolist(), predicted, train=True)
         self.meter.count(int(update.lengths.sum()), flops)
         if not finite:

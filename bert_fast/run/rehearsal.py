@@ -9,7 +9,7 @@ from torch import nn
 
 from bert_fast.data import Capacities
 from bert_fast.data.dataset import PretrainingDataset
-from bert_fast.data.graph_shapes import example, spaced_documents
+from bert_fast.data.graph_shapes import examples, spaced_documents
 from bert_fast.data.loader import BatchMaker, load_updates, updates
 from bert_fast.data.phase import Phase
 from bert_fast.data.updates import Place
@@ -51,8 +51,7 @@ def rehearsed(
             continue
         few = dataset.replanned(corpus=spaced_documents(dataset.corpus, nsp=dataset.nsp), max_length=phase.seq)
         if sizes is not None:
-            pad = dataset.special.pad
-            update.prepare([example(size, phase.seq, nsp=config.nsp, pad_id=pad) for size in sizes[shape][::-1]])
+            update.prepare(examples(dataset, sizes[shape], phase.seq))
         short, seconds = dataclasses.replace(phase, first=0, last=SKIPPED + TIMED), 0.0
         for work in load_updates(
             BatchMaker(few), updates(few, [short], 0, Place()), rank=ranks.rank, ranks=ranks.world, tokens=tokens,
