@@ -5,6 +5,7 @@ from types import ModuleType
 
 BROUGHT_BY = {
     "accelerate": "pretrain",
+    "datasets": "datasets",
     "matplotlib": "plot",
     "pyarrow": "pretrain",
     "rich": "pretrain",

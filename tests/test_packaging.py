@@ -55,7 +55,9 @@ WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
 found = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {missing} else found(name, *rest)
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.partition(".")[0] in {missing} else found(name, *rest)
+)
 """
 
 
@@ -79,8 +81,15 @@ print("done")
     assert run(sys.executable, "-c", code).stdout.split()[-1] == "done"
 
 
-@pytest.mark.parametrize(("package", "given"), [("sentencex", "corpus.txt"), ("pyarrow", "corpus.txt.zst")])
-def test_what_is_missing_is_named_with_its_extra(package, given, tmp_path):
+@pytest.mark.parametrize(
+    ("package", "given", "extra"),
+    [
+        ("sentencex", "corpus.txt", "pretrain"),
+        ("pyarrow", "corpus.txt.zst", "pretrain"),
+        ("datasets", "hf://owner/set", "datasets"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_extra(package, given, extra, tmp_path):
     """By a command that needs it, in one line."""
     text = "One sentence. Another one.\n\nA second text. Its end.\n"
     (tmp_path / "corpus.txt").write_text(text * 9, encoding="utf-8")
@@ -96,7 +105,7 @@ sys.exit(main(["prepare", {given!r}, "--tokenizer", "vocab.txt", "--out", "data"
     done = run(sys.executable, "-c", code, check=False, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"bert-fast prepare: error: {package} is not installed, which this needs: pip install 'bert_fast[pretrain]'"
+        f"bert-fast prepare: error: {package} is not installed, which this needs: pip install 'bert_fast[{extra}]'"
     )
 
 

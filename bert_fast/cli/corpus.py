@@ -24,7 +24,8 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="CORPUS",
         help="files, folders or 'patterns': text with a blank line between documents, JSON lines (.jsonl, .ndjson, "
-        ".json), tables with a header (.csv, .tsv), Parquet; plain, .gz, .bz2 or .zst; - for stdin",
+        ".json), tables with a header (.csv, .tsv), Parquet; plain, .gz, .bz2 or .zst; a folder of `datasets` "
+        "(save_to_disk, or a clone of its repository); - for stdin; hf://NAME[:CONFIG][@SPLIT] streams from the Hub",
     )
     parser.add_argument("--one-per-file", action="store_true", help="a text file is one document")
     parser.add_argument(
@@ -35,7 +36,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("text", "jsonl", "csv", "tsv", "parquet"),
+        choices=("text", "jsonl", "csv", "tsv", "parquet", "arrow"),
         help="of all the files (default: what the name of each says, text where it says nothing, as of stdin)",
     )
 
@@ -60,10 +61,11 @@ def corpus_files(corpus: str | list[str], file_format: str | None, *, without: I
 
 def corpus_bytes(files: list[Path]) -> int | None:
     """The bytes of text that ``files`` hold, None where only reading would tell."""
-    from bert_fast.data.formats import COMPRESSED
+    from bert_fast.data.formats import COLUMNAR, COMPRESSED
     from bert_fast.data.paths import is_pipe
 
-    if any(path.suffix.lower() in {*COMPRESSED, ".parquet"} or is_pipe(path) for path in files):
+    unlike_text = {*COMPRESSED, *(f".{name}" for name in COLUMNAR)}
+    if any(path.suffix.lower() in unlike_text or is_pipe(path) for path in files):
         return None
     return sum(path.stat().st_size for path in files)
 
@@ -71,6 +73,7 @@ def corpus_bytes(files: list[Path]) -> int | None:
 @contextmanager
 def read_twice(files: list[Path]) -> Iterator[list[Path]]:
     """``files``, temporary copies in place of pipes, which give what they have once."""
+    from bert_fast.data.hub_datasets import is_hub
     from bert_fast.data.paths import STDIN, is_pipe
 
     with tempfile.TemporaryDirectory(prefix="bert-fast-") as folder:
@@ -81,7 +84,9 @@ def read_twice(files: list[Path]) -> Iterator[list[Path]]:
                 shutil.copyfileobj(pipe, file)
             return copy
 
-        yield [copied(number, path) if is_pipe(path) else path for number, path in enumerate(files)]
+        yield [
+            copied(number, path) if is_pipe(path) and not is_hub(path) else path for number, path in enumerate(files)
+        ]
 
 
 def tell_share(out: Output, number: int, characters: int, text: str) -> None:

@@ -35,6 +35,7 @@ bert-fast prepare corpus/ --tokenizer tok --out data
 bert-fast prepare corpus.txt --tokenizer vocab.txt --uncased --out data
 bert-fast prepare 'zh/*.jsonl.zst' --tokenizer tok --language zh --out data
 zstdcat dump.jsonl.zst | bert-fast prepare - --format jsonl --text-field meta.text --tokenizer tok --out data
+bert-fast prepare hf://owner/notes@train --text-field note --tokenizer tok --out data
 bert-fast prepare corpus/ --tokenizer tok --out /shared/data --shard 0/4     # and 1/4, 2/4, 3/4 elsewhere""",
     )
     add_corpus_arguments(parser)

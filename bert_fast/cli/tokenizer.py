@@ -226,10 +226,11 @@ class _Texts:
 
     def __iter__(self) -> Iterator[str]:
         from bert_fast.data.corpus import decoded, located_documents
+        from bert_fast.data.hub_datasets import called
 
         self.counts.clear()
         for name, path in self.files.items():
-            for raw, within, number in located_documents(path, self.counts, name=str(name), **self.reading):
+            for raw, within, number in located_documents(path, self.counts, name=called(name), **self.reading):
                 self.bar.advance(len(raw))
                 text = decoded(raw, within, number, self.counts)
                 if text is not None:

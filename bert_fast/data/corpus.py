@@ -1,4 +1,4 @@
-"""Documents of a corpus: text, JSON lines, tables and Parquet, plain or compressed; streamed in bounded memory."""
+"""Documents of a corpus: text, JSON lines, tables, Parquet and data sets of the Hub; streamed in bounded memory."""
 
 import warnings
 from collections import Counter
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from bert_fast.data.formats import LONGEST_DOCUMENT, Reading, not_utf8, texts_of, where_to_cut
+from bert_fast.data.hub_datasets import called
 from bert_fast.data.losses import Tally
 from bert_fast.data.paths import expand_paths
 from bert_fast.data.sentences import split_sentences
@@ -23,12 +24,13 @@ def stream_documents(
 ) -> Iterator[bytes]:
     """The documents of one file as raw bytes, in order, white space around them and empty ones dropped.
 
-    The name tells the format, or ``file_format`` does ("text", "jsonl", "csv", "tsv" or "parquet"): ``.jsonl``,
-    ``.ndjson`` and ``.json`` hold one JSON object a line (or are one array of objects of up to 64 MiB), ``.csv`` and
-    ``.tsv`` rows under a header (in ``.tsv`` a quotation mark is a character like others), ``.parquet`` rows; their
-    ``text_field`` is the text, where "meta.text" is the text in the object or struct "meta" unless a key or column has
-    that name. Anything else is text with blank lines between documents, or one document where ``one_per_file``. What is
-    compressed by gzip, bzip2 or zstd, whatever its name, is decompressed. ``-`` is standard input.
+    The name tells the format, or ``file_format`` does ("text", "jsonl", "csv", "tsv", "parquet" or "arrow"):
+    ``.jsonl``, ``.ndjson`` and ``.json`` hold one JSON object a line (or are one array of objects of up to 64 MiB),
+    ``.csv`` and ``.tsv`` rows under a header (in ``.tsv`` a quotation mark is a character like others), ``.parquet``
+    and ``.arrow`` (of `datasets`) rows; their ``text_field`` is the text, where "meta.text" is the text in the object
+    or struct "meta" unless a key or column has that name. Anything else is text with blank lines between documents, or
+    one document where ``one_per_file``. What is compressed by gzip, bzip2 or zstd, whatever its name, is decompressed.
+    ``-`` is standard input, hf://NAME[:CONFIG][@SPLIT] a data set on the Hugging Face Hub, streamed.
     Memory: a document beyond 16 MiB is cut there (at white space if there is some), JSON lines beyond 64 MiB are
     skipped, and such rows of a table are an error.
 
@@ -52,7 +54,7 @@ def located_documents(
     path: Path, tally: Tally, *, name: str | None = None, **reading: Unpack[Reading]
 ) -> Iterator[tuple[bytes, str, int]]:
     """:func:`stream_documents` with the place of each, ("FILE, line", 3); the file is called ``name``."""
-    name = str(path) if name is None else name
+    name = called(path) if name is None else name
     empty = True
     for text, within, number in texts_of(path, name, tally, **reading):
         document = text.strip()

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import BinaryIO, TypedDict
 
 from bert_fast import extras
+from bert_fast.data.hub_datasets import hub_tables, is_hub
 from bert_fast.data.losses import Tally
 from bert_fast.data.paths import STDIN, is_pipe
 
-FORMATS = ("text", "jsonl", "csv", "tsv", "parquet")
+FORMATS = ("text", "jsonl", "csv", "tsv", "parquet", "arrow")
+COLUMNAR = {"parquet": b"PAR1", "arrow": b"ARROW1"}  # and what their files begin with; a stream of Arrow does not
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"} | {f".{name}": name for name in FORMATS[2:]}
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
 COMPRESSED_BEGIN = {
@@ -37,7 +39,6 @@ NO_TEXT_BEGINS = {
     "UTF-32": rb"(?:\xff\xfe\0\0|\0\0\xfe\xff)",
     "UTF-16": rb"(?s:(?:\xff\xfe|\xfe\xff)..)",
 }
-PARQUET = b"PAR1"
 
 BLANK_LINE = re.compile(rb"(\n[ \t\r\f\v]*\n\s*)")
 BLOCK = 1 << 20
@@ -71,8 +72,8 @@ Text = tuple[bytes, str, int]  # in UTF-8 unless the file is not, and its place:
 def opened(path: Path, name: str, file_format: str | None = None) -> Iterator[tuple[io.BufferedReader, str]]:
     """The content of a file from its beginning, decompressed, and its format: one of :data:`FORMATS`.
 
-    What it begins with tells whether it is compressed, and Parquet; else its ``name`` tells, where ``file_format`` does
-    not. ValueError where it is no text in UTF-8 (archives, UTF-16) or damaged.
+    What it begins with tells whether it is compressed, Parquet, or a file of Arrow; else its ``name`` tells, where
+    ``file_format`` does not. ValueError where it is no text in UTF-8 (archives, UTF-16) or damaged.
     """
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     with nullcontext(sys.stdin.buffer) if path == STDIN else path.open("rb") as file:
@@ -84,12 +85,13 @@ def opened(path: Path, name: str, file_format: str | None = None) -> Iterator[tu
                 stream, head = _begun(_decompressed(stream, compression))
             suffix = suffixes[-2:-1] if suffixes and suffixes[-1] in COMPRESSED else suffixes[-1:]
             found = file_format or SUFFIXES.get("".join(suffix), "text")
-            if head.startswith(PARQUET):
-                found = "parquet"
-            if found != "parquet":
+            found = next((kind for kind, begin in COLUMNAR.items() if head.startswith(begin)), found)
+            if found not in COLUMNAR:
                 _require_text(head, name)
             elif compression is not None or is_pipe(path):
-                raise ValueError(f"{name}: Parquet is read from a plain file, not from a pipe or compressed again")
+                raise ValueError(
+                    f"{name}: {found.title()} is read from a plain file, not from a pipe or compressed again"
+                )
             yield stream, found
         except (OSError, EOFError, zlib.error) as error:
             if compression is None:
@@ -151,7 +153,7 @@ def require_text(files: Iterable[Path], file_format: str | None = None, *, most_
         try:
             with opened(path, str(path), file_format) as (stream, kind):
                 head = stream.peek()
-                if kind != "parquet" and (nul := head.count(0)) > 1 + most_nul * len(head):
+                if kind not in COLUMNAR and (nul := head.count(0)) > 1 + most_nul * len(head):
                     where = f"{nul:,} of its first {len(head):,} bytes are NUL"
                     raise ValueError(f"{path} is not text in UTF-8: {where}")
         except ValueError as error:
@@ -164,9 +166,12 @@ def texts_of(
     path: Path, name: str, tally: Tally, *, one_per_file: bool, text_field: str, file_format: str | None
 ) -> Iterator[Text]:
     """The texts of a file, in order, perhaps blank. ``tally`` gets what is left out or doubtful; see ``opened``."""
+    if is_hub(path):
+        yield from _column(hub_tables(path), name, text_field)
+        return
     with opened(path, name, file_format) as (stream, found):
-        if found == "parquet":
-            yield from _parquet(path, name, text_field)
+        if found in COLUMNAR:
+            yield from (_parquet if found == "parquet" else _arrow)(path, name, text_field)
         elif found == "jsonl":
             yield from _json(_blocks(stream), name, text_field, tally)
         elif found == "text":
@@ -405,27 +410,50 @@ def _text_lines(blocks: Iterator[bytes], name: str) -> Iterator[tuple[int, str]]
 
 
 def _parquet(path: Path, name: str, field: str) -> Iterator[Text]:
-    pyarrow = extras.load("pyarrow")
-    compute, parquet = extras.load("pyarrow.compute"), extras.load("pyarrow.parquet")
-
-    within, number = f"{name}, row", 0
+    pyarrow, parquet = extras.load("pyarrow"), extras.load("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
-            columns = sorted(_columns(file.schema_arrow), key=lambda column: len(column[1]))
-            first = next((column for column in columns if column[0] == field), None)  # a whole name before a path
-            called = [column[0] for column in columns if column[0] != field or column == first]
-            _require_column(name, field, called)
-            assert first is not None  # required above
-            top, *inner = first[1]
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                column = batch.column(batch.schema.get_field_index(top))
-                if inner:
-                    column = compute.struct_field(column, inner)
-                for value in _as_bytes(column, name, field):
-                    number += 1
-                    yield value.as_buffer().to_pybytes() if value.is_valid else b"", within, number
+            _column_names(file.schema_arrow, name, field)
+            yield from _column(file.iter_batches(batch_size=256, columns=[field]), name, field)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
+def _arrow(path: Path, name: str, field: str) -> Iterator[Text]:
+    """Of a stream, as `datasets` saves it, or a file of Arrow; mapped, so that its batches take no memory."""
+    pyarrow, ipc = extras.load("pyarrow"), extras.load("pyarrow.ipc")
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            of_file = file.read(len(COLUMNAR["arrow"])) == COLUMNAR["arrow"]
+            file.seek(0)
+            reader = ipc.open_file(file) if of_file else ipc.open_stream(file)
+            _column_names(reader.schema, name, field)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if of_file else reader
+            yield from _column(batches, name, field)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+        raise ValueError(f"{name}: cannot be read as Arrow: {error}") from error
+
+
+def _column(batches: Iterable, name: str, field: str) -> Iterator[Text]:
+    """The texts in column ``field`` of batches or tables of Arrow; no value is an empty text."""
+    compute, within, number = extras.load("pyarrow.compute"), f"{name}, row", 0
+    for batch in batches:
+        top, *inner = _column_names(batch.schema, name, field)
+        column = batch.column(batch.schema.get_field_index(top))
+        if inner:
+            column = compute.struct_field(column, inner)
+        for value in _as_bytes(column, name, field):
+            number += 1
+            yield value.as_buffer().to_pybytes() if value.is_valid else b"", within, number
+
+
+def _column_names(schema: Iterable, name: str, field: str) -> tuple[str, ...]:
+    """The names, from the outermost, of the column that ``field`` names: a whole name before a path."""
+    columns = sorted(_columns(schema), key=lambda column: len(column[1]))
+    first = next((column for column in columns if column[0] == field), None)
+    _require_column(name, field, [column[0] for column in columns if column[0] != field or column == first])
+    assert first is not None  # required above
+    return first[1]
 
 
 def _as_bytes(column, name: str, field: str):

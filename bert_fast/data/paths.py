@@ -7,12 +7,15 @@ from collections.abc import Iterable
 from glob import has_magic
 from pathlib import Path
 
+from bert_fast.data.hub_datasets import is_hub, without_descriptions
+
 STDIN = Path("-")
 
 
 def is_pipe(path: Path) -> bool:
-    """Whether ``path`` is standard input (``-``), a pipe or a device: it can be read once, and has no size."""
-    return path == STDIN or (path.exists() and not path.is_file())
+    """Whether ``path`` is standard input (``-``), a pipe, a device or a name on the Hub: what it holds, and how much,
+    only reading tells."""
+    return path == STDIN or is_hub(path) or (path.exists() and not path.is_file())
 
 
 def expand_paths(paths: str | Path | Iterable[str | Path], *, without: Iterable[Path] = ()) -> list[Path]:
@@ -20,15 +23,16 @@ def expand_paths(paths: str | Path | Iterable[str | Path], *, without: Iterable[
 
     Links to folders are followed; a file that is reached by several ways is there by one, without a link where it can
     be. A folder that a pattern matches stands for what is in it. Of folders and patterns, hidden files and folders,
-    pipes and devices are left out, and the files and folders ``without``: results made within the corpus. ``-`` is
-    standard input. Raises FileNotFoundError for a path or pattern that matches nothing else and for a link to nothing,
-    PermissionError for a folder that may not be read.
+    pipes and devices are left out, and the files and folders ``without``: results made within the corpus; so is what
+    only describes a data set of the package `datasets`. ``-`` is standard input, and hf://NAME[:CONFIG][@SPLIT] a data
+    set on the Hugging Face Hub. Raises FileNotFoundError for a path or pattern that matches nothing else and for a link
+    to nothing, PermissionError for a folder that may not be read, ValueError for a folder with several splits.
     """
     files: dict[str, Path] = {}
     without = {left_out.resolve() for left_out in without}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path)
-        if path == STDIN or (path.exists() and not path.is_dir()):
+        if path == STDIN or is_hub(path) or (path.exists() and not path.is_dir()):
             found = {os.path.realpath(path): path}
         else:
             found = _files([path] if path.is_dir() else _matching(path))
@@ -65,7 +69,8 @@ def _files(paths: Iterable[Path]) -> dict[str, Path]:
     for path in sorted(paths, key=lambda path: (path.is_symlink(), path)):  # links last: by its own name if it can be
         if stat.S_ISREG(path.stat().st_mode):  # which says so where a link leads to nothing
             files.setdefault(os.path.realpath(path), path)
-    return dict(sorted(files.items(), key=lambda item: item[1]))
+    data = set(without_descriptions(sorted(files.values())))
+    return {real: file for real, file in sorted(files.items(), key=lambda item: item[1]) if file in data}
 
 
 def _folders(tops: Iterable[Path]) -> list[Path]:

@@ -23,6 +23,7 @@ from bert_fast.data.corpus import decoded, located_documents
 from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.files import sole_writer, write_atomically
 from bert_fast.data.formats import Reading, require_text
+from bert_fast.data.hub_datasets import called, is_hub
 from bert_fast.data.losses import Places, Tally
 from bert_fast.data.paths import expand_paths, is_pipe
 from bert_fast.data.sentences import RULES, split_sentences
@@ -132,7 +133,7 @@ def prepare(
     versions = {path: _version(path) for path in files}
     reading: Reading = {"one_per_file": one_per_file, "text_field": text_field, "file_format": file_format}
     made_by = {
-        "files": [["-" if size is None else path.name, size] for path, (size, _) in versions.items()],
+        "files": [[_name(path), size] for path, (size, _) in versions.items()],
         "tokenizer": tokenizer_digest(tokenizer),
         "language": language,
         "sentences": sentences,
@@ -235,6 +236,11 @@ def _same_text(path: Path, digest: str, files: list[Path]) -> Counter:
             "otherwise: use another folder"
         )
     return counts
+
+
+def _name(path: Path) -> str:
+    """What the settings call a file; of a pipe nothing is known."""
+    return called(path) if is_hub(path) else "-" if is_pipe(path) else path.name
 
 
 def _version(path: Path) -> tuple[int, int] | tuple[None, None]:
