@@ -7,10 +7,14 @@ BROUGHT_BY = {
     "accelerate": "pretrain",
     "datasets": "datasets",
     "matplotlib": "plot",
-    "pyarrow": "pretrain",
+    "pyarrow": "pretrain",  # and finetune
     "rich": "pretrain",
+    "scipy": "finetune",
     "sentencex": "pretrain",
+    "seqeval": "finetune",
+    "sklearn": "finetune",
 }
+INSTALLED_AS = {"sklearn": "scikit-learn"}  # where pip calls a package otherwise than Python
 
 
 class ExtraMissing(ModuleNotFoundError):
@@ -25,7 +29,7 @@ def load(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
+        named, extra = INSTALLED_AS.get(package, package), BROUGHT_BY[package]
         raise ExtraMissing(
-            f"{package} is not installed, which this needs: pip install 'bert_fast[{BROUGHT_BY[package]}]'",
-            name=package,
+            f"{named} is not installed, which this needs: pip install 'bert_fast[{extra}]'", name=package
         ) from error

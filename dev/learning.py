@@ -26,8 +26,9 @@ from bert_fast import BertForPreTraining, data
 from bert_fast.output import Output
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.pretrain import pretrain
+from bert_fast.tasks.examples import read_examples
+from bert_fast.tasks.finetuning import finetune
 from bert_fast.train.evaluation import evaluate, token_counts, unigram_loss
-from bert_fast.use.classification import finetune, read_examples
 from bert_fast.use.inference import load_model
 
 VOCABULARY = 1000

@@ -21,7 +21,8 @@ import bert_fast
 from bert_fast import data
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.pretrain import pretrain
-from bert_fast.use.classification import Example, finetune, read_examples
+from bert_fast.tasks.examples import Example, read_examples
+from bert_fast.tasks.finetuning import finetune
 from bert_fast.use.inference import fill_mask, load_model
 
 

@@ -38,7 +38,8 @@ ROOMS = {
     "train.schedule": "data",
     "run": "train bert_fast model optim data",
     "use": "run model data",
-    "cli": "use run train bert_fast env data",
+    "tasks": "use run train model data optim",
+    "cli": "tasks use run train bert_fast env data",
     "__main__": "cli",
     "benchmarks": "run train bert_fast env data model optim ops linear packing dispatch kernels reference",
 }

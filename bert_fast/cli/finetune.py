@@ -1,15 +1,18 @@
-"""``bert-fast finetune``: a classifier of sentences or sentence pairs."""
+"""``bert-fast finetune``: a pre-trained model learns a task from labelled examples."""
 
 import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from bert_fast.cli import NOT_FINITE
 from bert_fast.cli.device import add_device_argument, chosen_device
 from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
+
+TASKS = ("auto", "classify", "multilabel", "regress")  # those of bert_fast.tasks.task, which imports torch
 
 
 def add_parser(subparsers) -> None:
@@ -18,24 +21,32 @@ def add_parser(subparsers) -> None:
         subparsers,
         "finetune",
         run,
-        "train a classifier of sentences or sentence pairs from a pre-trained model",
-        details="Runs on transformers.Trainer; writes a Hugging Face folder and prints the accuracy on the validation "
-        "examples. Files are .tsv, .csv or .jsonl. Columns are named (the first line is then a header), or numbered "
-        "from 0 (there is none), -1 being the last; by default text is the first column and label the last. Labels "
-        "that are one value, as 1 and 1.0, are one class. A head that MODEL has keeps its rows for the labels that it "
-        "names. [SEP] and other special tokens in a text are such tokens, as in transformers.",
+        "train a pre-trained model for a task, from labelled examples",
+        details="Measures on the validation examples after each epoch, keeps the best epoch, and writes a Hugging Face "
+        "folder. The task is guessed from the labels: lists are learnt as multilabel, numbers of which some have a "
+        "fraction as regress, others as classify. Files are .tsv, .csv, .jsonl or .parquet. Columns of a table are "
+        "named (the first line is then a header), or numbered from 0 (there is none), -1 being the last; by default "
+        "text is the first column and label the last, of JSON lines and Parquet those of that name. Labels that are "
+        "one value, as 1 and 1.0, are one class. A head that MODEL has keeps its rows for the labels that it names. "
+        "[SEP] and other special tokens in a text are such tokens, as in transformers. While it trains, --out holds "
+        "checkpoints: the same command goes on from the last one.",
         examples="""
 bert-fast finetune run --train sst2/train.tsv --validation sst2/dev.tsv --out sentiment
 bert-fast finetune run --train mnli.csv --validation dev.csv --text premise --pair hypothesis --label gold --out nli
+bert-fast finetune run --train train.tsv --validation dev.tsv --seeds 5 --patience 2
 bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    # what pre-training is worth""",
     )
     add_model_argument(parser)
     parser.add_argument("--train", metavar="FILE", required=True, help="examples to learn from")
-    parser.add_argument("--validation", metavar="FILE", required=True, help="examples to measure the accuracy on")
-    parser.add_argument("--out", metavar="DIR", help="where the classifier goes (default: it is measured, not kept)")
+    parser.add_argument("--validation", metavar="FILE", required=True, help="examples to measure on")
+    parser.add_argument("--out", metavar="DIR", help="where the model goes (default: it is measured, not kept)")
+    parser.add_argument("--task", choices=TASKS, default="auto", help="what is learnt")
     parser.add_argument("--text", metavar="COLUMN", help="column or key of the sentence")
     parser.add_argument("--pair", metavar="COLUMN", help="column or key of the second sentence of a pair")
-    parser.add_argument("--label", metavar="COLUMN", help="column or key of the label")
+    parser.add_argument(
+        "--label", metavar="COLUMN", action="append",
+        help="column or key of the label; given several times, columns of 0 and 1 whose names are the labels",
+    )  # fmt: skip
     parser.add_argument("--epochs", metavar="N", type=float, default=3.0, help="times through the examples")
     parser.add_argument("--batch-size", metavar="N", type=positive, default=32, help="examples an update")
     parser.add_argument("--lr", metavar="LR", type=float, default=3e-5, help="highest learning rate")
@@ -43,7 +54,19 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
     parser.add_argument("--seq", metavar="N", type=int, help="cut examples to N tokens (default: 128)")
     parser.add_argument("--dropout", metavar="P", type=float, help="dropout while it learns (default: the model's)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the new weights, the order and dropout")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products")
+    parser.add_argument("--seeds", metavar="N", type=positive, default=1, help="train so often, from --seed on; the "
+                        "mean and the deviation are told, and the best is kept")  # fmt: skip
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of products and "
+                        "hidden states; auto: bf16 where the device multiplies it in hardware")  # fmt: skip
+    parser.add_argument("--patience", metavar="N", type=positive, help="stop after N epochs that are no better than "
+                        "the best")  # fmt: skip
+    parser.add_argument("--layer-decay", metavar="X", type=float, default=1.0, help="each layer learns at X times the "
+                        "rate of the one above it")  # fmt: skip
+    parser.add_argument("--reinit-layers", metavar="N", type=int, default=0, help="draw the N top layers and the "
+                        "pooler anew")  # fmt: skip
+    parser.add_argument("--class-weights", metavar="W", help="balanced, or LABEL=WEIGHT,...: what each label's loss is "
+                        "multiplied by (classify)")  # fmt: skip
+    parser.add_argument("--checkpoint-every", metavar="N", type=positive, help="updates (default: an epoch)")
     parser.add_argument("--from-scratch", action="store_true", help="random weights in place of the model's")
     add_device_argument(parser)
 
@@ -61,50 +84,75 @@ def run(options: argparse.Namespace) -> int:
 def _finetune(options: argparse.Namespace) -> None:
     if not 0 < options.epochs < math.inf or not 0 <= options.lr < math.inf or not 0 <= options.warmup < 1:
         raise ValueError("--epochs must be above 0, --lr at least 0 (and both finite), --warmup from 0 to below 1")
-    from bert_fast.use.classification import finetune, read_examples
+    from bert_fast.tasks.finetuning import finetune, read_task
     from bert_fast.use.inference import model_folder
 
     out = Output.of(options)
     columns = {"text": options.text, "pair": options.pair, "label": options.label}
-    train, validation = (read_examples(path, **columns) for path in (options.train, options.validation))
+    task, train, validation = read_task(
+        options.task, options.train, options.validation, columns=columns, class_weights=_weights(options.class_weights)
+    )
+    if options.task == "auto":
+        out.note(f"the task is {task.name}, by the labels (--task says otherwise)")
     model = model_folder(options.model, out)
     if options.out is not None:
         folder = Path(options.out)
         if folder.resolve() == model.resolve() or (folder / "metrics.jsonl").is_file():
             raise ValueError(f"--out {folder} holds a run, or the model that is fine-tuned: choose another folder")
         writable_folder(folder)
-    updates = math.ceil(-(-len(train) // options.batch_size) * options.epochs)  # as Trainer counts
-    with out.progress(updates, "fine-tuning", "updates") as bar:
+    with out.progress(None, "fine-tuning", "updates") as bar:
+
+        def shown(step: int, steps: int, loss: float) -> None:
+            bar.total = steps
+            bar.update(step, f"loss {loss:.4f}", loss=loss)
+
         found = finetune(
-            model,
-            train,
-            validation,
-            options.out,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.lr,
-            warmup=options.warmup,
-            max_length=options.seq,
-            dropout=options.dropout,
-            seed=options.seed,
-            precision=options.precision,
-            device=chosen_device(options),
-            from_scratch=options.from_scratch,
-            on_step=lambda step, steps, loss: bar.update(step, "" if loss is None else f"loss {loss:.4f}", loss=loss),
-            on_epoch=lambda m: out.note(f"epoch {m['epoch']:g}: accuracy {100 * m['accuracy']:.2f} %, "
-                                        f"loss {m['loss']:.4f}"),
-            on_note=out.note,
-            on_warning=out.warn,
+            model, train, validation, options.out, task=task, epochs=options.epochs, batch_size=options.batch_size,
+            learning_rate=options.lr, warmup=options.warmup, layer_decay=options.layer_decay,
+            reinit_layers=options.reinit_layers, patience=options.patience, max_length=options.seq,
+            dropout=options.dropout, seed=options.seed, seeds=options.seeds, precision=options.precision,
+            device=chosen_device(options), from_scratch=options.from_scratch,
+            checkpoint_every=options.checkpoint_every, on_step=shown,
+            on_epoch=lambda measures: out.note(_epoch(task, measures)), on_note=out.note, on_warning=out.warn,
         )  # fmt: skip
-    text = (
-        f"accuracy {100 * found['accuracy']:.2f} % on {found['examples']:,} examples, after {found['epochs']:g} epochs "
-        f"(the most frequent label: {100 * found['majority']:.2f} %)"
-    )
+    out.result({"model": options.model, "out": options.out, "from_scratch": options.from_scratch} | found,
+               _text(task, found, options))  # fmt: skip
+
+
+def _weights(text: str | None) -> str | dict[str, float] | None:
+    """--class-weights; ValueError where it is neither "balanced" nor pairs."""
+    if text is None or text == "balanced":
+        return text
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    try:
+        return {name: float(weight) for name, _, weight in pairs}
+    except ValueError as error:
+        raise ValueError(f"--class-weights must be balanced or LABEL=WEIGHT,LABEL=WEIGHT,..., got {text!r}") from error
+
+
+def _epoch(task: Any, measures: dict) -> str:
+    told = f"{task.told(measures)}, " if task.metric in measures else ""
+    return f"epoch {measures['epoch']:g}: {told}loss {measures['loss']:.4f}"
+
+
+def _text(task: Any, found: dict, options: argparse.Namespace) -> str:
+    """What is printed in the end."""
+    lines = [f"{task.told(found)} on {found['examples']:,} examples, after {found['epochs']:g} epochs"]
+    if "majority" in found:
+        lines[0] += f" (the most frequent label: {100 * found['majority']:.2f} %)"
+    if found["best_epoch"] != found["epochs"]:
+        lines.append(f"the best epoch is kept, {found['best_epoch']:g}")
+    if "seeds" in found:
+        seeds = found["seeds"]
+        lines.append(
+            f"{seeds['metric']} of {len(seeds['values'])} seeds: {seeds['mean']:.4f}, deviation "
+            f"{seeds['deviation']:.4f}; the best one is kept"
+        )
     if told := _of_the_examples(found):
-        text += f"\n{told}"
+        lines.append(told)
     if options.out is not None:
-        text += f"\n{options.out}: the classifier, as a Hugging Face folder"
-    out.result({"model": options.model, "out": options.out, "from_scratch": options.from_scratch} | found, text)
+        lines.append(f"{options.out}: the model, as a Hugging Face folder")
+    return "\n".join(lines)
 
 
 def _of_the_examples(found: dict) -> str:
@@ -112,7 +160,7 @@ def _of_the_examples(found: dict) -> str:
     counts = {
         f"training examples cut to {found['seq']} tokens": found["cut"]["train"],
         f"validation examples cut to {found['seq']} tokens": found["cut"]["validation"],
-        "empty texts": found["empty"],
-        "validation examples with texts of training examples": found["shared"],
+        "empty texts": found.get("empty"),
+        "validation examples with texts of training examples": found.get("shared"),
     }
     return "; ".join(f"{number:,} {what}" for what, number in counts.items() if number)

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +78,15 @@ def save(
     *,
     description: dict[str, bytes],
     keep: int,
+    also: Sequence[int] = (),
 ) -> Path:
     """Writes the checkpoint of ``state["step"]`` and removes older ones; every process calls it.
 
     ``model`` is written by the first process, beside it the files of ``description`` (configuration and tokenizer, see
     :func:`bert_fast.run.export.description`); ``optimizer`` is each process's own part, written by those of the first
-    machine. The last ``keep`` stay, and the one with the lowest ``state["validation"]["mlm_loss"]`` of those at the
-    newest's ``state["seq"]``. Where it cannot be written (a full disk), CheckpointError on every process: what was
-    written aside is removed, and older checkpoints are as they were.
+    machine. The last ``keep`` stay, those of the steps ``also``, and the one with the lowest
+    ``state["validation"]["mlm_loss"]`` of those at the newest's ``state["seq"]``. Where it cannot be written (a full
+    disk), CheckpointError on every process: what was written aside is removed, and older checkpoints are as they were.
     """
     folder = folder_of(run, state["step"])
     aside = folder.with_name(f".{folder.name}")
@@ -128,7 +129,7 @@ def save(
             raise disk_full(run, failure, str(folder)) from failure
         raise CheckpointError(f"{folder} was not written: {failure}") from failure
     if ranks.first:
-        prune(run, keep)
+        prune(run, keep, also)
     return folder
 
 
@@ -146,8 +147,9 @@ def disk_full(run: Path, error: OSError, what: str | None = None) -> CheckpointE
     )
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes all checkpoints but the last ``keep`` and the best by validation loss, and what a kill left aside."""
+def prune(run: Path, keep: int, also: Sequence[int] = ()) -> None:
+    """Removes all checkpoints but the last ``keep``, the best by validation loss and those of the steps ``also``, and
+    what a kill left aside."""
     found = folders(run)
     validated = {}  # folder: (sequence length, loss)
     for folder in found:
@@ -160,7 +162,7 @@ def prune(run: Path, keep: int) -> None:
     losses = {folder: loss for folder, (seq, loss) in validated.items() if seq == newest_seq and _finite(loss)}
     best = min(losses, key=losses.__getitem__, default=None)
     for folder in found[:-keep]:
-        if folder != best:
+        if folder != best and folder not in [folder_of(run, step) for step in also]:
             _remove(folder)
     for leftover in (run / "checkpoints").glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)

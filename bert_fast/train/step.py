@@ -116,7 +116,7 @@ class Step:
     def _begin(self, lr: float | Tensor, predicted: int | Tensor, sequences: int, stop: bool) -> None:
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"] if "scale" in group else lr
         for p in self.parameters:
             p.grad = None
         for count, number in zip(self._counts.values(), (predicted, sequences), strict=True):

@@ -14,8 +14,9 @@ from bert_fast import data
 from bert_fast.cli import main
 from bert_fast.data.encoding import SentenceEncoder
 from bert_fast.data.tokenizer import berts_tokenizer
-from bert_fast.use import classification
-from bert_fast.use.classification import Example
+from bert_fast.tasks.examples import Example
+from bert_fast.tasks.finetuning import finetune
+from bert_fast.tasks.sentences import Classify
 from tests.support.kinds_of_tokenizers import KINDS, TEXTS, training_ids
 
 
@@ -150,19 +151,19 @@ def test_finetune_encodes_as_pre_training_did(folder, tmp_path, monkeypatch):
     tokenizer = KINDS["NFKC, lower case"]([s for d in data.read_documents(folder / "corpus.jsonl") for s in d] + TEXTS)
     rows = max(tokenizer.get_vocab().values()) + 1
     model, seen = small_model(tmp_path / "model", tokenizer, rows), []
-    original = classification._encoded
+    original = Classify.encode
 
     def watched(*given):
-        encoded = original(*given)
-        seen.extend(encoded.rows)
-        return encoded
+        items = original(*given)
+        seen.extend(items)
+        return items
 
-    monkeypatch.setattr(classification, "_encoded", watched)
+    monkeypatch.setattr(Classify, "encode", watched)
     examples = [Example(a[:40], b[:40], str(number % 2)) for number, (a, b) in enumerate(pairwise(TEXTS))]
-    classification.finetune(model, examples, examples, epochs=1, max_length=64)
+    finetune(model, examples, examples, epochs=1, max_length=64)
     for example, found in zip(examples * 2, seen, strict=True):
         expected = training_ids(SentenceEncoder(tokenizer), tokenizer, example.text, example.pair)
-        assert (found["input_ids"], found["token_type_ids"]) == expected
+        assert found.sequences == [expected]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from bert_fast.use.examples import Example, doubtful_labels, label_names, read_examples
+from bert_fast.tasks.examples import Example, doubtful_labels, label_names, read_examples
 
 # Characters at which str.splitlines ends a line; none of them ends one of a table.
 WITHIN = ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
@@ -48,7 +48,7 @@ def test_a_csv_row_and_a_json_line_are_one_example_too(tmp_path, mark):
         ("t.csv", '"a",1\n"b" c,1\n', "line 2"),
         ("t.tsv", "a\t1\nb\t \n", "line 2: the label is empty"),
         ("t.jsonl", '{"text": "a", "label": "x"}\n{"text": "a", "label": NaN}\n', "line 2: the label is empty"),
-        ("t.jsonl", '{"text": "a", "label": ["x", "y"]}\n', "line 1: 'label' is no label"),
+        ("t.jsonl", '{"text": "a", "label": ["x", ["y"]]}\n', "line 1: 'label' is no label"),
         ("t.jsonl", '{"text": "a", "label": {"x": 1}}\n', "line 1: 'label' is no label"),
         ("t.jsonl", '{"text": ' + "[" * 200_000, "line 1: no JSON object"),
         ("t.tsv", "a\t1\nb\t0\nc\udcff\t1\n", "line 3 is not UTF-8"),
