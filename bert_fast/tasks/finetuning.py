@@ -22,7 +22,7 @@ from bert_fast.run.weights import silent_transformers
 from bert_fast.tasks.examples import fractions
 from bert_fast.tasks.network import Network, make_network
 from bert_fast.tasks.task import TASKS, Task, make_task, task_class
-from bert_fast.tasks.training import Parts, Settings, State, Training, require_same
+from bert_fast.tasks.training import Parts, Settings, State, Training, rank, require_same
 from bert_fast.train.distributed import Ranks
 from bert_fast.use.inference import model_folder
 
@@ -197,17 +197,17 @@ def _all_seeds(plan: _Plan, seeds: range, tell, warn, on_step, on_epoch) -> dict
             continue
         if len(seeds) > 1:
             tell(f"seed {seed}, {seed - seeds[0] + 1} of {len(seeds)}")
-        before = max((found[metric] for found in done.values()), default=None)
+        before = max((rank(plan.task, found) for found in done.values()), default=None)
         found, network = _one_seed(plan, seed, tell, warn, on_step, on_epoch)
         done[str(seed)] = found
         if plan.out is not None:
-            if before is None or found[metric] > before:
+            if before is None or rank(plan.task, found) > before:
                 _write_model(plan.out, network)
             record = {"options": plan.identity, "done": seed == seeds[-1], "seeds": done}
             write_atomically(plan.out / RECORD, (json.dumps(record, indent=1) + "\n").encode())
             shutil.rmtree(plan.out / "checkpoints", ignore_errors=True)
     values = {seed: found[metric] for seed, found in done.items()}
-    best = max(done, key=lambda seed: values[seed])
+    best = max(done, key=lambda seed: rank(plan.task, done[seed]))
     if len(seeds) == 1:
         return done[best]
     mean, deviation = statistics.fmean(values.values()), statistics.stdev(values.values())

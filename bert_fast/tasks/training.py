@@ -196,16 +196,11 @@ class Training:
             found = task.predictions(self.parts.examples, self.parts.validation, scores)
             measures |= task.metrics(self.parts.examples, found)
         state.history.append(measures)
-        if task.metric in measures and (state.best < 0 or self._rank(measures) > self._rank(state.history[state.best])):
+        if task.metric in measures and (state.best < 0 or rank(task, measures) > rank(task, state.history[state.best])):
             state.best, state.best_step = len(state.history) - 1, state.step
             self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         since_best = len(state.history) - 1 - state.best
         state.stopped = settings.patience is not None and since_best >= settings.patience
-
-    def _rank(self, measures: dict) -> tuple[float, float]:
-        """What is greater where an epoch is better: its metric (one that is NaN says nothing), then its loss."""
-        metric = measures[self.task.metric]
-        return (metric if math.isfinite(metric) else -math.inf, -measures["loss"])
 
     def _every(self) -> bool:
         every = self.settings.checkpoint_every
@@ -236,6 +231,12 @@ class Training:
             best = checkpoint.read(checkpoint.folder_of(self.folder, self.state.best_step))
             self.best = best.tensors("model")
         tell(f"going on from {found.folder}, update {found.step} of {self.total}")
+
+
+def rank(task: Task, measures: dict) -> tuple[float, float]:
+    """What is greater where an epoch or a seed is better: its metric (NaN is the worst), then its loss."""
+    metric = measures[task.metric]
+    return (metric if math.isfinite(metric) else -math.inf, -measures["loss"])
 
 
 def require_same(folder: Path, before: dict, now: dict) -> None:
