@@ -135,10 +135,12 @@ def _longest(trained: dict) -> int | None:
 def _evaluated(options: argparse.Namespace, trained: dict, out: Output):
     """(corpus to evaluate on, corpus whose frequencies the baseline knows)."""
     from bert_fast.data import open_corpus
+    from bert_fast.run.config import PretrainConfig, sources
     from bert_fast.run.validation import hold_out
 
     corpus = open_corpus(options.data)
-    if not trained or Path(trained["data"]).resolve() != Path(options.data).resolve():
+    folders = sources(PretrainConfig(data=trained["data"], out="-")) if trained else {}
+    if Path(options.data).resolve() not in [Path(folder).resolve() for folder in folders]:
         return corpus, corpus
     share = 0.0 if trained.get("validation_data") else trained["validation"]
     learned, held_out = hold_out(corpus, share, seed=trained["seed"], nsp=trained["nsp"])

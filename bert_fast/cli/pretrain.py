@@ -29,6 +29,7 @@ def add_parser(subparsers) -> None:
         examples="bert-fast pretrain --data data --out run --model base --steps 100000\n"
         "bert-fast pretrain --data data --out run --phases 128:900000,512:100000 --checkpoint-every 5000\n"
         "bert-fast pretrain --data data --out run --init-from google-bert/bert-base-uncased --lr 5e-5\n"
+        "bert-fast pretrain --data wiki:3 --data clinical:1 --out run\n"
         "bert-fast pretrain --config run/config.json\n"
         "bert-fast pretrain --data data --out run --track wandb --push-to-hub user/name\n"
         "torchrun --nproc-per-node 8 -m bert_fast pretrain --data data --out run --model large --optimizer lamb",
@@ -52,6 +53,8 @@ def add_parser(subparsers) -> None:
         given = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             given["action"] = argparse.BooleanOptionalAction
+        elif field.name == "data":
+            given |= {"action": "append", "metavar": about["metavar"]}
         else:
             given |= {"type": kind, "metavar": about["metavar"], "choices": about["choices"]}
         groups[about["group"]].add_argument(flag(field.name), **given)

@@ -14,6 +14,7 @@ from bert_fast.data import Capacities, Corpus, Sample, masked_count, pack_sample
 from bert_fast.data.bins import micro_batches, needed
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.masking import MASK_PROB
+from bert_fast.data.mixture import Mixture
 from bert_fast.data.pairs import document_tokens, fewest_tokens
 from bert_fast.data.phase import Phase
 
@@ -24,7 +25,7 @@ TOKENS, SEQUENCES, MASKED = 64, 8, 16  # capacities are multiples of these
 
 
 def sizes_of_phases(
-    dataset: PretrainingDataset, phases: Sequence[Phase], tokens: int
+    dataset: PretrainingDataset | Mixture, phases: Sequence[Phase], tokens: int
 ) -> dict[tuple[int, int], list[Capacities]]:
     """By (longest sequence, batch size) of a phase, the capacities of its micro-batches of about ``tokens`` tokens."""
     lengths = {seq: sample_lengths(dataset, seq) for seq in {phase.seq for phase in phases}}
@@ -43,10 +44,20 @@ def sizes_of_phases(
     }
 
 
-def sample_lengths(dataset: PretrainingDataset, seq: int) -> np.ndarray:
-    """Lengths (samples,) of sequences of at most ``seq`` tokens made from evenly spaced documents, some 2048."""
+def sample_lengths(dataset: PretrainingDataset | Mixture, seq: int) -> np.ndarray:
+    """Lengths (samples,) of sequences of at most ``seq`` tokens made from evenly spaced documents, some 2048 of each
+    source."""
+    if isinstance(dataset, Mixture):
+        return dataset.mixed([sample_lengths(source, seq) for source in dataset.datasets])
     few = spaced_documents(dataset.corpus, nsp=dataset.nsp)
     return np.asarray(dataset.replanned(corpus=few, max_length=seq).plan.length)
+
+
+def of_few_documents(dataset: PretrainingDataset | Mixture) -> PretrainingDataset | Mixture:
+    """``dataset`` of evenly spaced documents, whose epoch is planned at once."""
+    if isinstance(dataset, Mixture):
+        return dataset.each(lambda source: source.replanned(corpus=spaced_documents(source.corpus, nsp=source.nsp)))
+    return dataset.replanned(corpus=spaced_documents(dataset.corpus, nsp=dataset.nsp))
 
 
 def spaced_documents(corpus: Corpus, *, nsp: bool) -> Corpus:
@@ -92,7 +103,7 @@ def phase_sizes(
     return sizes
 
 
-def examples(dataset: PretrainingDataset, sizes: Sequence[Capacities], seq: int) -> list[dict]:
+def examples(dataset: PretrainingDataset | Mixture, sizes: Sequence[Capacities], seq: int) -> list[dict]:
     """A batch of each of ``sizes``, the largest first, as a step is to be ready for."""
     return [example(size, seq, nsp=dataset.nsp, pad_id=dataset.special.pad) for size in sizes[::-1]]
 

@@ -16,8 +16,9 @@ from bert_fast.data import Capacities, open_corpus, pack_samples
 from bert_fast.data.bins import deal, fitted, micro_batches
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.graph_shapes import rounded
+from bert_fast.data.mixture import Mixture, Places, joined, stream_of
 from bert_fast.data.phase import Phase
-from bert_fast.data.updates import Place, Stream, Update
+from bert_fast.data.updates import Place, Update
 
 ROUND_TOKENS, ROUND_MASKED = 64, 16  # capacities are multiples of these: few different shapes, hardly any waste
 
@@ -90,16 +91,19 @@ class Parcel:
 class BatchMaker(Dataset):
     """Makes the packed batch of an :class:`Order`; travels to worker processes without plan or corpus.
 
-    ``folder`` is where a worker that was not forked opens the corpus again; None pickles the corpus.
+    ``folder``, or a folder for each source, is where a worker that was not forked opens the corpus again; None pickles
+    the corpus.
     """
 
-    def __init__(self, dataset: PretrainingDataset, folder: str | Path | None = None):
-        self.make, self.folder = dataset.maker(), folder
+    def __init__(self, dataset: PretrainingDataset | Mixture, folder: str | Path | Sequence[str | Path] | None = None):
+        self.make = dataset.maker()
+        self.folders = [folder] if isinstance(folder, (str, Path)) else folder
 
     def __getitem__(self, order: Order) -> dict:
         make = self.make
         if make.corpus is None:
-            make.corpus = open_corpus(self.folder)
+            assert self.folders is not None  # else it was pickled
+            make.corpus = joined([open_corpus(folder) for folder in self.folders])
         turns = np.argsort(order.epochs, kind="stable")
         samples = []
         for epoch in np.unique(order.epochs).tolist():
@@ -115,24 +119,26 @@ class BatchMaker(Dataset):
         return batch if order.longest is None else {**batch, "max_length_q": order.longest}
 
     def __getstate__(self) -> dict:
-        if self.folder is None:
+        if self.folders is None:
             return self.__dict__
         # pickling a memory map would copy the whole file
         return {**self.__dict__, "make": dataclasses.replace(self.make, corpus=None)}  # type: ignore[arg-type]  # a worker opens it
 
 
-def updates(dataset: PretrainingDataset, phases: list[Phase], step: int, place: Place) -> Iterator[Update]:
+def updates(
+    dataset: PretrainingDataset | Mixture, phases: list[Phase], step: int, place: Place | Places
+) -> Iterator[Update]:
     """The updates from ``step`` (from 0) to the last, the first at ``place`` of its phase's stream.
 
-    A phase begins with an epoch of its own, numbered after the last one of the phase before: no mask comes twice.
+    A phase begins with an epoch of its own, numbered after the last one of the phase before.
     """
     for phase in phases:
         if step >= phase.last:
             continue
-        stream = Stream(dataset, phase.seq, place)
+        stream = stream_of(dataset, phase.seq, place)
         for number in range(step, phase.last):
             yield stream.take(number, phase.batch_size, phase.mask_prob(number))
-        step, place = phase.last, Place(stream.place.epoch + 1, 0)
+        step, place = phase.last, stream.place.next_phase()
 
 
 def load_updates(

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from bert_fast.data.dataset import PretrainingDataset
+
+if TYPE_CHECKING:
+    from bert_fast.data.mixture import Places
 
 
 class Place(NamedTuple):
@@ -23,6 +26,14 @@ class Place(NamedTuple):
 
     epoch: int = 0
     position: int = 0
+
+    def next_phase(self) -> "Place":
+        """The place at which the phase begins that follows one which ends here: no mask comes twice."""
+        return Place(self.epoch + 1, 0)
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return self._asdict()
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Update:
     mask_prob         the share of their tokens that is predicted
     rows              (sequences, 5): a_start, a_end, b_start, b_end, label, what a sample is made from
     after             the place of the next update
+    read              of several sources (mixture.py) the epochs of each that are read so far, with a fraction
     """
 
     step: int
@@ -43,8 +55,9 @@ class Update:
     lengths: np.ndarray
     masked: np.ndarray
     rows: np.ndarray
-    after: Place
+    after: "Place | Places"
     mask_prob: float
+    read: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -54,21 +67,40 @@ class Stream:
     """The samples of a phase from ``place`` on, of at most ``seq`` tokens each, epoch after epoch without end.
 
     ``dataset`` gives corpus and settings and stays as it is. A thread plans the next epoch, so that nothing waits
-    for it where one ends: it takes microseconds a sample, minutes for all of Wikipedia.
+    for it where one ends: it takes microseconds a sample, minutes for all of Wikipedia. ``source`` (k, S) says that it
+    is source k of S (mixture.py).
     """
 
-    def __init__(self, dataset: PretrainingDataset, seq: int, place: Place):
-        self.dataset, self.seq, self.place = dataset, seq, place
+    def __init__(self, dataset: PretrainingDataset, seq: int, place: Place, source: tuple[int, int] = (0, 1)):
+        self.dataset, self.seq, self.place, self.source = dataset, seq, place, source
         self.next: Future | None = None  # the dataset and the order of the epoch after this one
         self.dataset, self.order = self._planned(place.epoch)
 
     def _planned(self, epoch: int) -> tuple[PretrainingDataset, np.ndarray]:
-        dataset = self.dataset.replanned(epoch=epoch, max_length=self.seq)
+        dataset = self.dataset.replanned(epoch=self._drawn_as(epoch), max_length=self.seq)
         return dataset, dataset.order()
+
+    def _drawn_as(self, epoch: int) -> int:
+        number, of = self.source
+        return epoch * of + number
 
     def _turn_to(self, epoch: int) -> None:
         self.dataset, self.order = self._planned(epoch) if self.next is None else self.next.result()
         self.next = None
+
+    def ahead(self, size: int) -> np.ndarray:
+        """int64: lengths of the next samples, at least one, ``size`` at most and no further than the epoch."""
+        epoch, position = self.place
+        if position >= len(self.order):
+            self._turn_to(epoch + 1)
+            self.place = Place(epoch + 1, 0)
+        begin = self.place.position
+        return self.dataset.plan.length[self.order[begin : begin + size]]
+
+    @property
+    def epochs_read(self) -> float:
+        """How many epochs are read so far."""
+        return self.place.epoch + self.place.position / len(self.order)
 
     def take(self, step: int, size: int, mask_prob: float | None = None) -> Update:
         """Update ``step``: the next ``size`` sequences, ``mask_prob`` of whose tokens are predicted (None: as the
@@ -81,7 +113,9 @@ class Stream:
                 self._turn_to(epoch)
             indices = self.order[position : position + missing]
             plan = self.dataset.plan
-            taken.append((np.full(len(indices), epoch), indices, plan.length[indices], plan.rows(indices)))
+            taken.append(
+                (np.full(len(indices), self._drawn_as(epoch)), indices, plan.length[indices], plan.rows(indices))
+            )
             position, missing = position + len(indices), missing - len(indices)
             if self.next is None and 2 * position >= len(self.order):  # in time, and in vain in few runs
                 self.next = in_background(partial(self._planned, epoch + 1))

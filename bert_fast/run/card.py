@@ -15,6 +15,7 @@ import bert_fast
 from bert_fast.model import BertForPreTraining
 from bert_fast.run.config import PretrainConfig, effective, fields, flag, phases
 from bert_fast.run.metrics import read_metrics
+from bert_fast.run.sources import Source
 
 # Options that a card has whatever they are, and those that say nothing of the model.
 ALWAYS = ("optimizer", "lr", "warmup", "schedule", "beta1", "beta2", "eps", "weight_decay", "clip", "seed")
@@ -31,11 +32,11 @@ CURVES = "loss.png"
 
 
 def model_card(
-    model: BertForPreTraining, tokenizer: Tokenizer, config: PretrainConfig, *, manifest: dict, state: dict
+    model: BertForPreTraining, tokenizer: Tokenizer, config: PretrainConfig, *, sources: list[Source], state: dict
 ) -> str:
     """The README.md, for a folder that has the run's picture where the run has one: data, training, results, use.
 
-    ``manifest`` is that of the prepared data, ``state`` the last checkpoint's.
+    ``sources`` are the prepared data, ``state`` is the last checkpoint's.
     """
     name = config.push_to_hub or "path/to/this/folder"
     parts = [
@@ -43,7 +44,7 @@ def model_card(
         f"# {name.rpartition('/')[2] if config.push_to_hub else 'A BERT pre-trained with bert_fast'}",
         _about(model, tokenizer),
         "## Use\n\n" + _snippets(name),
-        "## Data\n\n" + _data(manifest),
+        "## Data\n\n" + _data(sources, state["read"]),
         "## Training\n\n" + _training(config, state),
         "## Results\n\n" + _results(config, state),
         f"Made with bert_fast {bert_fast.__version__}, torch {torch.__version__}, transformers "
@@ -105,13 +106,25 @@ print(tokenizer.convert_ids_to_tokens(scores.topk(5).indices[0]))
 ```"""
 
 
-def _data(manifest: dict) -> str:
+def _data(sources: list[Source], read: list[dict]) -> str:
+    unknown = "The licence of the data is unknown to the program that wrote this card, and so is the model's."
+    if len(sources) == 1:
+        return f"{_corpus(sources[0].manifest)}. {unknown}"
+    lines = [f"- `{source.name}`, {source.share:.1%} of the tokens: {_corpus(source.manifest)}." for source in sources]
+    names = [source.name for source in sources]
+    for number, phase in enumerate(read, 1):
+        parts = zip(names, phase["tokens"], phase["epochs"], strict=True)
+        told = ", ".join(f"{name} {n / sum(phase['tokens']):.1%} in {epochs:.2f} epochs" for name, n, epochs in parts)
+        lines.append(f"- tokens trained on{f' in part {number}' if len(read) > 1 else ''}: {told}.")
+    return "\n".join([*lines, "", unknown])
+
+
+def _corpus(manifest: dict) -> str:
     files = [f"`{name}`" for name, _ in manifest["made_by"]["files"]]
     named = ", ".join(files[:10]) + (f" and {len(files) - 10} more" if len(files) > 10 else "")
     return (
         f"{manifest['documents']:,} documents, {manifest['sentences']:,} sentences, {manifest['tokens']:,} tokens "
-        f"({manifest['duplicate_documents']:,} duplicate documents left out), from {named}. The licence of the data is "
-        "unknown to the program that wrote this card, and so is the model's."
+        f"({manifest['duplicate_documents']:,} duplicate documents left out), from {named}"
     )
 
 
@@ -148,6 +161,7 @@ def _results(config: PretrainConfig, state: dict) -> str:
     rows = list((found | {state["step"]: last}).items())
     shown = min(MOST_ROWS, len(rows))
     picked = [rows[len(rows) - 1 - i * len(rows) // shown] for i in range(shown)][::-1]
+    by_source = last.get("sources", {})
     lines = [
         f"On held-out documents, {last['sequences']:,} sequences:",
         "",
@@ -157,6 +171,9 @@ def _results(config: PretrainConfig, state: dict) -> str:
     for step, values in picked:
         cells = ("" if values.get(name) is None else f"{values[name]:.4f}" for name in names)
         lines.append(f"| {step:,} | {' | '.join(cells)} |")
+    for name, values in by_source.items():
+        if values["mlm_loss"] is not None:
+            lines += [""] * (name == next(iter(by_source))) + [f"- `{name}` alone: MLM loss {values['mlm_loss']:.4f}"]
     return "\n".join(lines) + curves
 
 

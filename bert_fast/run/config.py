@@ -44,7 +44,10 @@ def option(default, group: str, text: str, metavar: str | None = None, choices: 
 class PretrainConfig:
     """The options of ``bert-fast pretrain``; the text of each is its documentation."""
 
-    data: str = option("", "data", "folder that `bert-fast prepare` wrote", "DIR")
+    data: str | tuple[str, ...] = option(
+        "", "data", "folder that `bert-fast prepare` wrote; of several, --data DIR:WEIGHT for each, tokens are in "
+        "proportion to the weights, or without weights to what each folder holds", "DIR[:WEIGHT]",
+    )  # fmt: skip
     out: str = option("", "data", "the run's folder: checkpoints, metrics, the model", "RUN")
     nsp: bool = option(True, "data", "next-sentence prediction; without it a sample is sentences of one document")
     whole_word: bool = option(False, "data", "mask whole words")
@@ -188,6 +191,7 @@ class PretrainConfig:
         for name in ("warmup", "lr", "power", "weight_decay", "clip"):
             _require(self, name, 0 <= getattr(self, name) < float("inf"), "a number of at least 0")
         _require(self, "short_seq_prob", 0 <= self.short_seq_prob <= 1, "between 0 and 1")
+        sources(self)
         mask_probs(self)
         mask_shares(self)
         trackers(self)
@@ -223,7 +227,8 @@ class PretrainConfig:
 
     def as_dict(self) -> dict:
         """Options by name, as a configuration file has them; those that are not set are left out."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        found = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def flag(name: str) -> str:
@@ -343,6 +348,32 @@ def _change(text: str) -> tuple[int, int]:
         raise ValueError(f"{text!r} is not AT:N, two whole numbers") from None
 
 
+def sources(config: PretrainConfig) -> dict[str, float | None]:
+    """The folders of ``--data`` and their weights, None where none is given. ConfigError if wrong.
+
+    What is a folder has no weight, whatever its name: of a folder "a:3" the weight 2 is "a:3:2".
+    """
+    found: dict[str, float | None] = {}
+    for text in [config.data] if isinstance(config.data, str) else config.data:
+        folder, colon, number = text.rpartition(":")
+        weight = None
+        if not colon or Path(text).exists() or not (_is_number(number) or Path(folder).exists()):
+            folder = text
+        elif not _is_number(number) or not 0 < (weight := float(number)) < float("inf"):
+            raise ConfigError(f"--data {text}: {number!r} is no weight, a number above 0")
+        if folder in found:
+            raise ConfigError(f"--data names {folder} twice: a higher weight reads it more often")
+        found[folder] = weight
+    given = [folder for folder, weight in found.items() if weight is not None]
+    if given and len(given) < len(found):
+        raise ConfigError(f"--data gives {', '.join(given)} a weight and others none: give each one, or none")
+    return found
+
+
+def _is_number(text: str) -> bool:
+    return bool(_numbers(text))
+
+
 def mask_probs(config: PretrainConfig) -> tuple[float, float]:
     """The shares of tokens that a phase's first and last update predict. ConfigError if wrong."""
     found = _numbers(config.mask_prob)
@@ -423,6 +454,8 @@ def _converted(field: dataclasses.Field, kind: type, value):
         right, value = True, float(value)
     if field.name == "mask_prob" and isinstance(value, float):  # a file's number
         right, value = True, str(value)
+    if field.name == "data" and isinstance(value, list | tuple) and value:
+        right, value = all(isinstance(part, str) for part in value), value[0] if len(value) == 1 else tuple(value)
     if not right:
         raise ConfigError(f"{flag(field.name)} takes {KINDS[kind]}, got {value!r}")
     if choices and value not in choices:

@@ -1,32 +1,36 @@
 """What a run will be, before it starts: its size, its data, its speed as measured for some seconds, and its end."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from bert_fast.data.batches import pack_samples
-from bert_fast.data.bins import Capacities
+from bert_fast.data import open_corpus
+from bert_fast.data.dataset import PretrainingDataset
+from bert_fast.data.graph_shapes import sample_lengths
+from bert_fast.data.mixture import Mixture
 from bert_fast.data.pairs import document_tokens
+from bert_fast.data.phase import Phase
 from bert_fast.devices import peak_memory, reset_peak_memory
 from bert_fast.output import Output
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.optimizer import state_tensors
 from bert_fast.run.pretrain import Run
+from bert_fast.run.rehearsal import Costs, rehearsed
+from bert_fast.run.sources import Source
 from bert_fast.run.tracking import require_installed
 from bert_fast.train.distributed import started
 
-SECONDS = 1.0  # of one update: long enough to be measured
+SECONDS = 2.0  # of the updates that are measured, about, in all
 
 
 def dry_run(config: PretrainConfig, output: Output | None = None) -> dict:
     """Says what :func:`bert_fast.run.pretrain.pretrain` would do with ``config``, and writes nothing.
 
-    Returns the facts by name: ``parameters`` by part; ``data``, of an epoch at the first phase's length; ``phases``;
-    ``speed``, of eager updates; ``memory`` of one process, in bytes; ``hours`` and ``updates`` to the end, without
-    validation and checkpoints; ``disk``, in bytes. Raises what pretrain raises before its first update;
-    trackers and the Hub are not asked.
+    Returns the facts by name: ``parameters`` by part; ``data``, of an epoch at the first phase's length, and by source;
+    ``phases``, with a budget of hours those that fit in it; ``speed``, of eager updates; ``memory`` of one process, in
+    bytes; ``hours`` and ``updates`` to the end, without validation and checkpoints; ``disk``, in bytes. Raises what
+    pretrain raises before its first update; trackers and the Hub are not asked.
     """
     output = output or Output()
     with started(config.device) as ranks:
@@ -35,16 +39,20 @@ def dry_run(config: PretrainConfig, output: Output | None = None) -> dict:
         else:
             output = Output(silent=True)
         run = Run(config, ranks, output, few=True)
-        facts: dict[str, Any] = {"parameters": _parameters(run.model), "data": (data := _data(run))}
-        facts["phases"] = list(_phases(run, data["tokens"] / data["tokens_looked_at"]))
-        facts |= _measured(run)
-        speed, memory = facts["speed"], facts["memory"]
-        facts["updates"] = sum(phase["updates_left"] for phase in facts["phases"])
-        facts["hours"] = sum(
-            phase["updates_left"]
-            * (phase["tokens_an_update"] / speed["tokens_per_s"] + speed["seconds_of_the_optimizer"])
-            for phase in facts["phases"]
-        ) / 3600  # fmt: skip
+        facts: dict[str, Any] = {"parameters": _parameters(run.model), "data": _data(run)}
+        costs, memory = _measured(run)
+        if config.max_hours and run.state.step < run.total:
+            run.plan_in_time(costs)
+        facts["phases"] = phases = [_phase(run, phase, costs) for phase in run.phases]
+        first = phases[-len(run.phases_left)]
+        micro = max(first["seconds_an_update"] - costs.optimizer, 1e-9)
+        facts["speed"] = {
+            "tokens_per_s": first["tokens_an_update"] / micro, "seconds_of_the_optimizer": costs.optimizer,
+            "tokens_at_a_time": costs.tokens,
+        }  # fmt: skip
+        facts["memory"] = memory
+        facts["updates"] = sum(phase["updates_left"] for phase in phases)
+        facts["hours"] = sum(phase["updates_left"] * phase["seconds_an_update"] for phase in phases) / 3600
         checkpoint = memory["weights"] + memory["optimizer_all"]
         # those kept, the best by validation, the one that is being written; and RUN/model
         facts["disk"] = {"checkpoint": checkpoint, "most": checkpoint * (config.keep + 2) + memory["weights"]}
@@ -61,74 +69,72 @@ def _parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _data(run: Run) -> dict:
-    plan, tokens = run.dataset.plan, document_tokens(run.corpus)
-    looked_at = int(document_tokens(run.dataset.corpus).sum())
+    """Of an epoch of each source and of all of them; both are the same of one."""
+    parts = [_source(source, dataset) for source, dataset in zip(run.sources, _datasets(run), strict=True)]
+    names = ("documents", "tokens", "tokens_looked_at", "samples_an_epoch", "tokens_an_epoch")
+    found = {name: sum(part[name] for part in parts) for name in names}
+    found["held"] = sum(part["held"] * part["tokens"] for part in parts) / found["tokens"]
+    return found | {"sources": {source.name: part for source, part in zip(run.sources, parts, strict=True)}}
+
+
+def _datasets(run: Run) -> Sequence[PretrainingDataset]:
+    return run.dataset.datasets if isinstance(run.dataset, Mixture) else [run.dataset]
+
+
+def _source(source: Source, few: PretrainingDataset) -> dict:
+    """What an epoch of ``source`` has, by the ``few`` of its documents."""
+    tokens, looked_at = document_tokens(source.corpus), int(document_tokens(few.corpus).sum())
     scale = float(tokens.sum()) / looked_at
     return {
         "documents": len(tokens), "tokens": int(tokens.sum()), "tokens_looked_at": looked_at,
-        "samples_an_epoch": round(len(plan) * scale), "tokens_an_epoch": round(float(plan.length.sum()) * scale),
-        "held": float(plan.held) / looked_at,
+        "samples_an_epoch": round(len(few.plan) * scale), "held": float(few.plan.held) / looked_at,
+        "tokens_an_epoch": round(float(few.plan.length.sum()) * scale), "share": source.share,
     }  # fmt: skip
 
 
-def _phases(run: Run, scale: float) -> Iterator[dict]:
-    for phase in run.phases:
-        lengths = run.dataset.replanned(max_length=phase.seq).plan.length
-        yield {
-            "seq": phase.seq, "batch_size": phase.batch_size, "updates": phase.last - phase.first,
-            "updates_left": phase.last - max(phase.first, min(run.state.step, phase.last)),
-            "tokens_an_update": float(lengths.mean()) * phase.batch_size,
-            "epochs": (phase.last - phase.first) * phase.batch_size / (len(lengths) * scale),
-        }  # fmt: skip
+def _phase(run: Run, phase: Phase, costs: Costs) -> dict:
+    lengths = sample_lengths(run.dataset, phase.seq)
+    found: dict[str, Any] = {
+        "seq": phase.seq, "batch_size": phase.batch_size, "updates": phase.last - phase.first,
+        "updates_left": phase.last - max(phase.first, min(run.state.step, phase.last)),
+        "tokens_an_update": float(lengths.mean()) * phase.batch_size,
+        "seconds_an_update": costs.update.get((phase.seq, phase.batch_size), 0.0),  # none of those that are done
+    }  # fmt: skip
+    tokens, found["epochs_of"] = found["updates"] * found["tokens_an_update"], {}
+    for source, few in zip(run.sources, _datasets(run), strict=True):
+        scale = float(document_tokens(source.corpus).sum() / document_tokens(few.corpus).sum())
+        an_epoch = few.replanned(max_length=phase.seq).plan.length.sum() * scale
+        found["epochs_of"][source.name] = float(source.share * tokens / an_epoch)
+    return found | {"epochs": sum(source.share * found["epochs_of"][source.name] for source in run.sources)}
 
 
-def _measured(run: Run) -> dict:
-    """Speed and memory, from updates of one and of two micro-batches, of more and more sequences until they are long
-    enough or a micro-batch is full. The difference of the two is a micro-batch, what is left is the optimiser."""
-    sequences, before = 1, _memory(run)
-    while True:
-        batch, tokens = _batch(run, sequences)
-        _timed(run, [batch])  # makes the optimiser's state, compiles kernels
-        one, two = (min(_timed(run, [batch] * number) for _ in range(2)) for number in (1, 2))
-        if two >= SECONDS or tokens >= run.tokens or sequences >= len(run.dataset):
-            break
-        sequences *= 2
+def _measured(run: Run) -> tuple[Costs, dict]:
+    """What updates take, and the memory of a process that does them, in bytes by what it is for."""
+    before, left = _memory(run), run.phases_left or run.phases
+    costs = rehearsed(run.rehearsal(run.step), left, None, SECONDS / len(left))
+    peak = _memory(run)
     weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
     state = sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(run.optimizer, run.model).values())
     memory = {"weights": weights, "gradients": weights, "optimizer": state}
-    memory["optimizer_all"] = int(
-        run.ranks.sum(torch.tensor(float(state), dtype=torch.float64, device=run.ranks.device))
-    )
-    peak = _memory(run)
+    everywhere = torch.tensor(float(state), dtype=torch.float64, device=run.ranks.device)
+    memory["optimizer_all"] = int(run.ranks.sum(everywhere))
     if peak is not None and before is not None:
-        memory |= {"activations": max(0, peak - before - weights - state), "tokens_at_a_time": tokens}
-    micro = max(two - one, 1e-9)
-    speed = {
-        "tokens_per_s": tokens * run.ranks.world / micro, "seconds_of_the_optimizer": max(0.0, one - micro),
-        "tokens_at_a_time": tokens,
-    }  # fmt: skip
-    return {"speed": speed, "memory": memory}
+        at_a_time = min(run.tokens, costs.tokens // run.ranks.world)
+        memory |= {"activations": max(0, peak - before - weights - state), "tokens_at_a_time": at_a_time}
+    held = _held_out_tokens(run)
+    for phase in left:  # no held-out sample is made: a forward pass is a third of what an update does for a token
+        length = float(sample_lengths(run.dataset, phase.seq).mean())
+        tokens = min(held, run.config.validation_sequences * length)
+        update = costs.update[phase.seq, phase.batch_size] - costs.optimizer
+        costs.validation[phase.seq] = tokens / (length * phase.batch_size) * update / 3
+    return costs, memory
 
 
-def _batch(run: Run, sequences: int) -> tuple[dict, int]:
-    samples = run.dataset.__getitems__(range(min(sequences, len(run.dataset))))
-    tokens = sum(len(sample.input_ids) for sample in samples)
-    predicted = sum(len(sample.masked_labels) for sample in samples)
-    batch = pack_samples(samples, Capacities(tokens, len(samples), predicted), pad_id=run.dataset.special.pad)
-    if not run.config.nsp:
-        del batch["next_sentence_label"]
-    return batch, tokens
-
-
-def _timed(run: Run, batches: list[dict]) -> float:
-    """Seconds of an update, those of the slowest process."""
-    predicted = sum(int((batch["masked_labels"] >= 0).sum()) for batch in batches) * run.ranks.world
-    sequences = sum(len(batch["cls_positions"]) for batch in batches) * run.ranks.world if run.config.nsp else 0
-    began = time.perf_counter()
-    outcome = run.step(batches, seed=0, lr=0.0, predicted=predicted, sequences=sequences)
-    outcome.scalars.tolist()  # waits for a GPU
-    taken = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=run.ranks.device)
-    return float(run.ranks.greatest(taken))
+def _held_out_tokens(run: Run) -> int:
+    held_out = [source.held_out for source in run.sources if source.held_out is not None]
+    if run.config.validation_data:
+        held_out = [open_corpus(run.config.validation_data)]
+    return sum(int(document_tokens(corpus).sum()) for corpus in held_out)
 
 
 def _memory(run: Run) -> int | None:
@@ -148,16 +154,22 @@ def _described(run: Run, facts: dict) -> Iterator[str]:
     yield f"{sum(facts['parameters'].values()) / 1e6:,.1f} million parameters ({parts}), {run.precision} on " + (
         f"{run.ranks.world} x {run.ranks.device.type}"
     )
-    about = "" if data["tokens_looked_at"] == data["tokens"] else "about "
-    yield (
-        f"{data['documents']:,} documents, {data['tokens']:,} tokens; an epoch at {run.phases[0].seq} tokens is {about}"
-        f"{data['samples_an_epoch']:,} samples of {data['tokens_an_epoch']:,} tokens, and holds {data['held']:.2%} of "
-        "the text"
-    )
+    for name, part in data["sources"].items():
+        about = "" if part["tokens_looked_at"] == part["tokens"] else "about "
+        of = f"{name}, {part['share']:.1%} of the tokens: " if len(data["sources"]) > 1 else ""
+        yield (
+            f"{of}{part['documents']:,} documents, {part['tokens']:,} tokens; an epoch at {run.phases[0].seq} tokens "
+            f"is {about}{part['samples_an_epoch']:,} samples of {part['tokens_an_epoch']:,} tokens, and holds "
+            f"{part['held']:.2%} of the text"
+        )
     for phase in facts["phases"]:
+        epochs = ", ".join(
+            f"{n:,.1f} epochs" + (f" of {name}" if len(data["sources"]) > 1 else "")
+            for name, n in phase["epochs_of"].items()
+        )
         yield (
             f"  {phase['updates']:,} updates of {phase['batch_size']:,} sequences of at most {phase['seq']} tokens: "
-            f"{phase['epochs']:,.1f} epochs, {phase['tokens_an_update']:,.0f} tokens an update"
+            f"{epochs}, {phase['tokens_an_update']:,.0f} tokens an update"
         )
     yield (
         f"{speed['tokens_per_s']:,.0f} tokens a second, {speed['tokens_at_a_time']:,} at a time, and "

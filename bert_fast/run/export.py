@@ -14,6 +14,7 @@ from bert_fast.data.tokenizer import save_tokenizer, tokenizer_contents
 from bert_fast.model import BertForPreTraining
 from bert_fast.run.card import CURVES, model_card
 from bert_fast.run.config import PretrainConfig
+from bert_fast.run.sources import Source
 
 
 def export(
@@ -22,13 +23,13 @@ def export(
     tokenizer: Tokenizer,
     config: PretrainConfig,
     *,
-    manifest: dict,
+    sources: list[Source],
     state: dict,
 ) -> Path:
     """Writes RUN/model, aside first, and returns it.
 
-    ``transformers.BertForPreTraining.from_pretrained(RUN/model)`` gives the outputs of ``model``. ``manifest`` is
-    that of the prepared data, ``state`` the last checkpoint's.
+    ``transformers.BertForPreTraining.from_pretrained(RUN/model)`` gives the outputs of ``model``. ``sources`` are
+    the prepared data, ``state`` is the last checkpoint's.
     """
     folder, aside, before = run / "model", run / ".model", run / ".model-before"
     for leftover in (aside, before):
@@ -38,7 +39,7 @@ def export(
         with _no_progress_bar():
             model.save_pretrained(aside)
         save_tokenizer(tokenizer, aside, max_length=model.config.max_position_embeddings)
-        card = model_card(model, tokenizer, config, manifest=manifest, state=state)
+        card = model_card(model, tokenizer, config, sources=sources, state=state)
         (aside / "README.md").write_text(card, encoding="utf-8")
         if (run / CURVES).is_file():
             shutil.copy(run / CURVES, aside)

@@ -40,8 +40,12 @@ class MetricsFile:
 
 
 def numbers(kind: str, values: dict) -> dict[str, float]:
-    """What trackers show of a line: its numbers, called ``kind/name``."""
-    return {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"}
+    """What trackers show of a line: its numbers, called ``kind/name``; of a table in it ``kind/table/name``."""
+    found = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"}
+    for name, table in values.items():
+        if isinstance(table, dict):
+            found |= numbers(f"{kind}/{name}", table)
+    return found
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -61,8 +65,14 @@ def _stays(entry: dict, step: int) -> bool:
 
 
 def _line(entry: dict) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps(_finite(entry)) + "\n"
+
+
+def _finite(entry: dict) -> dict:
+    return {
+        k: _finite(v) if isinstance(v, dict) else None if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in entry.items()
+    }
 
 
 class EventFile:

@@ -1,5 +1,6 @@
 """Pre-training from prepared data to RUN/model: the loop, top to bottom."""
 
+import copy
 import dataclasses
 import errno
 import importlib.util
@@ -13,16 +14,16 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from bert_fast.data import load_tokenizer, open_corpus, read_manifest
+from bert_fast.data import Corpus, open_corpus
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.files import write_atomically
 from bert_fast.data.graph_shapes import examples, sizes_of_phases, spaced_documents
 from bert_fast.data.loader import BatchMaker, Work, load_updates, updates
+from bert_fast.data.mixture import Mixture, start_of
 from bert_fast.data.phase import Phase
-from bert_fast.data.tokenizer import differences
-from bert_fast.data.updates import Place
 from bert_fast.devices import has_matrix_unit, matmul_peak
 from bert_fast.flops import step_flops
+from bert_fast.model import BertForPreTraining
 from bert_fast.output import Output
 from bert_fast.run import checkpoint, hub, new_model
 from bert_fast.run.budget import Budget
@@ -34,16 +35,17 @@ from bert_fast.run.optimizer import build_optimizer, load_state, owned, state_te
 from bert_fast.run.plan import PLANNED, planned
 from bert_fast.run.plot import plot_runs
 from bert_fast.run.process import Stop, locked, stop_on_signals
-from bert_fast.run.rehearsal import rehearsed
+from bert_fast.run.rehearsal import Costs, Rehearsal, rehearsed
 from bert_fast.run.report import Report
 from bert_fast.run.resume import identity, last_checkpoint, require_same_run
+from bert_fast.run.sources import described, open_sources, require_tokenizer
 from bert_fast.run.state import RunState
 from bert_fast.run.tracking import Trackers, require_installed
-from bert_fast.run.validation import Validation, hold_out
+from bert_fast.run.validation import Validation, ValidationBySource
 from bert_fast.train import recorded
 from bert_fast.train.distributed import Ranks, started
 from bert_fast.train.schedule import learning_rate, phase_of
-from bert_fast.train.step import Outcome, derived_seed
+from bert_fast.train.step import Outcome, Step, derived_seed
 
 DONE, UPLOAD_FAILED, NOT_FINITE = 0, 1, 3
 
@@ -92,22 +94,10 @@ class Run:
         self.bf16 = config.precision == "bf16" or (automatic and has_matrix_unit(ranks.device, torch.bfloat16))
         self.tokens = config.micro_tokens or (16384 if ranks.device.type == "cuda" else 4096)
 
-        self.manifest, corpus = read_manifest(config.data), open_corpus(config.data)
-        self.tokenizer = load_tokenizer(Path(config.data) / "tokenizer")
-        corpus, held_out = hold_out(corpus, config.validation, seed=config.seed, nsp=config.nsp)
-        if config.validation_data:
-            held_out = self._other_corpus(config.validation_data)
-        self.corpus = corpus
-        if few:  # an epoch of all would be planned, for minutes
-            corpus, held_out = spaced_documents(corpus, nsp=config.nsp), None
-        self.dataset = self._dataset(corpus, mask_prob=mask_probs(config)[0], mask_shares=mask_shares(config))
-        self.validation: Validation | None = None
-        if held_out is not None:
-            self.validation = Validation(
-                self._dataset(held_out),  # masked as published, so that curves of runs compare
-                limit=config.validation_sequences, tokens=self.tokens, ranks=ranks,
-                precision=self.precision,
-            )  # fmt: skip
+        self.sources, self.tokenizer = open_sources(config)
+        masking = {"mask_prob": mask_probs(config)[0], "mask_shares": mask_shares(config)}
+        self.dataset = self._mixed([source.corpus for source in self.sources], few=few, **masking)
+        self.validation = self._validation(few=few)
 
         longest = max(phase.seq for phase in self.phases)
         made = new_model.model_config(config, self.tokenizer, longest)
@@ -128,7 +118,7 @@ class Run:
             self.model, _ = new_model.new_model(dataclasses.replace(config, init_from=None), made, model_seed)
         self.model.to(ranks.device)  # type: ignore[arg-type]  # transformers wraps it, and its types lose self
         self.optimizer = build_optimizer(self.model, config, ranks)
-        self.state = RunState()
+        self.state = RunState(place=start_of(self.dataset))
         if before is not None:
             self._go_on_from(before)
         # recorded or not: shapes decide the last bits of a product on a GPU
@@ -136,29 +126,38 @@ class Run:
         self.prepared: tuple[int, int] | None = None  # length and batch size whose shapes the step is ready to record
         self.model.recompute(config.recompute)
         self.budget: Budget | None = None
-        self.step = recorded.make_step(
-            self.model, self.optimizer, ranks, bf16=self.bf16, capture=config.capture, tell=output.warn
-        )
+        self.step = self._step(self.model, self.optimizer, tell=output.warn)
+
+    def _step(self, model: BertForPreTraining, optimizer: torch.optim.Optimizer, **told) -> Step:
+        return recorded.make_step(model, optimizer, self.ranks, bf16=self.bf16, capture=self.config.capture, **told)
 
     def _start_new_rows(self, base: Tokenizer) -> None:
         if number := start_new_rows(self.model, base, self.tokenizer):
-            text = shortened(self.dataset.corpus, base, self.tokenizer)
+            several = len(self.sources) > 1
+            text = ", ".join(
+                (f"of {source.name} " if several else "") + shortened(source.corpus, base, self.tokenizer)
+                for source in self.sources
+            )
             self.output.note(
                 f"{number:,} pieces are new to {self.config.init_from}: the row and the bias of each begin as the mean "
                 f"of those it replaces; they make text {text}"
             )
 
-    def _plan_in_time(self) -> None:
-        """The phases become those that end in time."""
+    def rehearsal(self, step: Step) -> Rehearsal:
+        """With which ``step`` is measured on this run's data."""
+        return Rehearsal(step, self.dataset, self.ranks, self.tokens, self.sizes)
+
+    def plan_in_time(self, costs: Costs | None = None) -> None:
+        """The phases become those that end in time; ``costs`` are measured with a copy of the model unless given."""
         config, state, before, spent = self.config, self.state, self.before, 0.0
         if before is not None and before.folder.parent.parent == self.folder:
             spent = before.state.get("spent") or state.seconds
-        left = [phase for phase in self.phases if state.step < phase.last]
-        costs = rehearsed(
-            config, left, self.model, self.dataset, self.validation, self.ranks, bf16=self.bf16, tokens=self.tokens,
-            sizes=self.sizes,
-        )  # fmt: skip
-        self.budget = budget = Budget(config, spent + time.perf_counter() - self.began, costs)
+        if costs is None:
+            model = copy.deepcopy(self.model)
+            step = self._step(model, build_optimizer(model, config, self.ranks))
+            costs = rehearsed(self.rehearsal(step), self.phases_left, self.validation)
+            spent += time.perf_counter() - self.began
+        self.budget = budget = Budget(config, spent, costs)
         budget.agree(self.ranks)
         plan = budget.first_plan(config) if before is None else budget.new_plan(config, state.step)
         self.output.note(budget.told(config, plan, state.step))
@@ -189,6 +188,11 @@ class Run:
         return self.phases[-1].last
 
     @property
+    def phases_left(self) -> list[Phase]:
+        """Those that have updates to do."""
+        return [phase for phase in self.phases if self.state.step < phase.last]
+
+    @property
     def precision(self) -> str:
         return "bf16" if self.bf16 else "fp32"
 
@@ -196,7 +200,7 @@ class Run:
         """Updates, lines of metrics, validations and checkpoints, until the last update or a reason to stop."""
         config, on_cpu = self.config, self.ranks.device.type == "cpu"
         if config.max_hours and self.state.step < self.total:
-            self._plan_in_time()
+            self.plan_in_time()
         self._write_options()
         self.report = Report(self.folder, config, self.ranks, self.output, trackers, self.state.step)
         self.peak = (config.peak_tflops or 0) * 1e12 or matmul_peak(
@@ -253,9 +257,10 @@ class Run:
         while plan is not self.phases:  # updates that were made ahead are of the plan that was
             plan, step, place = self.phases, self.state.step, self.state.place
             if step < self.total and phase_of(step, plan) != self.state.phase:
-                place = Place(place.epoch + 1, 0)  # as the stream of updates does between two phases
+                place = place.next_phase()  # as the stream of updates does between two phases
+            maker = BatchMaker(self.dataset, [source.folder for source in self.sources])
             for work in load_updates(
-                BatchMaker(self.dataset, config.data), updates(self.dataset, plan, step, place),
+                maker, updates(self.dataset, plan, step, place),
                 rank=self.ranks.rank, ranks=self.ranks.world, tokens=self.tokens, workers=workers, pin=cuda,
                 sizes=self.sizes,
             ):  # fmt: skip
@@ -302,10 +307,20 @@ class Run:
                 "real_tokens_per_s": tokens / seconds, "mfu": flops / seconds / (self.peak * self.ranks.world),
                 "seconds": state.seconds,
             }  # fmt: skip
+            if state.read:
+                entry["sources"] = self._read()
             self.report.trained(state.step, entry)
         if state.skipped_in_a_row >= self.config.max_skipped:
             return "not finite"
         return "signal" if stops else None
+
+    def _read(self) -> dict:
+        """Of each of several sources, its part of the tokens of the phase so far and the epochs of it."""
+        read = self.state.read[-1]
+        return {
+            source.name: {"share": tokens / sum(read["tokens"]), "epochs": epochs}
+            for source, tokens, epochs in zip(self.sources, read["tokens"], read["epochs"], strict=True)
+        }
 
     def _validate(self) -> None:
         assert self.validation is not None
@@ -343,8 +358,10 @@ class Run:
         load_state(self.optimizer, self.model, before.tensors("optimizer", lambda name: name.partition("/")[2] in mine))
         self.state = state = RunState.of(before.state)
         if before.state["identity"]["data"] != self.identity["data"]:
-            state.place = Place()
-            self.output.note(f"{self.config.data} is not the data of {before.folder}: it begins with its first epoch")
+            state.place, state.read = start_of(self.dataset), []
+            self.output.note(
+                f"{described(self.config)} is not the data of {before.folder}: it begins with its first epoch"
+            )
         self.output.note(f"going on from {before.folder}, update {state.step} of {self.total}")
 
     def _end(self, stop: str | None, asked_to_stop: Stop) -> int:
@@ -356,7 +373,7 @@ class Run:
         if self.ranks.first:
             state = self._state()
             self._plot()  # the card shows it
-            folder = export(self.folder, self.model, self.tokenizer, self.config, manifest=self.manifest, state=state)
+            folder = export(self.folder, self.model, self.tokenizer, self.config, sources=self.sources, state=state)
             facts = {"model": str(folder), "step": state["step"], "data_time": self.meter.share_waiting}
             facts |= {"skipped": state["skipped"], "validation": state["validation"]}
             text = f"{folder}: {state['step']:,} updates, waiting for data {self.meter.share_waiting:.1%} of the time"
@@ -381,10 +398,43 @@ class Run:
             whole_word=config.whole_word, short_seq_prob=config.short_seq_prob, **masking,
         )  # fmt: skip
 
-    def _other_corpus(self, folder: str):
-        if differing := differences(self.tokenizer, load_tokenizer(Path(folder) / "tokenizer")):
-            raise ConfigError(
-                f"--validation-data {folder} was prepared with another tokenizer than {self.config.data} "
-                f"({'; '.join(differing)})"
-            )
-        return open_corpus(folder)
+    def _mixed(self, corpora: list[Corpus], *, few: bool, **masking) -> PretrainingDataset | Mixture:
+        """The dataset of one source, or the mixture of several; with ``few`` of some of their documents."""
+        if few:  # an epoch of all would be planned, for minutes
+            corpora = [spaced_documents(corpus, nsp=self.config.nsp) for corpus in corpora]
+        if len(corpora) == 1:
+            return self._dataset(corpora[0], **masking)
+        datasets = []
+        for source, corpus in zip(self.sources, corpora, strict=True):
+            try:
+                datasets.append(self._dataset(corpus, **masking))
+            except ValueError as error:
+                raise ValueError(f"--data {source.folder}: {error}") from error
+        names, shares = zip(*((source.name, source.share) for source in self.sources), strict=True)
+        return Mixture(names, tuple(datasets), shares)
+
+    def _validation(self, *, few: bool) -> Validation | ValidationBySource | None:
+        """On the held-out documents of each source, or on those of --validation-data; none with ``few``."""
+        config, limit = self.config, self.config.validation_sequences
+        if config.validation_data:
+            require_tokenizer(config.validation_data, self.tokenizer, self.sources[0].folder, "--validation-data")
+            return None if few else self._validates(open_corpus(config.validation_data), limit)
+        if few:
+            return None
+        held = {source.name: source.held_out for source in self.sources if source.held_out is not None}
+        if not held:
+            return None
+        if len(self.sources) == 1:
+            return self._validates(held[self.sources[0].name], limit)
+        if config.validation:
+            for source in self.sources:
+                if source.held_out is None:
+                    self.output.note(f"no validation on {source.name}: it has too few documents to hold any out")
+        parts = {name: self._validates(corpus, max(1, limit // len(held))) for name, corpus in held.items()}
+        return ValidationBySource(parts, {source.name: source.share for source in self.sources})
+
+    def _validates(self, corpus: Corpus, limit: int) -> Validation:
+        return Validation(
+            self._dataset(corpus),  # masked as published, so that curves of runs compare
+            limit=limit, tokens=self.tokens, ranks=self.ranks, precision=self.precision,
+        )  # fmt: skip

@@ -1,23 +1,21 @@
-"""What the parts of a run cost on this machine, measured with a copy of its model before the first update."""
+"""What the parts of a run cost on this machine, measured by updates that change no weight."""
 
-import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from torch import nn
+import torch
 
 from bert_fast.data import Capacities
 from bert_fast.data.dataset import PretrainingDataset
-from bert_fast.data.graph_shapes import examples, spaced_documents
+from bert_fast.data.graph_shapes import examples, of_few_documents, sample_lengths, sizes_of_phases
 from bert_fast.data.loader import BatchMaker, load_updates, updates
+from bert_fast.data.mixture import Mixture, start_of
 from bert_fast.data.phase import Phase
-from bert_fast.data.updates import Place
-from bert_fast.run.config import PretrainConfig
-from bert_fast.run.optimizer import build_optimizer
-from bert_fast.run.validation import Validation
-from bert_fast.train import recorded
+from bert_fast.run.validation import Validation, ValidationBySource
 from bert_fast.train.distributed import Ranks
+from bert_fast.train.step import Step
 
 SKIPPED, TIMED = 2, 6  # updates: the first ones are slow
 DISK = 2e8  # bytes a second, until a checkpoint is timed
@@ -25,47 +23,106 @@ DISK = 2e8  # bytes a second, until a checkpoint is timed
 
 @dataclasses.dataclass
 class Costs:
-    """Seconds of an update by (longest sequence, batch size), of a validation by longest sequence, of a checkpoint."""
+    """Seconds of an update by (longest sequence, batch size), of a validation by longest sequence, of a checkpoint.
+
+    ``optimizer`` is what an update takes beside its tokens, of which the last one measured had ``tokens``.
+    """
 
     update: dict[tuple[int, int], float]
     validation: dict[int, float]
     checkpoint: float
+    optimizer: float = 0.0
+    tokens: int = 0
+
+
+@dataclasses.dataclass
+class Rehearsal:
+    """What updates are measured with: the ``step``, samples of some documents of ``dataset``, and the loader's settings
+    (see :func:`bert_fast.data.loader.load_updates`)."""
+
+    step: Step
+    dataset: PretrainingDataset | Mixture
+    ranks: Ranks
+    tokens: int
+    sizes: Mapping[tuple[int, int], Sequence[Capacities]] | None
+
+    def __post_init__(self):
+        self.few = of_few_documents(self.dataset)
+
+    def timed(self, phase: Phase, number: int, skipped: int, timed: int) -> tuple[float, float, float]:
+        """(seconds, seconds of the optimiser, tokens) of an update of ``number`` sequences, those of the slowest
+        process: means over ``timed`` updates after ``skipped`` ones."""
+        short = dataclasses.replace(phase, first=0, last=skipped + timed, batch_size=number)
+        sizes, cpu = self.sizes, self.ranks.device.type == "cpu"
+        if sizes is not None:
+            if number != phase.batch_size:
+                sizes = sizes_of_phases(self.dataset, [short], self.tokens)
+            self.step.prepare(examples(self.dataset, sizes[phase.seq, number], phase.seq))
+        seconds = optimizer = tokens = 0.0
+        for work in load_updates(
+            BatchMaker(self.few), updates(self.few, [short], 0, start_of(self.few)), rank=self.ranks.rank,
+            ranks=self.ranks.world, tokens=self.tokens, workers=0, pin=not cpu, sizes=sizes,
+        ):  # fmt: skip
+            began = time.perf_counter()
+            with _seconds_of(self.step.optimizer) as taken:
+                self.step(
+                    work.batches, seed=0, lr=0.0, predicted=int(work.update.masked.sum()),
+                    sequences=len(work.update) if self.dataset.nsp else 0,
+                ).scalars.tolist()  # fmt: skip
+            if work.update.step >= skipped:
+                seconds += time.perf_counter() - began
+                optimizer += sum(taken) * cpu  # a GPU has not done it yet
+                tokens += int(work.update.lengths.sum())
+        slowest = self.ranks.greatest(torch.tensor([seconds, optimizer], dtype=torch.float64, device=self.ranks.device))
+        return *((slowest / timed).tolist()), tokens / timed
+
+    def measured(self, phase: Phase, costs: Costs, seconds: float | None) -> None:
+        """Adds what an update of ``phase`` takes to ``costs``; one that takes more than ``seconds`` is done in part."""
+        if seconds is None:
+            took, costs.optimizer, had = self.timed(phase, phase.batch_size, SKIPPED, TIMED)
+        else:
+            number, skipped = min(phase.batch_size, self.ranks.world), 1
+            while True:
+                took, costs.optimizer, had = self.timed(phase, number, skipped, 1)
+                if number == phase.batch_size or took >= seconds or had >= self.tokens * self.ranks.world:
+                    break
+                number, skipped = min(phase.batch_size, max(2 * number, int(number * seconds / took))), 0
+            whole = phase.batch_size * sample_lengths(self.dataset, phase.seq).mean()
+            took = costs.optimizer + (took - costs.optimizer) * (1 if number == phase.batch_size else whole / had)
+        costs.update[phase.seq, phase.batch_size], costs.tokens = took, int(had)
 
 
 def rehearsed(
-    config: PretrainConfig, found: Sequence[Phase], model: nn.Module, dataset: PretrainingDataset,
-    validation: Validation | None, ranks: Ranks, *, bf16: bool, tokens: int,
-    sizes: Mapping[tuple[int, int], Sequence[Capacities]] | None,
+    rehearsal: Rehearsal, found: Sequence[Phase], validation: Validation | ValidationBySource | None,
+    seconds: float | None = None,
 ) -> Costs:  # fmt: skip
-    """The costs of the phases ``found``. ``model`` stays as it is: a copy with an optimiser of its own trains.
+    """The costs of the phases ``found``. The model of the rehearsal's step gets an optimiser's state and no update.
 
-    The batches are samples of a few documents, and making them is not timed: a run makes them ahead. ``tokens`` and
-    ``sizes`` are those of :func:`bert_fast.data.loader.load_updates`. Every process calls it.
+    The batches are samples of a few documents, and making them is not timed: a run makes them ahead. With ``seconds``
+    an update that takes longer is done in part and the rest is in proportion to its tokens. Every process calls it.
     """
-    model = copy.deepcopy(model)
-    update = recorded.make_step(model, build_optimizer(model, config, ranks), ranks, bf16=bf16, capture=config.capture)
+    model = rehearsal.step.model
     costs = Costs({}, {}, 3 * 4 * sum(p.numel() for p in model.parameters()) / DISK)  # weights and two moments
     for phase in found:
-        shape = phase.seq, phase.batch_size
-        if shape in costs.update:
-            continue
-        few = dataset.replanned(corpus=spaced_documents(dataset.corpus, nsp=dataset.nsp), max_length=phase.seq)
-        if sizes is not None:
-            update.prepare(examples(dataset, sizes[shape], phase.seq))
-        short, seconds = dataclasses.replace(phase, first=0, last=SKIPPED + TIMED), 0.0
-        for work in load_updates(
-            BatchMaker(few), updates(few, [short], 0, Place()), rank=ranks.rank, ranks=ranks.world, tokens=tokens,
-            workers=0, pin=ranks.device.type == "cuda", sizes=sizes,
-        ):  # fmt: skip
-            began = time.perf_counter()
-            update(
-                work.batches, seed=0, lr=0.0, predicted=int(work.update.masked.sum()),
-                sequences=len(work.update) if config.nsp else 0,
-            ).scalars.tolist()  # fmt: skip
-            seconds += (time.perf_counter() - began) * (work.update.step >= SKIPPED)
-        costs.update[shape] = seconds / TIMED
+        if (phase.seq, phase.batch_size) not in costs.update:
+            rehearsal.measured(phase, costs, seconds)
         if validation is not None and phase.seq not in costs.validation:
             began = time.perf_counter()
             validation(model, phase.seq)
             costs.validation[phase.seq] = time.perf_counter() - began
     return costs
+
+
+@contextmanager
+def _seconds_of(optimizer: torch.optim.Optimizer) -> Iterator[list[float]]:
+    """The seconds of the steps that ``optimizer`` does meanwhile."""
+    taken: list[float] = []
+    hooks = [
+        optimizer.register_step_pre_hook(lambda *arguments: taken.append(-time.perf_counter())),
+        optimizer.register_step_post_hook(lambda *arguments: taken.append(time.perf_counter())),
+    ]
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.loader import Work
+from bert_fast.data.mixture import Mixture
 from bert_fast.data.pairs import document_tokens, fewest_tokens
 from bert_fast.output import Output
 from bert_fast.run.config import PretrainConfig
@@ -29,8 +30,9 @@ class Report:
         self.metrics = MetricsFile(folder, step) if ranks.first else None
 
     def introduce(
-        self, model: PreTrainedModel, dataset: PretrainingDataset, *, precision: str, peak: float, validates: bool
-    ) -> None:
+        self, model: PreTrainedModel, dataset: PretrainingDataset | Mixture, *, precision: str, peak: float,
+        validates: bool,
+    ) -> None:  # fmt: skip
         """What is trained, on what; ``peak`` in FLOP/s a process."""
         config, made = self.config, model.config
         self.output.note(
@@ -39,7 +41,12 @@ class Report:
             f"{self.ranks.world} x {self.ranks.device.type}; MFU against {peak / 1e12:.3g} TFLOP/s a process "
             + ("(--peak-tflops)" if config.peak_tflops else "(a matrix product, measured)")
         )
-        self.output.note(_epoch(dataset))
+        self.names = dataset.names if isinstance(dataset, Mixture) else ()
+        if isinstance(dataset, Mixture):
+            for name, source, share in zip(dataset.names, dataset.datasets, dataset.shares, strict=True):
+                self.output.note(f"{name}, {share:.1%} of the tokens: {_epoch(source)}")
+        else:
+            self.output.note(_epoch(dataset))
         if not validates:
             too_few = "too few documents, or none of those held out gives a sample"
             self.output.note("no validation: " + ("--validation is 0" if not config.validation else too_few))
@@ -68,12 +75,16 @@ class Report:
         anywhere = self.ranks.greatest(bad.to(self.ranks.device)).bool().cpu().numpy()
         reason = "the loss" if anywhere.any() else "the gradient"
         chosen = anywhere if anywhere.any() else ~anywhere
-        samples = [[int(e), int(i)] for e, i in zip(update.epochs[chosen], update.indices[chosen], strict=True)]
+        number = len(self.names) or 1  # of sources, whose epochs are numbered in turn
+        samples = [
+            [*self.names[e % number : e % number + 1], e // number, i]
+            for e, i in zip(update.epochs[chosen].tolist(), update.indices[chosen].tolist(), strict=True)
+        ]
         self._write("skipped", step, reason=f"{reason} was not finite", samples=samples)
         mlm, _, _, norm = outcome.scalars.tolist()
         self.output.warn(
             f"update {step} was skipped: {reason} was not finite (MLM loss {mlm:.4g}, gradient norm {norm:.4g}); "
-            f"the weights are as before. Its samples (epoch, number): {samples[:20]}"
+            f"the weights are as before. Its samples ({'source, ' if self.names else ''}epoch, number): {samples[:20]}"
             + (f" and {len(samples) - 20} more, all in metrics.jsonl" if len(samples) > 20 else "")
         )
 
@@ -88,6 +99,8 @@ class Report:
             text += f"none of the {found['sequences']:,} sequences has a masked token, so there is no MLM loss"
         if found["nsp_loss"] is not None:
             text += f"; NSP loss {found['nsp_loss']:.4f}, accuracy {found['nsp_accuracy']:.1%}"
+        parts = [(name, values["mlm_loss"]) for name, values in found.get("sources", {}).items()]
+        text += "".join(f"; {name} {loss:.4f}" for name, loss in parts if loss is not None)
         self.output.note(text)
 
     def ended(self, step: int, stop: str | None) -> None:
@@ -132,6 +145,8 @@ def _shown(entry: dict) -> str:
     text = f"loss {entry['loss']:.4f}"
     if entry["nsp_loss"] is not None:
         text += f" (MLM {entry['mlm_loss']:.4f}, NSP {entry['nsp_loss']:.4f})"
+    for name, read in entry.get("sources", {}).items():
+        text += f"  {name} {read['share']:.1%}, {read['epochs']:.2f} epochs"
     return (
         f"{text}  lr {entry['learning_rate']:.2e}  gradient {entry['grad_norm']:.2f}  "
         f"{entry['real_tokens_per_s']:,.0f} tokens/s  MFU {entry['mfu']:.1%}"

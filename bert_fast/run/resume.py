@@ -1,6 +1,5 @@
 """Whether a folder's run can go on: with the same data, tokenizer and model, from its last good checkpoint."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from tokenizers import Tokenizer
 from bert_fast.data.samples import RULE
 from bert_fast.data.tokenizer import tokenizer_digest
 from bert_fast.output import Output
-from bert_fast.run import checkpoint, new_model
+from bert_fast.run import checkpoint, new_model, sources
 from bert_fast.run.config import ConfigError, PretrainConfig, effective, flag
 from bert_fast.run.plan import SHAPE
 from bert_fast.train.distributed import Ranks
@@ -32,9 +31,8 @@ class NotTheSameRun(ValueError):
 
 def identity(config: PretrainConfig, tokenizer: Tokenizer, made) -> dict:
     """What a run that goes on must have in common with the one that began; ``made`` is the model's configuration."""
-    manifest = (Path(config.data) / "manifest.json").read_bytes()
     return {
-        "data": hashlib.blake2b(manifest, digest_size=16).hexdigest(),
+        "data": sources.digest(config),
         "tokenizer": tokenizer_digest(tokenizer),
         "model": new_model.comparable(made),
         "samples": {name: getattr(config, name) for name in SAMPLES},
@@ -90,6 +88,17 @@ def _same_options_if_begun(config: PretrainConfig) -> None:
         raise NotTheSameRun(f"{folder} has a run with another {', '.join(differing)}: choose another --out")
 
 
+def _differing_data(before: str, now: str, config: PretrainConfig) -> str:
+    if before.count(" ") == now.count(" ") == 0:
+        return f"the data (the manifest of {sources.described(config)} is not the one it was trained on)"
+    was, wanted = ([part.partition(":")[0] for part in data.split()] for data in (before, now))
+    if was == wanted:
+        return "the weights of --data"
+    if sorted(was) == sorted(wanted):
+        return "the order of --data"
+    return f"the data (the manifests of {sources.described(config)} are not those it was trained on)"
+
+
 def require_same_run(
     config: PretrainConfig, found: checkpoint.Checkpoint, own: dict, total: int, output: Output
 ) -> None:
@@ -105,7 +114,7 @@ def require_same_run(
         )
     differing = []
     if before["data"] != now["data"] and not begins:
-        differing.append(f"the data (the manifest of {config.data} is not the one it was trained on)")
+        differing.append(_differing_data(before["data"], now["data"], config))
     if before["tokenizer"] != now["tokenizer"]:
         differing.append("the tokenizer")
     if before["optimizer"] != now["optimizer"]:

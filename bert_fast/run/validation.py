@@ -7,7 +7,7 @@ from bert_fast.data import Corpus, PackedBatches, capacities
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.pairs import document_tokens, fewest_tokens, permutation
 from bert_fast.train.distributed import Ranks
-from bert_fast.train.evaluation import summarize, sums
+from bert_fast.train.evaluation import perplexity, summarize, sums
 
 FEWEST_DOCUMENTS = 10  # a corpus of fewer has none to spare
 
@@ -51,3 +51,21 @@ class Validation:
             self.batches = PackedBatches(dataset, size, limit=self.limit)
         own = (self.batches[number] for number in range(self.ranks.rank, len(self.batches), self.ranks.world))
         return summarize(self.ranks.sum(sums(model, own, self.ranks.device, self.precision)))
+
+
+class ValidationBySource:
+    """Evaluates on the held-out documents of each source by name; ``shares`` are those of the tokens trained on."""
+
+    def __init__(self, parts: dict[str, Validation], shares: dict[str, float]):
+        self.parts, self.shares = parts, shares
+
+    def __call__(self, model: nn.Module, seq: int) -> dict:
+        """Means over the sources, in proportion to their shares, and ``sources``: what each has by itself."""
+        found = {name: part(model, seq) for name, part in self.parts.items()}
+        total: dict = {}
+        for key in ("mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy"):
+            known = {name: values[key] for name, values in found.items() if values[key] is not None}
+            weight = sum(self.shares[name] for name in known)
+            total[key] = sum(self.shares[name] * value for name, value in known.items()) / weight if known else None
+        total |= {key: sum(values[key] for values in found.values()) for key in ("masked", "sequences")}
+        return total | {"perplexity": perplexity(total["mlm_loss"]), "sources": found}

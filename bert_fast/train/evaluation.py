@@ -103,13 +103,18 @@ def summarize(total: Tensor) -> dict:
     mean = mlm_loss / masked if masked else None
     return {
         "mlm_loss": mean,
-        "perplexity": None if mean is None else math.exp(mean) if mean < 700 else math.inf,  # NaN compares false
+        "perplexity": perplexity(mean),
         "mlm_accuracy": mlm_right / masked if masked else None,
         "nsp_loss": nsp_loss / labelled if labelled else None,
         "nsp_accuracy": nsp_right / labelled if labelled else None,
         "masked": int(masked),
         "sequences": int(sequences),
     }
+
+
+def perplexity(loss: float | None) -> float | None:
+    """Of a mean loss; infinite where that is no number."""
+    return None if loss is None else math.exp(loss) if loss < 700 else math.inf  # NaN compares false
 
 
 def token_counts(corpus: Corpus, vocab_size: int) -> np.ndarray:
