@@ -16,9 +16,10 @@ from bert_fast.data import Capacities, open_corpus, pack_samples
 from bert_fast.data.bins import deal, fitted, micro_batches
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.graph_shapes import rounded
-from bert_fast.data.mixture import Mixture, Places, joined, stream_of
+from bert_fast.data.mixture import Mixture, joined, stream_of
 from bert_fast.data.phase import Phase
-from bert_fast.data.updates import Place, Update
+from bert_fast.data.places import Place, Places
+from bert_fast.data.updates import Update
 
 ROUND_TOKENS, ROUND_MASKED = 64, 16  # capacities are multiples of these: few different shapes, hardly any waste
 

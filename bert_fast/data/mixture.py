@@ -13,43 +13,16 @@ All draws of source k of S in its epoch e are those of epoch e S + k of a single
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.pairs import Corpus, Tokens
+from bert_fast.data.places import Place, Places
 from bert_fast.data.samples import SampleMaker
 from bert_fast.data.shards import ShardedTokens, sums_before
 from bert_fast.data.tokenizer import SpecialIds
-from bert_fast.data.updates import Place, Stream, Update
-
-
-class Places(NamedTuple):
-    """Where a run stands in several sources: the place in each, and the tokens taken from each in this phase."""
-
-    of: tuple[Place, ...]
-    tokens: tuple[int, ...]
-
-    @property
-    def epoch(self) -> int:
-        """Of the source that is read least often."""
-        return min(place.epoch for place in self.of)
-
-    def next_phase(self) -> "Places":
-        """The place at which the phase begins that follows one which ends here."""
-        return Places(tuple(place.next_phase() for place in self.of), (0,) * len(self.of))
-
-    def as_dict(self) -> dict:
-        """For JSON."""
-        return {"of": [place.as_dict() for place in self.of], "tokens": list(self.tokens)}
-
-
-def place_of(saved: dict) -> Place | Places:
-    """What ``as_dict`` of a place gave."""
-    if "of" in saved:
-        return Places(tuple(Place(**place) for place in saved["of"]), tuple(saved["tokens"]))
-    return Place(**saved)
+from bert_fast.data.updates import Stream, Update
 
 
 @dataclass(frozen=True)

@@ -11,29 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from bert_fast.data.dataset import PretrainingDataset
-
-if TYPE_CHECKING:
-    from bert_fast.data.mixture import Places
-
-
-class Place(NamedTuple):
-    """Where a run stands in its data: ``position`` sequences of ``epoch`` (in its order) are used."""
-
-    epoch: int = 0
-    position: int = 0
-
-    def next_phase(self) -> "Place":
-        """The place at which the phase begins that follows one which ends here: no mask comes twice."""
-        return Place(self.epoch + 1, 0)
-
-    def as_dict(self) -> dict:
-        """For JSON."""
-        return self._asdict()
+from bert_fast.data.places import Place, Places
 
 
 @dataclass(frozen=True)
@@ -55,7 +37,7 @@ class Update:
     lengths: np.ndarray
     masked: np.ndarray
     rows: np.ndarray
-    after: "Place | Places"
+    after: Place | Places
     mask_prob: float
     read: tuple[float, ...] = ()
 

@@ -2,8 +2,8 @@
 
 from dataclasses import asdict, dataclass, field
 
-from bert_fast.data.mixture import Places, place_of
-from bert_fast.data.updates import Place, Update
+from bert_fast.data.places import Place, Places, place_of
+from bert_fast.data.updates import Update
 
 
 @dataclass

@@ -10,8 +10,9 @@ import pytest
 from bert_fast.data import PretrainingDataset, load_tokenizer, open_corpus
 from bert_fast.data.graph_shapes import of_few_documents, sample_lengths
 from bert_fast.data.loader import BatchMaker, load_updates, updates
-from bert_fast.data.mixture import Mixture, place_of, start_of, stream_of
+from bert_fast.data.mixture import Mixture, start_of, stream_of
 from bert_fast.data.phase import Phase
+from bert_fast.data.places import place_of
 
 SEQ = 32
 
