@@ -9,6 +9,7 @@ weights themselves have 16 bits. Dropout is 0.1. Three things to know when readi
 - Caches are emptied before each call, so that a share of the memory's rate means memory.
 """
 
+import contextlib
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ NOTE = (
 PRODUCTS = "three products"  # the contender of mlm_loss that has nothing else to do
 # contenders of attention: PyTorch's kernels, and ours that are candidates, by direction
 TORCH_ATTENTION = {"torch-flash": SDPBackend.FLASH_ATTENTION, "torch-cudnn": SDPBackend.CUDNN_ATTENTION}
+PACKED = {"torch-flash-packed": "flash", "torch-cudnn-packed": "cudnn"}  # the same kernels without padding, as backends
 HOPPER = {"forward": "bert_fast-asynchronous", "backward": "bert_fast-one-pass"}
 
 
@@ -319,7 +321,7 @@ def contenders_of(operator: str, direction: str, device: str, *, compiled: bool 
         b for b in ("flash_attn", "apex") if b in dispatch.TABLE[operator] and dispatch.why_unavailable(b) is None
     ]
     if operator == "attention" and device == "cuda":
-        names += [*TORCH_ATTENTION, HOPPER[direction]]
+        names += [*TORCH_ATTENTION, *PACKED, HOPPER[direction]]
     if operator == "feed_forward":
         names.append("bert_fast-epilogue")
     if (operator, direction) == ("mlm_loss", "forward"):
@@ -346,9 +348,16 @@ def call_of(case: Case, direction: str, contender: str) -> Callable[[], object]:
     forward = torch.compile(case.torch, dynamic=False) if contender == "compile" else None
     choices = CONTENDERS[contender].ours.choices if contender in CONTENDERS else {}
 
+    @contextlib.contextmanager
+    def packed():
+        with dispatch.use_backend(attention="torch"), choice.use({"attention.torch": {"kernel": PACKED[contender]}}):
+            yield
+
     def means():
         if contender in TORCH_ATTENTION:
             return sdpa_kernel(TORCH_ATTENTION[contender])
+        if contender in PACKED:
+            return packed()
         if contender in ("flash_attn", "apex"):
             return dispatch.use_backend(**{case.operator: contender})
         return choice.use(choices)

@@ -28,6 +28,7 @@ TABLE = {
         "triton": _TRITON + "attention",
         "cpu": _CPU + "attention",
         "flash_attn": "bert_fast.peers.flash_attn",
+        "torch": "bert_fast.peers.torch_attention",
     },
     "residual_layernorm": {
         "triton": _TRITON + "residual_layernorm",
@@ -49,7 +50,7 @@ for _row in TABLE.values():
 # a win of the forward at 4096 tokens and more on compute capability 9.0.
 FEED_FORWARD_EPILOGUE: dict[str, dict[int, int]] = {}
 
-BACKENDS = ("triton", "cpu", "reference", "flash_attn", "apex")
+BACKENDS = ("triton", "cpu", "reference", "torch", "flash_attn", "apex")
 
 _HOW_TO_GET = {
     "triton": "install it with `pip install 'triton>=3.6,<3.10'` (Linux only)",
@@ -65,7 +66,7 @@ class BackendUnavailable(RuntimeError):
 
 def why_unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot run in this environment, or None where it can."""
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         return None
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -171,6 +172,16 @@ def implementation(operator: str, direction: str, device_type: str, float64: boo
         module = importlib.import_module(TABLE[operator][backend])
         _functions[key] = getattr(module, f"{operator}_{direction}")
     return _functions[key]
+
+
+def attention_by_library(device_type: str) -> bool:
+    """Whether attention on tensors of ``device_type`` is PyTorch's, which has dropout as an operator of its own."""
+    return choose("attention", device_type) == "torch"
+
+
+def library_attention(direction: str):
+    """The function ``library_attention_<direction>`` of PyTorch's attention."""
+    return getattr(importlib.import_module(TABLE["attention"]["torch"]), f"library_attention_{direction}")
 
 
 def in_epilogue(direction: str, x: torch.Tensor) -> bool:

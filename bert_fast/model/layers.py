@@ -292,6 +292,8 @@ class BertLayer(hf.BertLayer):
         self, x: Tensor, layout: Layout, attentions: list | None = None, only: Tensor | None = None
     ) -> Tensor:  # fmt: skip
         """x (T, H) -> (T, H), or the rows ``only`` (R,) of it: what follows attention is computed for them alone."""
+        if self.gradient_checkpointing and self.training:
+            ops.require_masks_again(x, self.attention.self.dropout.p, self._gradient_checkpointing_func)
         x = self.attention(x, layout, attentions, only)
         layout = layout if only is None else packing.select(layout, only)
         layer = self.attention.self.layer_idx

@@ -1,6 +1,6 @@
 """The fused operators as PyTorch operators, a file each: schema, shapes, derivative, checks and the public function."""
 
-from bert_fast.ops.attention import attention
+from bert_fast.ops.attention import attention, require_masks_again
 from bert_fast.ops.bias_gelu import bias_gelu, recompute_on_backward
 from bert_fast.ops.checks import out_of_range
 from bert_fast.ops.dropout_key import draw_dropout_key
@@ -23,6 +23,7 @@ __all__ = [
     "one_table_gradient",
     "out_of_range",
     "recompute_on_backward",
+    "require_masks_again",
     "residual_layernorm",
     "transformed",
 ]

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from bert_fast import dispatch
 from bert_fast.ops.checks import check_floating, check_like, contiguous, dropout_keys, require
 from bert_fast.ops.register import call, define, differentiate, first_output, total_dtype, transformed
 
@@ -71,6 +72,58 @@ define(
 differentiate("attention", _setup, _backward)
 
 
+def _library_fake(qkv, *_):
+    return *_fake(qkv), qkv.new_empty(2, dtype=torch.int64)
+
+
+def _library_setup(ctx, inputs, output):
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.p, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
+
+
+def _library_backward(ctx, grad_out, *_):
+    *saved, cu_seqlens = ctx.saved_tensors
+    bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[-1] else None
+    grad_qkv, grad_bias = call(
+        "library_attention_bwd", grad_out.contiguous(), *saved, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.p, bias_dtype
+    )
+    return grad_qkv, *(None,) * 4, None if bias_dtype is None else grad_bias
+
+
+# attention with dropout by PyTorch's kernels, whose forward tells their backward which mask it drew
+define(
+    "library_attention",
+    "fwd",
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float p, Tensor? bias) -> "
+    "(Tensor, Tensor, Tensor)",
+    _library_fake,
+    _check_cu_seqlens,
+    dispatch.library_attention,
+    (torch.Tag.nondeterministic_seeded,),
+)
+define(
+    "library_attention",
+    "bwd",
+    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor state, Tensor cu_seqlens, SymInt max_seqlen, "
+    "float scale, float p, ScalarType? bias_dtype) -> (Tensor, Tensor)",
+    _bwd_fake,
+    only=dispatch.library_attention,
+)
+differentiate("library_attention", _library_setup, _library_backward)
+
+
+def require_masks_again(x: Tensor, p: float, checkpoint) -> None:
+    """Raises NotImplementedError where ``checkpoint`` (a partial of PyTorch's) would compute a layer of ``x`` again
+    with other masks than it had: attention's are a library's, and its generator is not put back."""
+    again = getattr(checkpoint, "keywords", {}).get("preserve_rng_state", True)
+    if p > 0.0 and not again and dispatch.attention_by_library(x.device.type):
+        raise NotImplementedError(
+            'bert_fast.attention: recompute("layers") does not put torch\'s generator back, from which the torch '
+            'backend draws its masks. Use another backend of attention, or recompute "gelu" or "nothing"'
+        )
+
+
 def attention(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -91,6 +144,7 @@ def attention(
     ``bias`` (3, A, D) or (3*A*D,), floating, is one that qkv has in it already, from a product that was given it
     detached: it changes nothing here, and the backward gives its gradient, qkv's summed over all tokens in float32
     (float64), without a pass of its own. Of k it is exactly 0, as no softmax sees what is added to every key.
+    Where the backend is PyTorch's and p > 0, the masks are that library's own, drawn by torch's generator.
     Raises ValueError or TypeError for shapes, devices and dtypes that do not fit and, on a CPU, for cu_seqlens
     that do not add up.
     """
@@ -109,7 +163,8 @@ def attention(
     row_key, rng_key = dropout_keys(name, p, row_key, rng_key, qkv)
     if bias is not None and transformed():
         qkv = qkv + (bias - bias.detach())  # nothing, with the bias's gradient
-    return first_output(
-        name, qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, row_key, rng_key,
-        qkv.shape[3] ** -0.5 if scale is None else scale, p, site, contiguous(bias),
-    )  # fmt: skip
+    scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    qkv, cu_seqlens, bias = qkv.contiguous(), cu_seqlens.contiguous(), contiguous(bias)
+    if p > 0.0 and dispatch.attention_by_library(qkv.device.type) and not transformed():
+        return first_output("library_attention", qkv, cu_seqlens, max_seqlen, scale, p, bias)
+    return first_output(name, qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias)

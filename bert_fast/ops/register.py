@@ -14,8 +14,12 @@ library = torch.library.Library("bert_fast", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-def define(operator: str, direction: str, schema: str, fake, check=None) -> None:
-    """Registers ``bert_fast::<operator>_<direction>``: ``fake`` gives its shapes, ``check`` reads values on a CPU."""
+def define(operator: str, direction: str, schema: str, fake, check=None, only=None, tags=()) -> None:
+    """Registers ``bert_fast::<operator>_<direction>``: ``fake`` gives its shapes, ``check`` reads values on a CPU.
+
+    ``only(direction)`` is its one implementation, where backends have no choice of it; ``tags`` are
+    torch.Tag's that it has besides TAGS.
+    """
     name = f"{operator}_{direction}"
 
     def run(*args):
@@ -24,7 +28,10 @@ def define(operator: str, direction: str, schema: str, fake, check=None) -> None
             check(*args)
         # One of the first four has the operator's dtype; not one element: a loss's gradient may have another.
         float64 = any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.numel() != 1 for x in args[:4])
-        implementation = dispatch.implementation(operator, direction, device.type, float64)
+        if only is not None:
+            implementation = only(direction)
+        else:
+            implementation = dispatch.implementation(operator, direction, device.type, float64)
         # Autocast chose the inputs' dtypes; inside it would round what implementations widen, to sum it in float32.
         with torch._C._DisableAutocast():
             if device.type != "cuda" or torch.cuda.current_device() == device.index:
@@ -32,7 +39,7 @@ def define(operator: str, direction: str, schema: str, fake, check=None) -> None
             with torch.cuda.device(device):  # kernels are launched on the current device, which is another
                 return implementation(*args)
 
-    library.define(f"{name}{schema}", tags=TAGS)
+    library.define(f"{name}{schema}", tags=(*TAGS, *tags))
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bert_fast::{name}", fake, lib=library)
 

@@ -45,7 +45,7 @@ def _check(qkv: Tensor, p: float) -> None:
         )
 
 
-def _zero_tail(x: Tensor, cu_seqlens: Tensor, dim: int) -> Tensor:
+def zero_tail(x: Tensor, cu_seqlens: Tensor, dim: int) -> Tensor:
     """``x`` with zeros past ``cu_seqlens[-1]``, where flash-attn writes nothing; without waiting for the device."""
     shape = [1] * x.dim()
     shape[dim] = -1
@@ -77,7 +77,7 @@ def attention_fwd(
         softmax_scale=scale,
         causal=False,
     )
-    return _zero_tail(out, cu_seqlens, 0).flatten(1), _zero_tail(lse, cu_seqlens, 1)
+    return zero_tail(out, cu_seqlens, 0).flatten(1), zero_tail(lse, cu_seqlens, 1)
 
 
 def attention_bwd(
@@ -124,5 +124,5 @@ def attention_bwd(
         alibi_slopes=None,
         deterministic=True,
     )
-    grad_qkv = _zero_tail(grad_qkv, cu_seqlens, 0)
+    grad_qkv = zero_tail(grad_qkv, cu_seqlens, 0)
     return grad_qkv, reference.attention_grad_bias(grad_qkv, bias_dtype)

@@ -9,6 +9,8 @@ from tests.support.packed_attention import SITE, assert_gradient_near_truth, pac
 from tests.support.parity import DEVICE, assert_near_truth, available_backends
 
 BACKENDS = available_backends("attention")
+# and dropout; that of PyTorch's kernels has masks of its own (test_torch_attention.py), which on a GPU lack float32
+CASES = [(backend, p) for backend in BACKENDS for p in (0.0, 0.1)] + [("torch", 0.0)] * (DEVICE == "cpu")
 LENGTHS = {
     "one token in all": [1],
     "two": [2],
@@ -48,23 +50,22 @@ def compare(backend, lengths, heads, size, dtype, p, tail=0, scale=1.0):
     assert_gradient_near_truth(f"the bias ({backend})", lengths, grad_bias, *sums, but=("dk",))
     assert (grad_bias[1] == 0).all(), "the keys' bias has a gradient"
     assert float(sums[1][1].abs().max()) <= 1e-12 * float(true_grad.abs().sum())  # as it is in truth
-    assert_near_truth(f"lse ({backend})", lse, true_lse.float(), true_lse, floor=16.0)
+    floor = 64.0 if backend == "torch" and dtype != FULL else 16.0  # PyTorch's exponential for 16 bits on a CPU
+    assert_near_truth(f"lse ({backend})", lse, true_lse.float(), true_lse, floor=floor)
     used = sum(lengths)
     for name, rows in (("out", ours["out"][used:]), ("dqkv", grad[used:]), ("lse", lse[:, used:])):
         assert (rows == 0).all(), f"{name} ({backend}): rows past cu_seqlens[-1] are not all zero"
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "p"), CASES)
 def test_lengths(backend, lengths, p):
     compare(backend, LENGTHS[lengths], 1, 16, FULL, p, tail=3 if lengths != "prime" else 0)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [BF16, HALF, FULL], ids=str)
 @pytest.mark.parametrize("size", [8, 32, 40, 64, 128])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "p"), CASES)
 def test_head_sizes_and_dtypes(backend, size, dtype, p):
     compare(backend, [5, 70], 1, size, dtype, p, tail=2)
 
@@ -104,8 +105,7 @@ def test_no_token(backend):
     assert torch.equal(grad_bias, torch.zeros_like(bias))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "p"), CASES)
 def test_no_sequence_sees_another(backend, p):
     """Changing one sequence changes no bit of any other, forward or backward."""
     lengths = [9, 70, 20]
