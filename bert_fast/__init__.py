@@ -18,7 +18,9 @@ __all__ = [
     "BertPreTrainedModel",
     "accelerate",
     "backends",
+    "register",
     "set_backend",
+    "unregister",
     "use_backend",
 ]
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:  # what editors and type checkers read
         BertModel,
         BertPreTrainedModel,
         accelerate,
+        register,
+        unregister,
     )
 
 

@@ -3,6 +3,7 @@
 from transformers.models.bert import modeling_bert as _hf
 
 from bert_fast.model import swap as _swap
+from bert_fast.model.auto import register, unregister
 from bert_fast.model.base import BertModel, BertPreTrainedModel
 from bert_fast.model.heads import (
     BertForMaskedLM,
@@ -27,4 +28,4 @@ _MODELS = (
 )
 _swap.MODELS.update({getattr(_hf, model.__name__): model for model in _MODELS})
 
-__all__ = ["BertPreTrainedModel", "accelerate", *(model.__name__ for model in _MODELS)]
+__all__ = ["BertPreTrainedModel", "accelerate", "register", "unregister", *(model.__name__ for model in _MODELS)]

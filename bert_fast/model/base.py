@@ -134,6 +134,17 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
         hooks.update((handle.id, fusable.requires_grad) for handle in self._require_grads_hooks if handle.id in hooks)
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers', for the Auto classes too (bert_fast.register)."""
+        swap.refuse_other_code(cls, kwargs.get("config"), kwargs.get("trust_remote_code"))
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        swap.refuse_other_code(cls, config, None)
+        return super()._from_config(config, **kwargs)
+
+    @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
 

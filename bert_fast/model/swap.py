@@ -2,9 +2,11 @@
 
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
+from transformers.utils import logging
 
 from bert_fast.model import fusable, layers
 
+logger = logging.get_logger(__name__)
 PARTS = {
     getattr(hf, name): getattr(layers, name)
     for name in (
@@ -28,6 +30,24 @@ def refuse_unsupported(config) -> None:
             f"bert_fast has absolute positions only (config.position_embedding_type={kind!r}): use a version of "
             "transformers before 5, which computes relative positions, or train with 'absolute'"
         )
+
+
+def refuse_other_code(kind: type, config, trusted: bool | None) -> None:
+    """Raise ValueError where an Auto class was to run code that a checkpoint brings, and took ``kind`` in place of it.
+
+    transformers prefers a class that is registered (bert_fast.register) to the code of a checkpoint, though the caller
+    trusts that. Where it was not asked for, a message says what is not run.
+    """
+    named = getattr(config, "auto_map", None)
+    if not named or kind not in MODELS.values():
+        return
+    what = f"the checkpoint names code of its own ({', '.join(map(str, named.values()))})"
+    if trusted:
+        raise ValueError(
+            f"bert_fast: {what}, which trust_remote_code=True asks for and bert_fast's {kind.__name__} would replace: "
+            "call bert_fast.unregister() before it is loaded"
+        )
+    logger.warning_once(f"bert_fast: {what}; it is not run, {kind.__name__} is built as it is here")
 
 
 def swap_classes(root: nn.Module) -> None:
