@@ -14,6 +14,7 @@ run.py is the door (``python benchmarks/run.py --seq 512``), gpu.py the list of 
     results      one schema, one file, whole after every row
     tables       what a person reads: tables and pictures
     report       results/ into docs/performance.md
+    contrastive  a script of its own: sentence-transformers' training step on an accelerated model
     supervise    cases in a process of their own: a hang or a lost device costs one
     predict/     the step model, the aims
 
