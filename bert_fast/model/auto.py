@@ -19,10 +19,10 @@ class Registration(NamedTuple):
     left: dict[str, Any]
 
 
-def _given() -> dict[type[_BaseAutoModelClass], Any]:
+def _given() -> dict[Any, Any]:
     """What each of transformers' Auto classes gives for a BertConfig, where it knows one."""
-    kinds = (kind for kind in vars(modeling_auto).values() if isinstance(kind, type))
-    autos = (kind for kind in kinds if issubclass(kind, _BaseAutoModelClass) and kind._model_mapping is not None)
+    kinds: list[Any] = [kind for kind in vars(modeling_auto).values() if isinstance(kind, type)]
+    autos = [kind for kind in kinds if issubclass(kind, _BaseAutoModelClass) and kind._model_mapping is not None]
     return {auto: auto._model_mapping[BertConfig] for auto in autos if BertConfig in auto._model_mapping}
 
 
