@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # The ground floor, which every room may import.
 GROUND = {
     "choice", "compilers", "devices", "dropout_mask", "extras", "flops", "graph_memory", "interpreter", "output",
-    "products", "text",
+    "pictures", "products", "text",
 }  # fmt: skip
 
 # From bottom to top: a room, and those below it that it may import, with the rooms within them.

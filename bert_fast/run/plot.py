@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bert_fast import extras
+from bert_fast.pictures import picture_path, written_picture
 from bert_fast.run.metrics import read_metrics
 
 # The smoothed line's window: its standard deviation as a share of the run's lines, and at least so many lines.
@@ -44,12 +44,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
     MLM loss above, NSP loss below where a run has it: training, raw faint and smoothed, against updates; validation
     as points. Each run has its colour. Raises ValueError where no run has a line to draw.
     """
-    FigureCanvasAgg = extras.load("matplotlib.backends.backend_agg").FigureCanvasAgg
-    Figure = extras.load("matplotlib.figure").Figure
-
-    out = Path(out)
-    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"{out}: the picture's name must end with .png, .svg or .pdf")
+    out = picture_path(out)
     metrics = {Path(run): read_losses(run) for run in runs}
     drawn = [run for run, kinds in metrics.items() if kinds.get("train") or kinds.get("validation")]
     if not drawn:
@@ -65,21 +60,16 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
     if len(set(names)) < len(names):
         names = [str(run) for run in drawn]
     heights = [2.2, 1][: len(losses)]
-    figure = Figure(figsize=(9, 2.6 + 1.4 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(len(losses), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (key, title) in zip(all_axes, losses, strict=True):
-        for number, (run, name) in enumerate(zip(drawn, names, strict=True)):
-            _draw(axes, metrics[run], key, f"C{number % 10}", name)
-        axes.set_ylabel(title)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    all_axes[0].legend(frameon=False, fontsize=9)
-    all_axes[-1].set_xlabel("update")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}{out.suffix}")
-    figure.savefig(aside, dpi=130)
-    aside.replace(out)
+    with written_picture(out, (9, 2.6 + 1.4 * sum(heights))) as figure:
+        all_axes = figure.subplots(len(losses), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (key, title) in zip(all_axes, losses, strict=True):
+            for number, (run, name) in enumerate(zip(drawn, names, strict=True)):
+                _draw(axes, metrics[run], key, f"C{number % 10}", name)
+            axes.set_ylabel(title)
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        all_axes[0].legend(frameon=False, fontsize=9)
+        all_axes[-1].set_xlabel("update")
     return out
 
 
