@@ -33,6 +33,8 @@ COMMANDS = (
     "fill-mask",
     "encode",
     "finetune",
+    "predict",
+    "glue",
     "verify",
     "env",
 )

@@ -1,8 +1,10 @@
-"""``bert-fast evaluate``: held-out loss and accuracy beside the loss of predicting by word frequency."""
+"""``bert-fast evaluate``: a pre-trained model on prepared data beside predicting by word frequency, or a fine-tuned one
+on labelled examples."""
 
 import argparse
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 from bert_fast.cli.device import add_device_argument, chosen_device
@@ -17,42 +19,120 @@ def add_parser(subparsers) -> None:
         subparsers,
         "evaluate",
         run,
-        "measure a model on prepared data: MLM loss, perplexity, accuracy, NSP accuracy",
-        details="Beside the MLM loss stands that of the unigram baseline, which predicts every token by how frequent "
-        "it is: a model that has learned is well below. Where DIR is what a run was trained on, the documents that it "
-        "held out are measured. Masks and pairs are drawn from --seed alone, so figures of several models can be "
-        "compared.",
+        "measure a pre-trained model on prepared data, or a fine-tuned one on labelled examples",
+        details="On a folder of `prepare`: MLM loss, perplexity and accuracy, NSP accuracy. Beside the MLM loss stands "
+        "that of the unigram baseline, which predicts every token by how frequent it is: a model that has learned is "
+        "well below. Where DIR is what a run was trained on, the documents that it held out are measured. Masks and "
+        "pairs are drawn from --seed alone, so figures of several models can be compared. On a file of labelled "
+        "examples, as `finetune` reads them: the metrics of the task that MODEL was fine-tuned for, its confusion "
+        "matrix, and the worst errors with their lines.",
         examples="""
 bert-fast evaluate run --data data
 bert-fast prepare heldout/ --tokenizer tok --out heldout
 bert-fast evaluate run --data heldout --baseline data --max-sequences 2000 --json
-bert-fast evaluate path/to/bert-base-uncased --data heldout --seq 512""",
+bert-fast evaluate path/to/bert-base-uncased --data heldout --seq 512
+bert-fast evaluate sentiment --data dev.tsv --plot confusion.png""",
     )
     add_model_argument(parser)
-    parser.add_argument("--data", metavar="DIR", required=True, help="what `bert-fast prepare` wrote")
     parser.add_argument(
+        "--data", metavar="DIR|FILE", required=True, help="what `bert-fast prepare` wrote, or labelled examples"
+    )
+    prepared = parser.add_argument_group("on prepared data")
+    prepared.add_argument(
         "--baseline",
         metavar="DIR",
         help="prepared data whose token frequencies the unigram baseline knows, as the training data (default: those "
         "the run was trained on, where --data is its data; else --data itself)",
     )
-    parser.add_argument("--seq", metavar="N", type=int, help="longest sequence (default: the run's, else 128)")
-    parser.add_argument("--max-sequences", metavar="N", type=positive, help="so many sequences at most (default: all)")
-    parser.add_argument("--no-nsp", action="store_true", help="runs of sentences of one document in place of pairs")
-    parser.add_argument("--whole-word", action="store_true", help="mask whole words")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of pairs and masks")
+    prepared.add_argument("--max-sequences", metavar="N", type=positive, help="so many at most (default: all)")
+    prepared.add_argument("--no-nsp", action="store_true", help="runs of sentences of one document in place of pairs")
+    prepared.add_argument("--whole-word", action="store_true", help="mask whole words")
+    prepared.add_argument("--seed", metavar="N", type=int, help="of pairs and masks (default: 0)")
+    labelled = parser.add_argument_group("on labelled examples")
+    labelled.add_argument("--text", metavar="COLUMN", help="column or key of the text, as in finetune")
+    labelled.add_argument("--pair", metavar="COLUMN", help="column or key of the second text of a pair")
+    labelled.add_argument("--label", metavar="COLUMN", help="column or key of the label")
+    labelled.add_argument("--worst", metavar="N", type=positive, help="errors to show (default: 10)")
+    labelled.add_argument(
+        "--plot", metavar="FILE", help="a picture of the confusion matrix or scores: .png, .svg, .pdf"
+    )
+    labelled.add_argument(
+        "--threshold",
+        metavar="P",
+        type=float,
+        help="the probability from which a label is said, where any number may be",
+    )
+    parser.add_argument(
+        "--seq",
+        metavar="N",
+        type=int,
+        help="longest sequence (default: the run's, else 128; of a fine-tuned model its own, else its positions)",
+    )
     parser.add_argument("--batch-tokens", metavar="N", type=positive, default=8192, help="tokens of a packed batch")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products")
     add_device_argument(parser)
 
 
+# The options of either kind of data alone.
+PREPARED = ("baseline", "max_sequences", "no_nsp", "whole_word", "seed")
+LABELLED = ("text", "pair", "label", "worst", "plot", "threshold")
+
+
 def run(options: argparse.Namespace) -> None:
     """Measures and prints."""
-    from bert_fast import BertForPreTraining, data
-    from bert_fast.train.evaluation import evaluate, token_counts, unigram_loss
-    from bert_fast.use.inference import load_model
+    if not Path(options.data).exists():
+        raise FileNotFoundError(f"no {options.data}: neither prepared data nor labelled examples")
+    folder = Path(options.data).is_dir()
+    for names, what, fits in ((PREPARED, "prepared data", folder), (LABELLED, "labelled examples", not folder)):
+        given = [name for name in names if getattr(options, name) not in (None, False)]
+        if given and not fits:
+            kind = "a folder, so prepared data" if folder else "no folder, so labelled examples"
+            raise ValueError(f"--{given[0].replace('_', '-')} is for {what}, and {options.data} is {kind}")
+    (_on_prepared_data if folder else _on_labelled_examples)(options)
+
+
+def _on_labelled_examples(options: argparse.Namespace) -> None:
+    from bert_fast.pictures import picture_path
+    from bert_fast.tasks.judgement import judge, plot_judgement
+    from bert_fast.tasks.trained import labelled, load_trained, predict
 
     out = Output.of(options)
+    picture = None if options.plot is None else picture_path(options.plot)
+    trained = load_trained(
+        options.model, max_length=options.seq, device=chosen_device(options), output=out, threshold=options.threshold
+    )
+    columns = {name: value for name in ("text", "pair", "label") if (value := getattr(options, name)) is not None}
+    examples, places = labelled(trained, options.data, **columns)
+    counts: Counter[str] = Counter()
+    with out.progress(len(examples), "evaluating", "examples") as bar:
+        predictions = []
+        bf16 = options.precision == "bf16"
+        for _, prediction in predict(trained, examples, tokens=options.batch_tokens, bf16=bf16, counts=counts):
+            predictions.append(prediction)
+            bar.advance()
+    found = judge(trained.task, examples, predictions, places, options.worst or 10)
+    facts = {"model": options.model, "data": options.data, "task": trained.task.name, "seq": trained.max_length}
+    text = f"{options.data}: {trained.task.name}\n{found.text()}"
+    if told := "; ".join(f"{number:,} {what}" for what, number in counts.items() if number):
+        text += f"\n{told} (sequences of up to {trained.max_length} tokens)"
+    if picture is not None:
+        plot_judgement(found, picture, f"{options.model} on {options.data}")
+        facts, text = facts | {"plot": str(picture)}, f"{text}\n{picture}: the picture"
+    out.result(facts | dict(counts) | found.facts(), text)
+
+
+def _on_prepared_data(options: argparse.Namespace) -> None:
+    from bert_fast import BertForPreTraining, data
+    from bert_fast.tasks.trained import task_of
+    from bert_fast.train.evaluation import evaluate, token_counts, unigram_loss
+    from bert_fast.use.inference import load_model, model_folder
+
+    out = Output.of(options)
+    if (task := task_of(model_folder(options.model, Output(silent=True)))) is not None:
+        raise ValueError(
+            f"{options.model} is fine-tuned for {task}, and prepared data measure a pre-trained model: give --data a "
+            "file of labelled examples"
+        )
     model, tokenizer, missing = load_model(
         BertForPreTraining, options.model, optional=("cls.seq_relationship.", "bert.pooler."),
         device=chosen_device(options), output=out,
@@ -75,7 +155,7 @@ def run(options: argparse.Namespace) -> None:
     if length > positions:
         raise ValueError(f"--seq {length} is beyond the model's {positions} positions")
     dataset = data.PretrainingDataset(
-        corpus, tokenizer, max_length=length, seed=options.seed, nsp=has_nsp, whole_word=options.whole_word
+        corpus, tokenizer, max_length=length, seed=options.seed or 0, nsp=has_nsp, whole_word=options.whole_word
     )
     size = data.capacities(max(options.batch_tokens, length), length, whole_word=options.whole_word)
     batches = data.PackedBatches(dataset, size, limit=options.max_sequences)

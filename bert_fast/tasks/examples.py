@@ -20,18 +20,25 @@ TRUTH = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": F
 
 
 class Example(NamedTuple):
-    """A sentence, or a pair of them, with its label as the file has it; a tuple of labels where it has any number."""
+    """A sentence, or a pair of them, with its label as the file has it: a tuple of labels where it has any number, None
+    where none is known."""
 
     text: str
     pair: str | None
-    label: str | tuple[str, ...]
+    label: str | tuple[str, ...] | None
 
 
-def read_examples(
+def read_examples(path: str | Path, **options) -> list[Example]:
+    """The examples of a file; see :func:`located_examples`."""
+    return [example for _, example in located_examples(path, **options)]
+
+
+def located_examples(
     path: str | Path, *, text: str | None = None, pair: str | None = None, label: str | Sequence[str] | None = None,
     separator: str | None = None, numbers: bool = False,
-) -> list[Example]:  # fmt: skip
-    """The examples of a .tsv, .csv, .jsonl or .parquet file; a pipe may have such a name, but for Parquet's.
+) -> list[tuple[str, Example]]:  # fmt: skip
+    """(where it stands, the example) of each in a .tsv, .csv, .jsonl or .parquet file; a pipe may have such a name, but
+    for Parquet's.
 
     ``text``, ``pair`` and ``label`` name columns (then the first line is a header) or JSON keys, or number columns
     from 0, -1 being the last (then there is no header). Default: "text" and "label" of JSON lines and Parquet, else the
@@ -46,10 +53,13 @@ def read_examples(
     rows = read_rows(path, Columns((text or first, pair), labels))
     several = len(labels) > 1
     return [
-        Example(
-            text_of(row, 0, text or first) or "",
-            text_of(row, 1, pair),
-            _true_labels(row, labels) if several else _label_of(row, labels[0], separator, numbers),
+        (
+            row.where,
+            Example(
+                text_of(row, 0, text or first) or "",
+                text_of(row, 1, pair),
+                _true_labels(row, labels) if several else _label_of(row, labels[0], separator, numbers),
+            ),
         )
         for row in rows
     ]
@@ -113,7 +123,7 @@ def single_label(example: Example) -> str:
     if isinstance(example.label, str):
         return example.label
     raise ValueError(
-        f"the labels {list(example.label)} are a list, where one is expected: learn lists with --task multilabel"
+        f"the labels {list(example.label or ())} are a list, where one is expected: learn lists with --task multilabel"
     )
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from bert_fast.data.files import write_atomically
-from bert_fast.data.tokenizer import bare_tokenizer, save_tokenizer
+from bert_fast.data.tokenizer import save_tokenizer
 from bert_fast.devices import has_matrix_unit
 from bert_fast.run.process import locked
 from bert_fast.run.weights import silent_transformers
 from bert_fast.tasks.examples import fractions
 from bert_fast.tasks.network import Network, make_network
+from bert_fast.tasks.prediction import own_tokenizer
 from bert_fast.tasks.task import TASKS, Task, make_task, task_class
 from bert_fast.tasks.training import Parts, Settings, State, Training, rank, require_same
 from bert_fast.train.distributed import Ranks
@@ -94,6 +94,7 @@ def finetune(
     weight_decay: float = 0.01,
     layer_decay: float = 1.0,
     reinit_layers: int = 0,
+    keep: str = "best",
     patience: int | None = None,
     max_length: int | None = None,
     dropout: float | None = None,
@@ -120,7 +121,8 @@ def finetune(
     is "fp32", "bf16" (products and hidden states), or "auto": bf16 where the device multiplies it in hardware. For the
     rest see :class:`bert_fast.tasks.training.Settings`.
 
-    The model is measured after each epoch, and the best epoch's is kept. ``out`` gets it with its tokenizer, as a
+    The model is measured after each epoch, and the best epoch's is kept, or with ``keep`` "last" the last one's, as
+    published scores have it. ``out`` gets it with its tokenizer, as a
     Hugging Face folder, and meanwhile checkpoints: the same call goes on from the last one, to the bits that it would
     have reached at once, and one with other options is a ValueError. Of ``seeds`` (from ``seed`` on) the best one is
     kept. The same seed gives the same weights. Returns
@@ -137,7 +139,7 @@ def finetune(
     ``on_note`` with what is good to know, ``on_warning`` with what is doubtful. Raises ValueError for examples that do
     not fit together and options out of range, FloatingPointError where the loss is not finite in the end.
     """
-    _check(dropout=dropout, precision=precision, layer_decay=layer_decay, patience=patience, seeds=seeds)
+    _check(dropout=dropout, precision=precision, layer_decay=layer_decay, patience=patience, seeds=seeds, keep=keep)
     tell = on_note or (lambda text: None)
     if not isinstance(task, Task):
         task = make_task(guess_task(train) if task == "auto" else task, **options)
@@ -148,7 +150,7 @@ def finetune(
     bf16 = precision == "bf16" or (precision == "auto" and has_matrix_unit(where, torch.bfloat16))
     settings = {
         "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "warmup": warmup,
-        "weight_decay": weight_decay, "layer_decay": layer_decay, "patience": patience,
+        "weight_decay": weight_decay, "layer_decay": layer_decay, "keep": keep, "patience": patience,
         "checkpoint_every": checkpoint_every, "bf16": bf16, "tokens": TOKENS[where.type],
     }  # fmt: skip
     network = {"dropout": dropout, "from_scratch": from_scratch, "reinit_layers": reinit_layers}
@@ -173,11 +175,13 @@ def finetune(
             (kept / ".lock").unlink(missing_ok=True)
 
 
-def _check(*, dropout, precision, layer_decay, patience, seeds) -> None:
+def _check(*, dropout, precision, layer_decay, patience, seeds, keep) -> None:
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
+    if keep not in ("best", "last"):
+        raise ValueError(f"keep must be 'best' or 'last', got {keep!r}")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
     if (patience is not None and patience < 1) or seeds < 1:
@@ -235,7 +239,7 @@ def _one_seed(plan: _Plan, seed: int, tell, warn, on_step, on_epoch) -> tuple[di
         raise ValueError(f"sequences of {length} tokens: it must be 8 to the model's {positions} positions")
     counts: dict[str, Counter] = {"train": Counter(cut=0), "validation": Counter(cut=0)}
     train, validation = (
-        task.encode(part, _own(network.tokenizer), length, counts[name])
+        task.encode(part, own_tokenizer(network.tokenizer), length, counts[name])
         for name, part in (("train", plan.train), ("validation", plan.validation))
     )
     training = Training(
@@ -247,13 +251,6 @@ def _one_seed(plan: _Plan, seed: int, tell, warn, on_step, on_epoch) -> tuple[di
     if state.skipped:
         warn(f"{state.skipped:,} of {state.step:,} updates were left out: their loss or gradient was not finite")
     return _result(plan, state, network.head, length, counts), network
-
-
-def _own(tokenizer: Tokenizer) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def _result(plan: _Plan, state: State, head: str, length: int, counts: dict[str, Counter]) -> dict:

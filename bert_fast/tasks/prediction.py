@@ -4,10 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
+from bert_fast.data.tokenizer import bare_tokenizer
 from bert_fast.tasks.task import Item, Task, packed
 from bert_fast.train.step import moved
+
+
+def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that :meth:`Task.encode` may change, without padding and truncation."""
+    tokenizer = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def scored(

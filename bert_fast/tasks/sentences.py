@@ -17,16 +17,19 @@ from torch import Tensor
 from bert_fast import extras
 from bert_fast.model import BertForSequenceClassification
 from bert_fast.tasks.examples import (
+    TABLES,
     Example,
     doubtful_labels,
     label_names,
     label_value,
+    located_examples,
     number_of,
-    read_examples,
     single_label,
     well_formed_examples,
 )
+from bert_fast.tasks.tables import Columns, Source, rows_of, text_of
 from bert_fast.tasks.task import Item, Task
+from bert_fast.text import well_formed
 
 
 @lru_cache
@@ -41,7 +44,10 @@ class SentenceTask(Task):
     model = BertForSequenceClassification
 
     def read(self, path: str | Path, **columns) -> list[Example]:
-        return read_examples(path, **columns)
+        return [example for _, example in self.located(path, **columns)]
+
+    def located(self, path: str | Path, **columns) -> list[tuple[str, Example]]:
+        return located_examples(path, **columns)
 
     def settle(self, train: list, validation: list) -> tuple[list, list, list[str]]:
         """Labels from ``train``; ValueError where both begin with the names of columns, too."""
@@ -56,8 +62,17 @@ class SentenceTask(Task):
     def _settle_labels(self, train: list[Example], validation: list[Example]) -> Iterator[str]:
         raise NotImplementedError
 
-    def _target(self, example: Example) -> Any:
+    def target(self, example: Example) -> Any:
+        """What the loss is made of; KeyError for a label that none of ``labels`` is."""
         raise NotImplementedError
+
+    def unlabelled(self, source: Source, *, text: str | None = None, pair: str | None = None) -> Iterator[Example]:
+        default = "0" if source.kind in TABLES else "text"
+        for row in rows_of(source, Columns((text or default, pair), ())):
+            first = text_of(row, 0, text or default) or ""
+            yield Example(
+                well_formed(first)[0], None if pair is None else well_formed(text_of(row, 1, pair) or "")[0], None
+            )
 
     def encode(self, examples: list, tokenizer: Tokenizer, max_length: int, counts: Counter) -> list[Item]:
         tokenizer.enable_truncation(max_length)
@@ -65,7 +80,7 @@ class SentenceTask(Task):
         encodings = tokenizer.encode_batch_fast(texts)
         counts["cut"] += sum(bool(encoding.overflowing) for encoding in encodings)
         return [
-            Item([(encoding.ids, encoding.type_ids)], number, self._target(example))
+            Item([(encoding.ids, encoding.type_ids)], number, None if example.label is None else self.target(example))
             for number, (example, encoding) in enumerate(zip(examples, encodings, strict=True))
         ]
 
@@ -99,13 +114,13 @@ class Classify(SentenceTask):
         if unknown := sorted({single_label(e) for e in validation if label_value(single_label(e)) not in numbers}):
             raise ValueError(f"the validation examples have the label {unknown[0]!r}, which no training example has")
         if self.class_weights is not None:
-            self._weights = torch.tensor(_class_weights(self.class_weights, self.labels, map(self._target, train)))
+            self._weights = torch.tensor(_class_weights(self.class_weights, self.labels, map(self.target, train)))
         yield from doubtful_labels(train, validation)
 
     def config(self) -> dict[str, Any]:
         return {"problem_type": "single_label_classification"}
 
-    def _target(self, example: Example) -> int:
+    def target(self, example: Example) -> int:
         return numbers_of(tuple(self.labels))[label_value(single_label(example))]
 
     def weight(self, items: Sequence[Item]) -> float:
@@ -130,7 +145,7 @@ class Classify(SentenceTask):
     def metrics(self, examples: list, predictions: list) -> dict[str, Any]:
         """accuracy, f1_micro, f1_macro, matthews, and f1: each label's own."""
         sklearn = extras.load("sklearn.metrics")
-        true, found = [self._target(e) for e in examples], np.stack(predictions).argmax(axis=1)
+        true, found = [self.target(e) for e in examples], np.stack(predictions).argmax(axis=1)
         return {
             "accuracy": float(sklearn.accuracy_score(true, found)),
             **_f1(true, found, self.labels, list(range(len(self.labels)))),
@@ -139,9 +154,9 @@ class Classify(SentenceTask):
 
     def about(self, train: list, validation: list) -> dict[str, Any]:
         """``majority``: the accuracy of always saying the most frequent label of ``train``, the first of several."""
-        counts = Counter(map(self._target, train))
+        counts = Counter(map(self.target, train))
         most = min(counts, key=lambda label: (-counts[label], label))
-        right = sum(self._target(example) == most for example in validation)
+        right = sum(self.target(example) == most for example in validation)
         return super().about(train, validation) | {"majority": right / len(validation)}
 
     def told(self, metrics: dict) -> str:
@@ -196,16 +211,18 @@ def _require_no_header(train: list[Example], validation: list[Example], labels: 
 class Multilabel(SentenceTask):
     """Any number of labels of an example. ``separator`` stands between those of a cell in a table.
 
-    A prediction is the probabilities of ``labels``, float32; those of at least a half are said.
+    A prediction is the probabilities of ``labels``, float32; those of at least ``threshold`` are said.
     """
 
-    name, metric, options = "multilabel", "f1_micro", ("separator",)
+    name, metric, options = "multilabel", "f1_micro", ("separator", "threshold")
 
-    def __init__(self, separator: str = ","):
-        self.separator = separator
+    def __init__(self, separator: str = ",", threshold: float = 0.5):
+        if not 0 < threshold < 1:
+            raise ValueError(f"the threshold must be between 0 and 1, got {threshold}")
+        self.separator, self.threshold = separator, threshold
 
-    def read(self, path: str | Path, **columns) -> list[Example]:
-        return read_examples(path, **columns, separator=self.separator)
+    def located(self, path: str | Path, **columns) -> list[tuple[str, Example]]:
+        return located_examples(path, **columns, separator=self.separator)
 
     def _settle_labels(self, train: list[Example], validation: list[Example]) -> Iterator[str]:
         spellings: dict[Decimal | str, set[str]] = defaultdict(set)
@@ -218,13 +235,13 @@ class Multilabel(SentenceTask):
             raise ValueError(f"the validation examples have the label {unknown[0]!r}, which no training example has")
         if joined := [sorted(names) for names in spellings.values() if len(names) > 1]:
             yield f"labels that are one value are one: {' and '.join(map(repr, joined[0]))}"
-        if everywhere := [n for n in self.labels if all(self._target(e)[self.labels.index(n)] for e in train)]:
+        if everywhere := [n for n in self.labels if all(self.target(e)[self.labels.index(n)] for e in train)]:
             yield f"every training example has the label {everywhere[0]!r}: nothing is learnt of it"
 
     def config(self) -> dict[str, Any]:
         return {"problem_type": "multi_label_classification"}
 
-    def _target(self, example: Example) -> list[float]:
+    def target(self, example: Example) -> list[float]:
         numbers, target = numbers_of(tuple(self.labels)), [0.0] * len(self.labels)
         for name in labels_of(example):
             target[numbers[label_value(name)]] = 1.0
@@ -241,7 +258,7 @@ class Multilabel(SentenceTask):
 
     def metrics(self, examples: list, predictions: list) -> dict[str, Any]:
         """f1_micro, f1_macro, f1: each label's own; accuracy: of examples with all labels right and no other."""
-        true, found = np.array([self._target(e) for e in examples]) > 0, np.stack(predictions) >= 0.5
+        true, found = np.array([self.target(e) for e in examples]) > 0, np.stack(predictions) >= self.threshold
         numbers = list(range(len(self.labels)))
         if len(numbers) == 1:  # to scikit-learn two classes, of which the second is meant
             true, found, numbers = true[:, 0], found[:, 0], [1]
@@ -253,12 +270,12 @@ class Multilabel(SentenceTask):
 
     def line(self, example, prediction) -> dict[str, Any]:
         named = dict(zip(self.labels, map(float, prediction), strict=True))
-        return {"labels": [name for name, p in named.items() if p >= 0.5], "probabilities": named}
+        return {"labels": [name for name, p in named.items() if p >= self.threshold], "probabilities": named}
 
 
 def labels_of(example: Example) -> tuple[str, ...]:
     """The labels of an example, one of which may be no list."""
-    return (example.label,) if isinstance(example.label, str) else example.label
+    return (example.label,) if isinstance(example.label, str) else example.label or ()
 
 
 class Regress(SentenceTask):
@@ -266,21 +283,21 @@ class Regress(SentenceTask):
 
     name, metric, named = "regress", "pearson", False
 
-    def read(self, path: str | Path, **columns) -> list[Example]:
-        return read_examples(path, **columns, numbers=True)
+    def located(self, path: str | Path, **columns) -> list[tuple[str, Example]]:
+        return located_examples(path, **columns, numbers=True)
 
     def _settle_labels(self, train: list[Example], validation: list[Example]) -> Iterator[str]:
         for what, part in (("training", train), ("validation", validation)):
             for number, example in enumerate(part, 1):
                 if not math.isfinite(number_of(single_label(example))):
                     raise ValueError(f"{what} example {number}: the label {example.label!r} is no finite number")
-        if len({self._target(example) for example in train}) == 1:
+        if len({self.target(example) for example in train}) == 1:
             yield f"all training examples have the number {train[0].label}: nothing is learnt"
 
     def config(self) -> dict[str, Any]:
         return {"problem_type": "regression"}
 
-    def _target(self, example: Example) -> float:
+    def target(self, example: Example) -> float:
         return number_of(single_label(example))
 
     def targets(self, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -292,7 +309,7 @@ class Regress(SentenceTask):
     def metrics(self, examples: list, predictions: list) -> dict[str, Any]:
         """pearson, spearman (NaN where all numbers are one), mse."""
         stats = extras.load("scipy.stats")
-        true, found = np.array([self._target(e) for e in examples]), np.array(predictions)
+        true, found = np.array([self.target(e) for e in examples]), np.array(predictions)
         defined = len(true) > 1 and true.std() > 0 and found.std() > 0
         return {
             "pearson": float(stats.pearsonr(true, found).statistic) if defined else math.nan,
@@ -302,8 +319,8 @@ class Regress(SentenceTask):
 
     def about(self, train: list, validation: list) -> dict[str, Any]:
         """``mse_of_mean``: that of always saying the mean of ``train``."""
-        mean = np.mean([self._target(example) for example in train])
-        errors = [(self._target(example) - mean) ** 2 for example in validation]
+        mean = np.mean([self.target(example) for example in train])
+        errors = [(self.target(example) - mean) ** 2 for example in validation]
         return super().about(train, validation) | {"mse_of_mean": float(np.mean(errors))}
 
     def told(self, metrics: dict) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from bert_fast import extras
 
+LONGEST_FIELD = 2**31 - 1  # characters of a .csv, the most that csv takes everywhere
 KINDS = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
 
 
@@ -30,6 +31,15 @@ class Row(NamedTuple):
     labels: tuple[Any, ...]
 
 
+class Source(NamedTuple):
+    """What rows are read from: a file's ``name``, its ``kind`` (one of KINDS, or ".text": each line is one), and its
+    ``lines`` without their ends; None of Parquet, which is read from the path ``name``."""
+
+    name: str
+    kind: str
+    lines: Iterable[str] | None = None
+
+
 def read_rows(path: str | Path, columns: Columns) -> list[Row]:
     """The rows of a .tsv, .csv, .jsonl or .parquet file; a pipe may have such a name, but for Parquet's.
 
@@ -41,18 +51,24 @@ def read_rows(path: str | Path, columns: Columns) -> list[Row]:
     kind = path.suffix.lower()
     if kind not in KINDS:
         raise ValueError(f"{path}: its name must end with .tsv, .csv, .jsonl or .parquet")
-    if kind == ".parquet":
-        rows = list(_from_parquet(path, columns))
-    else:
-        content = decoded(path)
-        if kind in (".jsonl", ".ndjson"):
-            rows = list(_from_json(path, lines(content), columns))
-        else:
-            fields = _tsv_rows(content) if kind == ".tsv" else _csv_rows(path, content)
-            rows = list(_from_table(path, fields, columns, quoted=kind == ".csv"))
+    source = Source(str(path), kind, None if kind == ".parquet" else lines(decoded(path)))
+    rows = list(rows_of(source, columns))
     if not rows:
         raise ValueError(f"{path} holds no example")
     return rows
+
+
+def rows_of(source: Source, columns: Columns) -> Iterator[Row]:
+    """The rows of ``source`` as they are read, none held; ValueError as by :func:`read_rows`."""
+    if source.lines is None:
+        return _from_parquet(source.name, columns)
+    if source.kind == ".text":
+        return (Row(f"{source.name}, line {n}", (line,), ()) for n, line in enumerate(source.lines, 1))
+    if source.kind in (".jsonl", ".ndjson"):
+        return _from_json(source.name, source.lines, columns)
+    quoted = source.kind == ".csv"
+    fields = _csv_rows(source.name, source.lines) if quoted else tsv_rows(source.lines)
+    return _from_table(source.name, fields, columns, quoted=quoted)
 
 
 def text_of(row: Row, number: int, name: str | None) -> str | None:
@@ -79,7 +95,7 @@ def lines(content: str) -> list[str]:
     return content.removesuffix(end).split(end)
 
 
-def _from_json(path: Path, lines: Iterable[str], columns: Columns) -> Iterator[Row]:
+def _from_json(path: str, lines: Iterable[str], columns: Columns) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -93,7 +109,7 @@ def _from_json(path: Path, lines: Iterable[str], columns: Columns) -> Iterator[R
             raise ValueError(f"{where}: no JSON object with {names}: {error}") from error
 
 
-def _from_parquet(path: Path, columns: Columns) -> Iterator[Row]:
+def _from_parquet(path: str, columns: Columns) -> Iterator[Row]:
     parquet = extras.load("pyarrow.parquet")
     names = [name for name in (*columns.texts, *columns.labels) if name is not None]
     try:
@@ -111,27 +127,32 @@ def _from_parquet(path: Path, columns: Columns) -> Iterator[Row]:
         raise ValueError(f"{path} is no Parquet file that can be read: {error}") from error
 
 
-def _tsv_rows(content: str) -> Iterator[tuple[int, list[str]]]:
+def tsv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """(line, fields) of every line that is not blank; no quoting, as fields are read where tabs separate them."""
-    for number, line in enumerate(lines(content), 1):
+    for number, line in enumerate(lines, 1):
         if line := line.removesuffix("\r"):
             yield number, line.split("\t")
 
 
-def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(path: str, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """(last line, fields) of every row that is not blank."""
-    rows = csv.reader((f"{line}\n" for line in lines(content)), strict=True)
-    before = csv.field_size_limit(max(len(content), csv.field_size_limit()))  # the reader of the process has one limit
-    try:
-        yield from [(rows.line_num, row) for row in rows if row]
-    except csv.Error as error:
-        what = str(error).partition(" - ")[0]  # what follows is advice to who opened the file
-        raise ValueError(f"{path}, line {rows.line_num}: {what}") from error
-    finally:
-        csv.field_size_limit(before)
+    rows = csv.reader((f"{line}\n" for line in lines), strict=True)
+    while True:
+        before = csv.field_size_limit(LONGEST_FIELD)  # the reader of the process has one limit
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            what = str(error).partition(" - ")[0]  # what follows is advice to who opened the file
+            raise ValueError(f"{path}, line {rows.line_num}: {what}") from error
+        finally:
+            csv.field_size_limit(before)
+        if row is None:
+            return
+        if row:
+            yield rows.line_num, row
 
 
-def _from_table(path: Path, rows: Iterator[tuple[int, list[str]]], columns: Columns, *, quoted: bool) -> Iterator[Row]:
+def _from_table(path: str, rows: Iterator[tuple[int, list[str]]], columns: Columns, *, quoted: bool) -> Iterator[Row]:
     wanted = (*columns.texts, *columns.labels)
     header = None if _numbered(wanted) else next(rows, (0, []))[1]
     places = _places(path, wanted, header)
@@ -158,7 +179,7 @@ def _numbered(wanted: Sequence[str | None]) -> bool:
     return all(name is None or name.lstrip("-").isdigit() for name in wanted)
 
 
-def _places(path: Path, wanted: Sequence[str | None], header: list[str] | None) -> list[int | None]:
+def _places(path: str, wanted: Sequence[str | None], header: list[str] | None) -> list[int | None]:
     place_of: Callable[[str], int] = int if header is None else header.index
     for name in wanted:
         if name is not None and header is not None and header.count(name) != 1:

@@ -1,7 +1,7 @@
 """What a task of fine-tuning is: the interface, and the list of all."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedConfig
+
+from bert_fast.tasks.tables import Source
 
 # name: module and class. The order is that of the help, and in which files are looked at to guess the task.
 TASKS = {
@@ -73,6 +75,18 @@ class Task:
     def read(self, path: str | Path, **columns) -> list:
         """The examples of a file; ValueError naming file and line where it does not fit."""
         raise NotImplementedError
+
+    def located(self, path: str | Path, **columns) -> list[tuple[str, Any]]:
+        """(where it stands, in words, and the example) of all that :meth:`read` gives."""
+        examples = self.read(path, **columns)
+        return [(getattr(e, "where", f"{path}, example {n}"), e) for n, e in enumerate(examples, 1)]
+
+    def unlabelled(self, source: Source, *, text: str | None = None, pair: str | None = None) -> Iterator[Any]:
+        """The examples of ``source`` as they are read, without labels: what :meth:`encode` takes to predict.
+
+        ``text`` and ``pair`` name columns (None: as in :meth:`read`). ValueError where a line is no example.
+        """
+        raise ValueError(f"{source.name}: the task {self.name} reads labelled files alone")
 
     def settle(self, train: list, validation: list) -> tuple[list, list, list[str]]:
         """(train, validation, what is doubtful in words): examples as they are learnt, and ``labels`` from them.

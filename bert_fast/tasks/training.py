@@ -36,6 +36,7 @@ class Settings:
     epochs            times through the items, which may end within one; ``batch_size`` items an update
     learning_rate     the highest, after ``warmup``, a share of all updates; then it falls linearly to 0
     layer_decay       see :func:`bert_fast.tasks.network.parameter_groups`
+    keep              the weights of the "best" epoch or of the "last"
     patience          epochs that may be no better than the best before it stops; None: as many as there are
     checkpoint_every  updates; None: an epoch
     tokens            of a micro-batch, at most (one item may have more)
@@ -52,6 +53,7 @@ class Settings:
     seed: int
     bf16: bool
     tokens: int
+    keep: str = "best"
 
 
 class Parts(NamedTuple):
@@ -135,7 +137,7 @@ class Training:
                     on_epoch(state.history[-1])
             if self.folder is not None and (measuring or self._every()):
                 self._save()
-        if not self.best:
+        if not self.best or (self.settings.keep == "last" and state.best != len(state.history) - 1):
             raise FloatingPointError(
                 f"the loss is {state.history[-1]['loss']}: nothing was kept; lower the learning rate"
             )
@@ -196,7 +198,8 @@ class Training:
             found = task.predictions(self.parts.examples, self.parts.validation, scores)
             measures |= task.metrics(self.parts.examples, found)
         state.history.append(measures)
-        if task.metric in measures and (state.best < 0 or rank(task, measures) > rank(task, state.history[state.best])):
+        best = state.history[state.best] if state.best >= 0 and settings.keep == "best" else None
+        if task.metric in measures and (best is None or rank(task, measures) > rank(task, best)):
             state.best, state.best_step = len(state.history) - 1, state.step
             self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         since_best = len(state.history) - 1 - state.best

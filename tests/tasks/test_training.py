@@ -240,15 +240,16 @@ class Told(Classify):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "patience", "epochs", "best"),
+    ("accuracies", "options", "epochs", "best"),
     [
-        ([0.5, 0.7, 0.6, 0.6], None, 4, 2),
-        ([0.5, 0.7, 0.6, 0.6], 1, 3, 2),
-        ([0.5, 0.4, 0.6, 0.5, 0.5, 0.9], 2, 5, 3),
-        ([math.nan, 0.1, math.nan], None, 3, 2),
+        ([0.5, 0.7, 0.6, 0.6], {}, 4, 2),
+        ([0.5, 0.7, 0.6, 0.6], {"patience": 1}, 3, 2),
+        ([0.5, 0.4, 0.6, 0.5, 0.5, 0.9], {"patience": 2}, 5, 3),
+        ([math.nan, 0.1, math.nan], {}, 3, 2),
+        ([0.5, 0.7, 0.6], {"keep": "last"}, 3, 3),
     ],
 )
-def test_the_best_epoch_is_kept(base, tmp_path, accuracies, patience, epochs, best):
+def test_the_best_epoch_is_kept_or_the_last(base, tmp_path, accuracies, options, epochs, best):
     train, weights = examples(Classify, 12), []
     task = Told(accuracies)
 
@@ -257,8 +258,8 @@ def test_the_best_epoch_is_kept(base, tmp_path, accuracies, patience, epochs, be
         assert at is None or at.step == 2 * len(weights)
         weights.append(measures)
 
-    found = finetune(base, train, train, tmp_path, task=task, patience=patience, on_epoch=remember,
-                     **OPTIONS | {"epochs": len(accuracies)})  # fmt: skip
+    found = finetune(base, train, train, tmp_path, task=task, on_epoch=remember,
+                     **OPTIONS | {"epochs": len(accuracies)} | options)  # fmt: skip
     assert (found["epochs"], found["best_epoch"]) == (epochs, best)
     assert found["loss"] == found["history"][best - 1]["loss"]
     kept = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
