@@ -259,7 +259,7 @@ def test_the_best_epoch_is_kept_or_the_last(base, tmp_path, accuracies, options,
         weights.append(measures)
 
     found = finetune(base, train, train, tmp_path, task=task, on_epoch=remember,
-                     **OPTIONS | {"epochs": len(accuracies)} | options)  # fmt: skip
+                     **OPTIONS | {"epochs": len(accuracies), "precision": "fp32"} | options)  # fmt: skip
     assert (found["epochs"], found["best_epoch"]) == (epochs, best)
     assert found["loss"] == found["history"][best - 1]["loss"]
     kept = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
