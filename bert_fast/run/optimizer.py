@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from bert_fast import optim
 from bert_fast.run.config import PretrainConfig
@@ -27,6 +26,8 @@ def build_optimizer(model: nn.Module, config: PretrainConfig, ranks: Ranks) -> t
         options["variant"] = "nvidia" if config.optimizer == "lamb-nvidia" else "published"
     if ranks.world == 1:
         return kind(groups, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # here: it takes a second to import
+
     return ZeroRedundancyOptimizer(groups, kind, process_group=ranks.machine, **options)
 
 
@@ -66,5 +67,5 @@ def owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> set[str]:
     return {names[parameter] for group in _local(optimizer).param_groups for parameter in group["params"]}
 
 
-def _local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+def _local(optimizer: Any) -> torch.optim.Optimizer:
+    return optimizer if isinstance(optimizer, optim.AdamW | optim.Lamb) else optimizer.optim

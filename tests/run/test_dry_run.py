@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 from bert_fast.cli import main
 from bert_fast.data import load_tokenizer, open_corpus, read_manifest
 from bert_fast.data.dataset import PretrainingDataset
+from bert_fast.optim import AdamW
 from bert_fast.run.checkpoint import CheckpointError
 from bert_fast.run.config import ConfigError
 from bert_fast.run.dry_run import dry_run
+from bert_fast.train.step import Step
 from tests.support.training_runs import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +59,41 @@ def test_a_run_that_goes_on(configure, short):
     train(configure(steps=8))
     facts = dry_run(configure(steps=20))
     assert (facts["updates"], facts["phases"][0]["updates"]) == (12, 20)
+
+
+def test_beside_a_budget_it_says_which_updates_fit(configure, capsys):
+    config = configure(phases="16:6000000,32:2000000:batch=6", max_hours=0.02, validation=0)
+    facts = dry_run(config)
+    first, second = facts["phases"]
+    assert first["updates"] == pytest.approx(3 * second["updates"], abs=2)
+    assert 0.015 < facts["hours"] < 0.02
+    assert f"{facts['updates']:,} updates: --phases 16:{first['updates']}:batch=8" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--max-hours 1e-05 is too short"):
+        dry_run(configure(max_hours=1e-5))
+
+
+def test_an_update_that_takes_long_is_measured_in_part(configure, monkeypatch):
+    """A clock that goes on by what tokens and the optimiser take: the whole update is what those make it."""
+    now, tokens = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    differentiate = Step._differentiate
+
+    def timed(step, batch, *into):
+        tokens.append(int(batch["cu_seq_lens_q"][-1]))
+        now[0] += 0.01 * tokens[-1]
+        return differentiate(step, batch, *into)
+
+    def step(optimizer, *args, **kwargs):
+        now[0] += 0.25
+
+    monkeypatch.setattr(Step, "_differentiate", timed)
+    monkeypatch.setattr(AdamW, "step", step)
+    facts = dry_run(configure(batch_size=512))
+    (phase,) = facts["phases"]
+    assert max(tokens) < phase["tokens_an_update"] / 20
+    assert phase["seconds_an_update"] == pytest.approx(0.25 + 0.01 * phase["tokens_an_update"])
+    assert facts["speed"]["tokens_per_s"] == pytest.approx(100)
+    assert facts["speed"]["seconds_of_the_optimizer"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("wrong", [{"phases": "9999:5"}, {"model": "nowhere.json"}])
