@@ -111,7 +111,7 @@ def _phase(run: Run, phase: Phase, costs: Costs) -> dict:
 def _measured(run: Run) -> tuple[Costs, dict]:
     """What updates take, and the memory of a process that does them, in bytes by what it is for."""
     before, left = _memory(run), run.phases_left or run.phases
-    costs = rehearsed(run.rehearsal(run.step), left, None, SECONDS / len(left))
+    costs = rehearsed(run.rehearsal(run.step), left, None, seconds=SECONDS / len(left))
     peak = _memory(run)
     weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
     state = sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(run.optimizer, run.model).values())

@@ -47,6 +47,8 @@ from bert_fast.train.distributed import Ranks, started
 from bert_fast.train.schedule import learning_rate, phase_of
 from bert_fast.train.step import Outcome, Step, derived_seed
 
+REHEARSED = 0.2  # of the hours of a budget, about, at most
+
 DONE, UPLOAD_FAILED, NOT_FINITE = 0, 1, 3
 
 
@@ -155,7 +157,9 @@ class Run:
         if costs is None:
             model = copy.deepcopy(self.model)
             step = self._step(model, build_optimizer(model, config, self.ranks))
-            costs = rehearsed(self.rehearsal(step), self.phases_left, self.validation)
+            left = self.phases_left
+            most = REHEARSED * config.max_hours * 3600 / len(left) if config.max_hours else 0.0
+            costs = rehearsed(self.rehearsal(step), left, self.validation, most=most)
             spent += time.perf_counter() - self.began
         self.budget = budget = Budget(config, spent, costs)
         budget.agree(self.ranks)

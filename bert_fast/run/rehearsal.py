@@ -1,6 +1,7 @@
 """What the parts of a run cost on this machine, measured by updates that change no weight."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,37 +50,41 @@ class Rehearsal:
     def __post_init__(self):
         self.few = of_few_documents(self.dataset)
 
-    def timed(self, phase: Phase, number: int, skipped: int, timed: int) -> tuple[float, float, float]:
+    def timed(
+        self, phase: Phase, number: int, skipped: int, timed: int, most: float = math.inf
+    ) -> tuple[float, float, float]:
         """(seconds, seconds of the optimiser, tokens) of an update of ``number`` sequences, those of the slowest
-        process: means over ``timed`` updates after ``skipped`` ones."""
+        process: means over ``timed`` updates after ``skipped`` ones, or over what is done after ``most`` seconds."""
         short = dataclasses.replace(phase, first=0, last=skipped + timed, batch_size=number)
         sizes, cpu = self.sizes, self.ranks.device.type == "cpu"
         if sizes is not None:
             if number != phase.batch_size:
                 sizes = sizes_of_phases(self.dataset, [short], self.tokens)
             self.step.prepare(examples(self.dataset, sizes[phase.seq, number], phase.seq))
-        seconds = optimizer = tokens = 0.0
+        taken = []  # by update
         for work in load_updates(
             BatchMaker(self.few), updates(self.few, [short], 0, start_of(self.few)), rank=self.ranks.rank,
             ranks=self.ranks.world, tokens=self.tokens, workers=0, pin=not cpu, sizes=sizes,
         ):  # fmt: skip
             began = time.perf_counter()
-            with _seconds_of(self.step.optimizer) as taken:
+            with _seconds_of(self.step.optimizer) as of_optimizer:
                 self.step(
                     work.batches, seed=0, lr=0.0, predicted=int(work.update.masked.sum()),
                     sequences=len(work.update) if self.dataset.nsp else 0,
                 ).scalars.tolist()  # fmt: skip
-            if work.update.step >= skipped:
-                seconds += time.perf_counter() - began
-                optimizer += sum(taken) * cpu  # a GPU has not done it yet
-                tokens += int(work.update.lengths.sum())
-        slowest = self.ranks.greatest(torch.tensor([seconds, optimizer], dtype=torch.float64, device=self.ranks.device))
-        return *((slowest / timed).tolist()), tokens / timed
+            seconds = [time.perf_counter() - began, sum(of_optimizer) * cpu]  # a GPU has not done the second yet
+            slowest = self.ranks.greatest(torch.tensor(seconds, dtype=torch.float64, device=self.ranks.device))
+            taken.append([*slowest.tolist(), float(work.update.lengths.sum())])
+            if sum(took for took, *_ in taken) >= most:
+                break
+        kept = taken[min(skipped, len(taken) - 1) :]
+        whole, of_optimizer, tokens = (sum(values) / len(kept) for values in zip(*kept, strict=True))
+        return whole, of_optimizer, tokens
 
-    def measured(self, phase: Phase, costs: Costs, seconds: float | None) -> None:
-        """Adds what an update of ``phase`` takes to ``costs``; one that takes more than ``seconds`` is done in part."""
+    def measured(self, phase: Phase, costs: Costs, seconds: float | None, most: float) -> None:
+        """Adds what an update of ``phase`` takes to ``costs``; see :func:`rehearsed`."""
         if seconds is None:
-            took, costs.optimizer, had = self.timed(phase, phase.batch_size, SKIPPED, TIMED)
+            took, costs.optimizer, had = self.timed(phase, phase.batch_size, SKIPPED, TIMED, most)
         else:
             number, skipped = min(phase.batch_size, self.ranks.world), 1
             while True:
@@ -94,18 +99,19 @@ class Rehearsal:
 
 def rehearsed(
     rehearsal: Rehearsal, found: Sequence[Phase], validation: Validation | ValidationBySource | None,
-    seconds: float | None = None,
+    *, seconds: float | None = None, most: float = math.inf,
 ) -> Costs:  # fmt: skip
     """The costs of the phases ``found``. The model of the rehearsal's step gets an optimiser's state and no update.
 
     The batches are samples of a few documents, and making them is not timed: a run makes them ahead. With ``seconds``
-    an update that takes longer is done in part and the rest is in proportion to its tokens. Every process calls it.
+    an update that takes longer is done in part and the rest is in proportion to its tokens. After ``most`` seconds no
+    more updates of a phase are done. Every process calls it.
     """
     model = rehearsal.step.model
     costs = Costs({}, {}, 3 * 4 * sum(p.numel() for p in model.parameters()) / DISK)  # weights and two moments
     for phase in found:
         if (phase.seq, phase.batch_size) not in costs.update:
-            rehearsal.measured(phase, costs, seconds)
+            rehearsal.measured(phase, costs, seconds, most)
         if validation is not None and phase.seq not in costs.validation:
             began = time.perf_counter()
             validation(model, phase.seq)

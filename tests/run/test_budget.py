@@ -142,10 +142,18 @@ def test_a_budget_given_to_a_run_that_goes_on_spreads_what_is_left(machine, conf
     assert rates(config)[-1] == pytest.approx(config.lr * (390 / 396) / (done - 10), rel=0.2)
 
 
+def test_the_rehearsal_leaves_most_of_a_short_budget(machine, timed):
+    """Whole, it would take 32 of 36 seconds."""
+    began = machine.now
+    assert train(dataclasses.replace(timed, max_hours=36 / 3600)) == 0
+    assert 30 < machine.now - began <= 36
+    assert len(rates(timed)) >= 15
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_hours": 34 / 3600}, "--max-hours 0.00944444 is too short: 2 updates take "),
+        ({"max_hours": 9 / 3600}, "--max-hours 0.0025 is too short: 2 updates take "),
         ({"replan": "5"}, "--replan 5: '5' is not AT:N"),
         ({"replan": "900:3"}, "--replan 900:3: 900:3 is not within the 800 updates"),
     ],
