@@ -41,6 +41,13 @@ def has_matrix_unit(device: torch.device, dtype: torch.dtype) -> bool:
     return multiplies(dtype)
 
 
+def in_bfloat16(precision: str, device: torch.device | str) -> bool:
+    """Whether ``precision`` ("fp32", "bf16" or "auto": where the device multiplies it in hardware) is bfloat16."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
+    return precision == "bf16" or (precision == "auto" and has_matrix_unit(torch.device(device), torch.bfloat16))
+
+
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the library's matrix product on ``device``: the best of several, on random data."""
     size = 8192 if device.type == "cuda" else 1024

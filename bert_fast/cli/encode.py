@@ -36,6 +36,8 @@ def add_parser(subparsers) -> None:
 bert-fast encode run sentences.txt --out vectors.npy
 cut -f1 reviews.tsv | bert-fast encode run --out vectors.npy --quiet
 echo "A sentence." | bert-fast encode path/to/all-MiniLM-L6-v2
+bert-fast encode run documents.txt --out vectors.npy --long mean --precision auto
+bert-fast encode run --pooling mean --normalize --save-sentence-transformer my-encoder
 bert-fast encode path/to/e5-base-v2 questions.txt --out questions.npy --prompt "query: \"""",
     )
     add_model_argument(parser)
@@ -61,13 +63,35 @@ bert-fast encode path/to/e5-base-v2 questions.txt --out questions.npy --prompt "
     )
     parser.add_argument("--prompt", metavar="TEXT", help="goes before each sentence (default: the model's, if any)")
     parser.add_argument("--prompt-name", metavar="NAME", help="that of the model's prompts, such as query")
+    parser.add_argument(
+        "--long",
+        choices=("first", "mean"),
+        default="first",
+        help="of sentences of more than --seq tokens: the first tokens, or the mean of the vectors of windows of so "
+        "many, weighted by their tokens (default first)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        help="of weights and hidden states; auto: bf16 where the device multiplies it in hardware (default: what the "
+        "weights are saved in)",
+    )
+    parser.add_argument(
+        "--save-sentence-transformer",
+        metavar="DIR",
+        help="write the model as a folder of sentence-transformers, whose SentenceTransformer(DIR).encode gives these "
+        "vectors; without FILE and --out nothing else is done",
+    )
     parser.add_argument("--batch-tokens", metavar="N", type=positive, default=8192, help="tokens of a packed batch")
     add_device_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Encodes and writes."""
+    import torch
+
     from bert_fast import BertModel
+    from bert_fast.devices import in_bfloat16
     from bert_fast.use.inference import encode_sentences, load_model, sentence_recipe
     from bert_fast.use.pooling import recipe_of
 
@@ -75,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out is not None:
         writable_folder(Path(options.out).parent)
     # no vector reads the pooler, so its weights may be missing
-    model, tokenizer, _ = load_model(
+    model, tokenizer, drawn = load_model(
         BertModel, options.model, optional=("pooler.",), device=chosen_device(options), output=out
     )
     given: dict[str, Any] = {
@@ -87,24 +111,53 @@ def run(options: argparse.Namespace) -> None:
         out.warn("--prompt holds bytes that are not UTF-8: they became U+FFFD")
     _tell(options, out, recipe_of(model.name_or_path or options.model), recipe)
     facts: dict[str, Any] = {"pooling": list(recipe.pooling), "normalize": recipe.normalize, "prompt": recipe.prompt}
-    facts |= {"seq": recipe.max_length, "hidden": len(recipe.pooling) * model.config.hidden_size}
+    facts |= {"seq": recipe.max_length, "hidden": len(recipe.pooling) * model.config.hidden_size, "long": options.long}
+    if options.save_sentence_transformer is not None:
+        _save(options, out, model, tokenizer, recipe, drawn)
+        if options.file is None and options.out is None:
+            return
+    if options.precision is not None:  # after saving, which keeps the weights as they are
+        model.to(torch.bfloat16 if in_bfloat16(options.precision, model.device) else torch.float32)
+    facts["dtype"] = str(model.dtype).removeprefix("torch.")
     counts: Counter[str] = Counter()
     with open(options.file, "rb") if options.file else nullcontext(sys.stdin.buffer) as stream:
         numbered = numbered_lines(stream, options.file or "stdin", out)
         lines = (decoded(line, f"{options.file or 'stdin'}: line {number}") for number, line in numbered)
         with out.progress(None, "encoding", "sentences") as bar:
-            vectors = encode_sentences(model, tokenizer, lines, **given, tokens=options.batch_tokens, counts=counts)
+            vectors = encode_sentences(
+                model, tokenizer, lines, **given, long=options.long, tokens=options.batch_tokens, counts=counts
+            )
             count = _write(options, out, _counted(vectors, bar), facts["hidden"])
     if not count:
         raise ValueError(NOTHING)
-    told = f"{counts['cut']:,} of {count:,} sentences were cut to {recipe.max_length} tokens"
-    told += f"; {counts['empty']:,} are empty" if counts["empty"] else ""
-    facts |= {"sentences": count, "cut": counts["cut"], "empty": counts["empty"]}
+    told = _told_of_lengths(counts, count, recipe.max_length, options.long)
+    facts |= {"sentences": count} | {n: counts[n] for n in ("cut", "cut_tokens", "windowed", "windows", "empty")}
     if options.out is None and not options.json:  # stdout holds vectors alone
         (out.warn if counts["cut"] else out.note)(told)
     else:
         shown = f"{options.out}: {count:,} vectors of {facts['hidden']}; {told}"
         out.result({"out": options.out} | facts, shown)
+
+
+def _told_of_lengths(counts: Counter, count: int, length: int | None, long: str) -> str:
+    """What became of sentences that are too long, and how many are empty."""
+    if long == "mean":
+        told = f"{counts['windowed']:,} of {count:,} sentences have more than {length} tokens"
+        told += f": means over their {counts['windows']:,} windows" if counts["windowed"] else ""
+    else:
+        told = f"{counts['cut']:,} of {count:,} sentences were cut to {length} tokens"
+    told += f"; {counts['empty']:,} are empty" if counts["empty"] else ""
+    return told + (f"; {counts['cut_tokens']:,} tokens were left out" if counts["cut_tokens"] else "")
+
+
+def _save(options: argparse.Namespace, out: Output, model, tokenizer, recipe: "Recipe", drawn: list[str]) -> None:
+    """Writes the folder of sentence-transformers, and tells what it does otherwise."""
+    from bert_fast.use.sentence_folder import save_sentence_transformer
+
+    folder = save_sentence_transformer(model, tokenizer, recipe, options.save_sentence_transformer, drawn=drawn)
+    out.note(f"{folder} is a model of sentence-transformers: {recipe}")
+    if options.long == "mean":
+        out.warn(f"sentence-transformers cuts texts to {recipe.max_length} tokens: --long mean is not in {folder}")
 
 
 def _tell(options: argparse.Namespace, out: Output, own: "Recipe | None", recipe: "Recipe") -> None:

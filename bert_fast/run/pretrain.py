@@ -21,7 +21,7 @@ from bert_fast.data.graph_shapes import examples, sizes_of_phases, spaced_docume
 from bert_fast.data.loader import BatchMaker, Work, load_updates, updates
 from bert_fast.data.mixture import Mixture, start_of
 from bert_fast.data.phase import Phase
-from bert_fast.devices import has_matrix_unit, matmul_peak
+from bert_fast.devices import in_bfloat16, matmul_peak
 from bert_fast.flops import step_flops
 from bert_fast.model import BertForPreTraining
 from bert_fast.output import Output
@@ -92,8 +92,7 @@ class Run:
         self.phases = phases(config)
         if any(phase.batch_size < ranks.world for phase in self.phases):
             raise ConfigError(f"--batch-size must give each of {ranks.world} processes a sequence")
-        automatic = config.precision == "auto"
-        self.bf16 = config.precision == "bf16" or (automatic and has_matrix_unit(ranks.device, torch.bfloat16))
+        self.bf16 = in_bfloat16(config.precision, ranks.device)
         self.tokens = config.micro_tokens or (16384 if ranks.device.type == "cuda" else 4096)
 
         self.sources, self.tokenizer = open_sources(config)

@@ -15,7 +15,7 @@ import torch
 
 from bert_fast.data.files import write_atomically
 from bert_fast.data.tokenizer import save_tokenizer
-from bert_fast.devices import has_matrix_unit
+from bert_fast.devices import in_bfloat16
 from bert_fast.run.process import locked
 from bert_fast.run.weights import silent_transformers
 from bert_fast.tasks.examples import fractions
@@ -139,7 +139,7 @@ def finetune(
     ``on_note`` with what is good to know, ``on_warning`` with what is doubtful. Raises ValueError for examples that do
     not fit together and options out of range, FloatingPointError where the loss is not finite in the end.
     """
-    _check(dropout=dropout, precision=precision, layer_decay=layer_decay, patience=patience, seeds=seeds, keep=keep)
+    _check(dropout=dropout, layer_decay=layer_decay, patience=patience, seeds=seeds, keep=keep)
     tell = on_note or (lambda text: None)
     if not isinstance(task, Task):
         task = make_task(guess_task(train) if task == "auto" else task, **options)
@@ -147,7 +147,7 @@ def finetune(
     for text in doubtful:
         on_warning(text)
     where = torch.device(device)
-    bf16 = precision == "bf16" or (precision == "auto" and has_matrix_unit(where, torch.bfloat16))
+    bf16 = in_bfloat16(precision, where)
     settings = {
         "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "warmup": warmup,
         "weight_decay": weight_decay, "layer_decay": layer_decay, "keep": keep, "patience": patience,
@@ -175,11 +175,9 @@ def finetune(
             (kept / ".lock").unlink(missing_ok=True)
 
 
-def _check(*, dropout, precision, layer_decay, patience, seeds, keep) -> None:
+def _check(*, dropout, layer_decay, patience, seeds, keep) -> None:
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
     if keep not in ("best", "last"):
         raise ValueError(f"keep must be 'best' or 'last', got {keep!r}")
     if not 0 < layer_decay <= 1:

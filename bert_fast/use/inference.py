@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Encoding, Tokenizer, normalizers
 from torch import Tensor
 
 from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, special_ids, token_ids, vocabulary_rows
@@ -157,6 +157,7 @@ def encode_sentences(
     max_length: int | None = None,
     prompt: str | None = None,
     prompt_name: str | None = None,
+    long: str = "first",
     tokens: int = 8192,
     counts: Counter | None = None,
 ) -> Iterator[np.ndarray]:
@@ -164,22 +165,26 @@ def encode_sentences(
 
     ``model`` is a BertModel in evaluation mode. None stands for what :func:`sentence_recipe` says: ``pooling`` is
     "mean", over all tokens of the sentence with [CLS] and [SEP], "cls", the last hidden state at [CLS], or another of
-    :data:`bert_fast.use.pooling.POOLINGS`; ``normalize`` scales rows to length 1; sentences are cut to ``max_length``
-    tokens; ``prompt``, or that of the model's with ``prompt_name``, goes before each. Within windows of 8192 they are
-    sorted by length and packed, about ``tokens`` of them a batch, without padding; memory does not grow with their
-    number. ``counts`` gets "cut", "empty" and "surrogates", which became U+FFFD. Raises ValueError for a vector that
-    is not finite.
+    :data:`bert_fast.use.pooling.POOLINGS`; ``normalize`` scales rows to length 1; ``prompt``, or that of the model's
+    with ``prompt_name``, goes before each. Of a sentence of more than ``max_length`` tokens ``long`` "first" encodes
+    the first of them; "mean" cuts it into windows of so many, each with the special tokens and the prompt, and gives
+    the mean of their vectors, weighted by how many tokens each pools, scaled after. 8192 sentences at a time are sorted
+    by length and packed, about ``tokens`` tokens a batch, without padding; memory does not grow with their number.
+    ``counts`` gets "cut" (sentences) and "cut_tokens", or "windowed" (sentences) and "windows" of these, "empty", and
+    "surrogates", which became U+FFFD. Raises ValueError for a vector that is not finite.
     """
+    if long not in ("first", "mean"):
+        raise ValueError(f"long must be 'first' or 'mean', got {long!r}")
     recipe = sentence_recipe(
         model, pooling=pooling, normalize=normalize, max_length=max_length, prompt=prompt, prompt_name=prompt_name
     )
     counts = Counter() if counts is None else counts
-    tokenizer, in_front = _cutting(tokenizer, recipe)
+    tokenizer, in_front, windows_of = _cutting(tokenizer, recipe, long, counts)
     sentences, done = iter(sentences), 0
     while window := list(islice(sentences, WINDOW)):
         encodings = tokenizer.encode_batch_fast(_texts(window, recipe.prompt, counts))
-        counts["cut"] += sum(bool(encoding.overflowing) for encoding in encodings)
-        encoded = [encoding.ids for encoding in encodings]
+        parts = [windows_of(encoding) for encoding in encodings]
+        encoded = [ids for windows in parts for ids in windows]
         vectors = np.empty((len(encoded), len(recipe.pooling) * model.config.hidden_size), dtype=np.float32)
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         while order:
@@ -189,6 +194,9 @@ def encode_sentences(
                 count += 1
             batch, order = order[:count], order[count:]
             vectors[batch] = _vectors(model, [encoded[i] for i in batch], recipe, in_front).cpu().numpy()
+        vectors = _joined(vectors, parts, in_front)
+        if recipe.normalize:
+            vectors = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1).numpy()
         if not (finite := np.isfinite(vectors).all(axis=1)).all():
             number = done + int(finite.argmin()) + 1
             raise ValueError(
@@ -209,22 +217,44 @@ def _texts(window: list[str], prompt: str, counts: Counter) -> list[str]:
     return texts
 
 
-def _cutting(tokenizer: Tokenizer, recipe: Recipe) -> tuple[Tokenizer, int]:
-    """(a tokenizer that lower-cases and cuts as ``recipe`` says, how many tokens in front of each are not pooled)."""
+def _cutting(
+    tokenizer: Tokenizer, recipe: Recipe, long: str, counts: Counter
+) -> tuple[Tokenizer, int, Callable[[Encoding], list[list[int]]]]:
+    """(a tokenizer that lower-cases as ``recipe`` says, how many tokens in front of each are not pooled, and what makes
+    the windows of an encoding: one, but where ``long`` is "mean")."""
     tokenizer = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if recipe.lowercase:
         own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-    in_front, length = 0, recipe.max_length
+    length = recipe.max_length
     assert length is not None  # sentence_recipe gives one
-    if recipe.prompt and not recipe.include_prompt:
-        in_front = len(tokenizer.encode(recipe.prompt).ids) - 1  # [CLS] and the prompt, without its [SEP]
-        if in_front + 1 >= length:
-            raise ValueError(f"the prompt has {in_front} tokens, all are cut to {length}: no other is left")
-    tokenizer.enable_truncation(length)
-    return tokenizer, in_front
+    whole = len(tokenizer.encode(recipe.prompt).ids)  # [CLS], the prompt, [SEP]
+    if whole >= length and recipe.prompt and (long == "mean" or not recipe.include_prompt):
+        raise ValueError(f"the prompt has {whole - 1} tokens, all are cut to {length}: no other is left")
+    in_front = 0 if recipe.include_prompt or not recipe.prompt else whole - 1
+    again = len(tokenizer.encode(recipe.prompt, add_special_tokens=False).ids)
+    if long == "first":
+        tokenizer.enable_truncation(length)
+
+    def first(encoding: Encoding) -> list[list[int]]:
+        counts["cut"] += bool(encoding.overflowing)
+        counts["cut_tokens"] += sum(rest.special_tokens_mask.count(0) for rest in encoding.overflowing)
+        return [encoding.ids]
+
+    def every(encoding: Encoding) -> list[list[int]]:
+        ids, special = encoding.ids, encoding.special_tokens_mask
+        if len(ids) <= length:
+            return [ids]
+        begin, end = special.index(0) + again, len(ids) - special[::-1].index(0)
+        step = length - begin - (len(ids) - end)
+        windows = [ids[:begin] + ids[i : min(i + step, end)] + ids[end:] for i in range(begin, end, step)]
+        counts["windowed"] += 1
+        counts["windows"] += len(windows)
+        return windows
+
+    return tokenizer, in_front, first if long == "first" else every
 
 
 def _vectors(model, ids: list[list[int]], recipe: Recipe, skip: int) -> Tensor:
@@ -238,5 +268,17 @@ def _vectors(model, ids: list[list[int]], recipe: Recipe, skip: int) -> Tensor:
             cu_seq_lens_q=ends.int(),
             max_length_q=max(map(len, ids)),
         ).last_hidden_state[0]
-    vectors = pooled(hidden, ends, recipe.pooling, skip)
-    return torch.nn.functional.normalize(vectors, dim=1) if recipe.normalize else vectors
+    return pooled(hidden, ends, recipe.pooling, skip)
+
+
+def _joined(vectors: np.ndarray, parts: list[list[list[int]]], skip: int) -> np.ndarray:
+    """A row for each of ``parts``, sentences in windows, whose vectors are ``vectors`` one after the other: the mean,
+    weighted by the tokens that a window pools."""
+    if len(parts) == len(vectors):
+        return vectors
+    firsts = np.cumsum([0, *map(len, parts[:-1])])
+    weights = np.array([len(ids) - skip for windows in parts for ids in windows], dtype=np.float32)[:, None]
+    joined = np.add.reduceat(vectors * weights, firsts) / np.add.reduceat(weights, firsts)
+    alone = np.array([len(windows) == 1 for windows in parts])
+    joined[alone] = vectors[firsts[alone]]
+    return joined

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 import bert_fast
 from bert_fast import data
 from bert_fast.train.evaluation import evaluate
-from bert_fast.use.inference import encode_sentences, load_model, model_folder
+from bert_fast.use.inference import encode_sentences, load_model, model_folder, sentence_recipe
+from bert_fast.use.pooling import recipe_of
 
 TEXTS = ("The [MASK] statement is used to raise an exception.", "A [MASK] b [MASK] c.")
 
@@ -350,6 +352,121 @@ def test_how_many_sentences_were_cut_is_always_told(run, folder, tmp_path):
         found = run("encode", folder / "model", "--json", "--quiet", *flags, stdin=stdin).result
         assert (found["sentences"], found["cut"], found["seq"], found["empty"]) == (4, 2, 64, 1)
     assert "0 of 1 sentences were cut to 9 tokens" in run("encode", folder / "model", "--seq", 9, stdin="short").err
+
+
+LONG = [
+    {"pooling": "mean"},
+    {"pooling": "cls", "normalize": True, "length": 9},
+    {"pooling": ["max", "weightedmean"], "prompts": {"query": "A question: "}, "default": "query"},
+    {"pooling": "mean", "prompts": {"query": "A question: "}, "default": "query", "include_prompt": False},
+]
+
+
+@pytest.mark.parametrize("settings", LONG, ids=str)
+def test_long_mean_is_the_mean_of_windows_that_sentence_transformers_encodes(run, sentence_model, tmp_path, settings):
+    """Each window as a text of its own, weighted by its tokens: none is left out, and none is read twice."""
+    library = pytest.importorskip("sentence_transformers")
+    root = sentence_model(**{**settings, "normalize": False})
+    model = library.SentenceTransformer(str(root), device="cpu")
+    tokenizer, length = data.load_tokenizer(root), settings.get("length", 32)
+    words = ["[SEP]", *sorted(token for token in tokenizer.get_vocab() if token.isalpha())[:40]]  # a token each
+    texts = [" ".join(words[i % len(words)] for i in range(count)) for count in (150, 3, 40, 31)]
+    prompt = settings.get("prompts", {}).get("query", "")
+    room = length - 2 - len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+    expected, windows = [], 0
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        parts = [ids[i : i + room] for i in range(0, len(ids), room)]
+        windows += len(parts) if len(parts) > 1 else 0
+        vectors = model.encode([tokenizer.decode(part, skip_special_tokens=False) for part in parts])
+        pooled = length - room if settings.get("include_prompt", True) else 1  # [CLS], the prompt, [SEP]; or [SEP]
+        expected.append(np.average(vectors, axis=0, weights=[len(part) + pooled for part in parts]))
+    expected = np.array(expected)
+    flags = ["--normalize"] if settings.get("normalize") else []
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True) if flags else 1
+    argv = ("--out", tmp_path / "v.npy", "--long", "mean", *flags)
+    done = run("encode", root, *argv, "--json", stdin="".join(f"{text}\n" for text in texts))
+    assert done.code == 0, done.err
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5, rtol=1e-5)
+    found = done.result
+    assert (found["windowed"], found["windows"], found["cut"], found["cut_tokens"]) == (
+        sum(len(tokenizer.encode(text, add_special_tokens=False).ids) > room for text in texts), windows, 0, 0,
+    )  # fmt: skip
+    shown = run("encode", root, *argv, stdin="".join(f"{text}\n" for text in texts)).out
+    assert f"have more than {length} tokens: means over their {windows} windows" in shown
+
+
+def test_tokens_that_are_cut_are_counted(run, folder):
+    tokenizer = data.load_tokenizer(folder / "tok")
+    texts = ["short", "long " * 90, "longer and longer " * 50]
+    done = run("encode", folder / "model", "--json", stdin="\n".join(texts))
+    lost = sum(max(0, len(tokenizer.encode(text).ids) - 64) for text in texts)
+    assert (done.result["cut"], done.result["cut_tokens"], done.result["windows"]) == (2, lost, 0)
+    assert f"; {lost:,} tokens were left out" in run("encode", folder / "model", stdin="\n".join(texts)).err
+
+
+def test_precision(run, folder, monkeypatch):
+    lines = "".join(line.replace("\n", " ") + "\n" for line in sentences(folder, 20))
+
+    def vectors(*flags):
+        done = run("encode", folder / "model", "--json", *flags, stdin=lines)
+        assert done.code == 0, done.err
+        return np.array([x["vector"] for x in done.lines if x["kind"] == "vector"]), done.result["dtype"]
+
+    own, dtype = vectors()
+    assert dtype == "float32"
+    assert np.array_equal(vectors("--precision", "fp32")[0], own)
+    half, dtype = vectors("--precision", "bf16")
+    assert dtype == "bfloat16"
+    cosine = (half * own).sum(1) / np.linalg.norm(half, axis=1) / np.linalg.norm(own, axis=1)
+    assert 0.99 < cosine.min() < 1 - 1e-7
+    for unit, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("bert_fast.devices.has_matrix_unit", lambda device, dtype, unit=unit: unit)
+        assert vectors("--precision", "auto")[1] == expected
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_sentence_transformers_folder_that_is_written_gives_the_same_vectors(
+    run, folder, sentence_model, tmp_path, settings
+):
+    library = pytest.importorskip("sentence_transformers")
+    root, written = sentence_model(**settings), tmp_path / "written"
+    lines = [line.replace("\n", " ") for line in sentences(folder, 20)] + ["CAPITAL Letters of The Statement"]
+    argv = ("--save-sentence-transformer", written, "--out", tmp_path / "v.npy")
+    assert run("encode", root, *argv, stdin="".join(f"{line}\n" for line in lines)).code == 0
+    found = np.load(tmp_path / "v.npy")
+    expected = library.SentenceTransformer(str(written), device="cpu").encode(lines)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+    recipes = [sentence_recipe(load_model(bert_fast.BertModel, made)[0]) for made in (written, root)]
+    assert recipes[0] == recipes[1]
+    assert run("encode", written, "--out", tmp_path / "again.npy", stdin="".join(f"{x}\n" for x in lines)).code == 0
+    assert np.array_equal(np.load(tmp_path / "again.npy"), found)
+
+
+def test_a_folder_of_flags_alone_is_written_without_text_and_nothing_is_overwritten(run, folder, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    flags = ("--pooling", "max", "--normalize", "--seq", 20, "--prompt", "Ask: ", "--long", "mean")
+    done = run("encode", folder / "model", *flags, "--save-sentence-transformer", tmp_path / "made")
+    assert (done.code, done.out) == (0, "")
+    assert "--long mean is not in" in done.err
+    recipe = recipe_of(tmp_path / "made")
+    assert (recipe.pooling, recipe.normalize, recipe.max_length, recipe.prompt) == (("max",), True, 20, "Ask: ")
+    plain = run("encode", folder / "model", *flags[:-2], stdin="What is it?\n").lines[0]["vector"]
+    vector = library.SentenceTransformer(str(tmp_path / "made"), device="cpu").encode(["What is it?"])[0]
+    np.testing.assert_allclose(vector, plain, atol=1e-5)
+    again = run("encode", folder / "model", "--save-sentence-transformer", tmp_path / "made")
+    assert again.code == 1
+    assert "is there already" in again.err
+    assert recipe_of(tmp_path / "made") == recipe
+
+
+def test_a_pooler_that_was_drawn_at_random_is_not_written(run, folder, tmp_path):
+    model = bert_fast.BertModel.from_pretrained(folder / "model", add_pooling_layer=False)
+    model.save_pretrained(tmp_path / "bare")
+    data.save_tokenizer(data.load_tokenizer(folder / "tok"), tmp_path / "bare")
+    assert run("encode", tmp_path / "bare", "--save-sentence-transformer", tmp_path / "made").code == 0
+    with safe_open(tmp_path / "made" / "model.safetensors", "pt") as file:
+        assert {*file.keys()} == {*model.state_dict()}
 
 
 @pytest.mark.parametrize(
