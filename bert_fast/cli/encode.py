@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bert_fast.cli.device import add_device_argument, chosen_device
 from bert_fast.cli.lines import decoded, numbered_lines
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
         if options.file is None and options.out is None:
             return
     if options.precision is not None:  # after saving, which keeps the weights as they are
-        model.to(torch.bfloat16 if in_bfloat16(options.precision, model.device) else torch.float32)
+        cast(Any, model).to(torch.bfloat16 if in_bfloat16(options.precision, model.device) else torch.float32)
     facts["dtype"] = str(model.dtype).removeprefix("torch.")
     counts: Counter[str] = Counter()
     with open(options.file, "rb") if options.file else nullcontext(sys.stdin.buffer) as stream:
