@@ -1,11 +1,15 @@
-"""The examples for other people's programs: what they train by one line is what transformers' classes train."""
+"""The examples: what other people's programs train by one line is what transformers' classes train, and the way to a
+domain runs from its first line to its last."""
 
 import importlib
+import json
+import runpy
 import sys
 
 import pytest
 
 import bert_fast
+from bert_fast.data import read_documents, save_tokenizer, train_tokenizer
 from tests.support.documents import ROOT
 
 TASKS = ("classify", "tokens", "answers", "choice", "words")
@@ -58,3 +62,44 @@ def test_sentence_transformers_learns_which_belong_together(example, tmp_path):
     plain, cached = (example("sentence_vectors", "--out", tmp_path, *argv) for argv in ((), ("--cached",)))
     assert plain["score"] == cached["score"] == 1
     assert plain["losses"] == pytest.approx(cached["losses"], rel=1e-2)
+
+
+def test_the_notebook_is_its_script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    notebook = importlib.import_module("notebook").notebook
+    script = (ROOT / "examples" / "domain.py").read_text(encoding="utf-8")
+    written = (ROOT / "examples" / "domain.ipynb").read_text(encoding="utf-8")
+    assert written == notebook(script), "python scripts/notebook.py examples/domain.py writes it anew"
+    cells = json.loads(written)["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(f"# %%\n{text}\n" in script for text in code)
+    assert len(code) == script.count("# %%\n")
+    assert cells[0]["source"][0] == "# An encoder for your domain\n"
+    with pytest.raises(ValueError, match="begins with # %%"):
+        notebook("import os\n")
+
+
+@pytest.mark.slow
+def test_the_way_to_a_domain(tmp_path, monkeypatch, capsys):
+    documents = read_documents()[:40]
+    tokenizer = train_tokenizer((sentence for document in documents for sentence in document), 500)
+    config = bert_fast.BertConfig(
+        vocab_size=500, num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    bert_fast.BertForPreTraining(config).save_pretrained(tmp_path / "base")
+    save_tokenizer(tokenizer, tmp_path / "base")
+    (tmp_path / "corpus").mkdir()
+    for number, document in enumerate(read_documents()[40:]):
+        (tmp_path / "corpus" / f"{number}.txt").write_text("\n".join(document), encoding="utf-8")
+    for name, value in {"BASE": tmp_path / "base", "CORPUS": tmp_path / "corpus", "OUT": tmp_path / "out",
+                        "STEPS": 6, "SEQ": 32}.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    found = runpy.run_path(str(ROOT / "examples" / "domain.py"), run_name="__main__")
+    assert found["manifest"]["documents"] == len(read_documents()) - 40
+    assert found["facts"]["updates"] == 6
+    assert len(found["held_out"]) == 3
+    assert found["vectors"].shape == (2, 32)
+    assert set(found["scores"]) == {"adapted", "base"}
+    assert bert_fast.BertForMaskedLM.from_pretrained(tmp_path / "out" / "run" / "model").config.vocab_size == 800
+    assert "300 pieces are new" in capsys.readouterr().err
