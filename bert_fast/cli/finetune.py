@@ -12,7 +12,15 @@ from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, add_command, writable_folder
 
-TASKS = ("auto", "classify", "multilabel", "regress")  # those of bert_fast.tasks.task, which imports torch
+TASKS = (
+    "auto",
+    "classify",
+    "multilabel",
+    "regress",
+    "tokens",
+    "qa",
+    "choice",
+)  # those of bert_fast.tasks.task, which imports torch
 
 
 def add_parser(subparsers) -> None:
@@ -23,8 +31,10 @@ def add_parser(subparsers) -> None:
         run,
         "train a pre-trained model for a task, from labelled examples",
         details="Measures on the validation examples after each epoch, keeps the best epoch, and writes a Hugging Face "
-        "folder. The task is guessed from the labels: lists are learnt as multilabel, numbers of which some have a "
-        "fraction as regress, others as classify. Files are .tsv, .csv, .jsonl or .parquet. Columns of a table are "
+        "folder. The task is guessed from the examples: words with tags (columns as CoNLL's in .conll, .conllu, "
+        ".iob, .bio or .txt; tokens and tags or ner_tags) are learnt as tokens, SQuAD's .json and its fields as qa, "
+        "endings or choices as choice, labels that are lists as multilabel, numbers of which some have a fraction as "
+        "regress, others as classify. Other files are .tsv, .csv, .jsonl or .parquet. Columns of a table are "
         "named (the first line is then a header), or numbered from 0 (there is none), -1 being the last; by default "
         "text is the first column and label the last, of JSON lines and Parquet those of that name. Labels that are "
         "one value, as 1 and 1.0, are one class. A head that MODEL has keeps its rows for the labels that it names. "
@@ -33,6 +43,9 @@ def add_parser(subparsers) -> None:
         examples="""
 bert-fast finetune run --train sst2/train.tsv --validation sst2/dev.tsv --out sentiment
 bert-fast finetune run --train mnli.csv --validation dev.csv --text premise --pair hypothesis --label gold --out nli
+bert-fast finetune run --train train.conll --validation dev.conll --out names
+bert-fast finetune run --train train-v2.0.json --validation dev-v2.0.json --out answers
+bert-fast finetune run --train swag/train.csv --validation swag/val.csv --out choices
 bert-fast finetune run --train train.tsv --validation dev.tsv --seeds 5 --patience 2
 bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    # what pre-training is worth""",
     )
@@ -41,17 +54,19 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
     parser.add_argument("--validation", metavar="FILE", required=True, help="examples to measure on")
     parser.add_argument("--out", metavar="DIR", help="where the model goes (default: it is measured, not kept)")
     parser.add_argument("--task", choices=TASKS, default="auto", help="what is learnt")
-    parser.add_argument("--text", metavar="COLUMN", help="column or key of the sentence")
+    parser.add_argument("--text", metavar="COLUMN", help="column or key of the sentence, or of the words")
     parser.add_argument("--pair", metavar="COLUMN", help="column or key of the second sentence of a pair")
     parser.add_argument(
         "--label", metavar="COLUMN", action="append",
-        help="column or key of the label; given several times, columns of 0 and 1 whose names are the labels",
+        help="column or key of the label, or of the tags; given several times, columns of 0 and 1 whose names are "
+        "the labels",
     )  # fmt: skip
     parser.add_argument("--epochs", metavar="N", type=float, default=3.0, help="times through the examples")
     parser.add_argument("--batch-size", metavar="N", type=positive, default=32, help="examples an update")
     parser.add_argument("--lr", metavar="LR", type=float, default=3e-5, help="highest learning rate")
     parser.add_argument("--warmup", metavar="SHARE", type=float, default=0.1, help="share of updates to warm up")
-    parser.add_argument("--seq", metavar="N", type=int, help="cut examples to N tokens (default: 128)")
+    parser.add_argument("--seq", metavar="N", type=int, help="tokens of a sequence, to which examples are cut, "
+                        "or in windows of which they are read (default: 128, of qa 384)")  # fmt: skip
     parser.add_argument("--dropout", metavar="P", type=float, help="dropout while it learns (default: the model's)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the new weights, the order and dropout")
     parser.add_argument("--seeds", metavar="N", type=positive, default=1, help="train so often, from --seed on; the "
@@ -66,6 +81,10 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
                         "pooler anew")  # fmt: skip
     parser.add_argument("--class-weights", metavar="W", help="balanced, or LABEL=WEIGHT,...: what each label's loss is "
                         "multiplied by (classify)")  # fmt: skip
+    parser.add_argument("--overlap", metavar="N", type=int, help="pieces that windows over a long text share (tokens, "
+                        "qa; default: 128, at most half a window)")  # fmt: skip
+    parser.add_argument("--longest-answer", metavar="N", type=positive, help="pieces of an answer, at most (qa; "
+                        "default: 30)")  # fmt: skip
     parser.add_argument("--checkpoint-every", metavar="N", type=positive, help="updates (default: an epoch)")
     parser.add_argument("--from-scratch", action="store_true", help="random weights in place of the model's")
     add_device_argument(parser)
@@ -90,10 +109,11 @@ def _finetune(options: argparse.Namespace) -> None:
     out = Output.of(options)
     columns = {"text": options.text, "pair": options.pair, "label": options.label}
     task, train, validation = read_task(
-        options.task, options.train, options.validation, columns=columns, class_weights=_weights(options.class_weights)
-    )
+        options.task, options.train, options.validation, columns=columns, class_weights=_weights(options.class_weights),
+        overlap=options.overlap, longest_answer=options.longest_answer,
+    )  # fmt: skip
     if options.task == "auto":
-        out.note(f"the task is {task.name}, by the labels (--task says otherwise)")
+        out.note(f"the task is {task.name}, by the examples (--task says otherwise)")
     model = model_folder(options.model, out)
     if options.out is not None:
         folder = Path(options.out)
@@ -140,6 +160,8 @@ def _text(task: Any, found: dict, options: argparse.Namespace) -> str:
     lines = [f"{task.told(found)} on {found['examples']:,} examples, after {found['epochs']:g} epochs"]
     if "majority" in found:
         lines[0] += f" (the most frequent label: {100 * found['majority']:.2f} %)"
+    if "chance" in found:
+        lines[0] += f" (guessing: {100 * found['chance']:.2f} %)"
     if found["best_epoch"] != found["epochs"]:
         lines.append(f"the best epoch is kept, {found['best_epoch']:g}")
     if "seeds" in found:
@@ -148,18 +170,21 @@ def _text(task: Any, found: dict, options: argparse.Namespace) -> str:
             f"{seeds['metric']} of {len(seeds['values'])} seeds: {seeds['mean']:.4f}, deviation "
             f"{seeds['deviation']:.4f}; the best one is kept"
         )
-    if told := _of_the_examples(found):
+    if told := _of_the_examples(task, found):
         lines.append(told)
     if options.out is not None:
         lines.append(f"{options.out}: the model, as a Hugging Face folder")
     return "\n".join(lines)
 
 
-def _of_the_examples(found: dict) -> str:
+def _of_the_examples(task: Any, found: dict) -> str:
     """What of the examples was cut, is empty or stands in both files; empty where nothing."""
     counts = {
-        f"training examples cut to {found['seq']} tokens": found["cut"]["train"],
-        f"validation examples cut to {found['seq']} tokens": found["cut"]["validation"],
+        **{
+            f"{part} {what.format(seq=found['seq'])}": found.get(name, {}).get(key)
+            for name, what in task.counted.items()
+            for part, key in (("training", "train"), ("validation", "validation"))
+        },
         "empty texts": found.get("empty"),
         "validation examples with texts of training examples": found.get("shared"),
     }

@@ -374,12 +374,26 @@ class BertForMultipleChoice(BertPreTrainedModel, hf.BertForMultipleChoice):
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         with naming(lambda: misplaced(self.config, mask, **given)):
-            outputs, pooled = _pooled(
-                self, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+            outputs, scores = self.score(
+                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
             )
-        logits = self.classifier(self.dropout(pooled)).view(-1, choices)
+        logits = scores.view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         return MultipleChoiceModelOutput(loss=loss, logits=logits, **_extras(outputs))
+
+    def score(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Unpack[ModelKwargs],
+    ) -> tuple[Any, Tensor]:
+        """(the encoder's outputs, the scores (N, 1) of N choices), each a sequence as BertModel takes them, packed or
+        not: examples may have different numbers of choices."""
+        outputs, pooled = _pooled(self, kwargs, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return outputs, self.classifier(self.dropout(pooled))
 
 
 class BertForTokenClassification(BertPreTrainedModel, hf.BertForTokenClassification):

@@ -18,11 +18,14 @@ from bert_fast.data.tokenizer import save_tokenizer
 from bert_fast.devices import in_bfloat16
 from bert_fast.run.process import locked
 from bert_fast.run.weights import silent_transformers
+from bert_fast.tasks.choice import Choice
 from bert_fast.tasks.examples import fractions
 from bert_fast.tasks.network import Network, make_network
 from bert_fast.tasks.prediction import own_tokenizer
+from bert_fast.tasks.questions import Question
 from bert_fast.tasks.task import TASKS, Task, make_task, task_class
 from bert_fast.tasks.training import Parts, Settings, State, Training, rank, require_same
+from bert_fast.tasks.words import Sentence
 from bert_fast.train.distributed import Ranks
 from bert_fast.use.inference import model_folder
 
@@ -47,8 +50,12 @@ class _Plan:
 
 
 def guess_task(examples: Sequence[Any]) -> str:
-    """The task of labelled sentences: "multilabel" where labels are lists, "regress" where they are numbers and some
-    have a fraction, else "classify". ValueError where the first alone is no number: the name of a column."""
+    """The task of examples: "tokens" of Sentences, "qa" of Questions, "choice" of Choices. Of labelled sentences it is
+    "multilabel" where labels are lists, "regress" where they are numbers and some have a fraction, else "classify".
+    ValueError where the first alone is no number: the name of a column."""
+    kinds: dict[type, str] = {Sentence: "tokens", Question: "qa", Choice: "choice"}
+    if type(examples[0]) in kinds:
+        return kinds[type(examples[0])]
     labels = [example.label for example in examples]
     if any(isinstance(label, tuple) for label in labels):
         return "multilabel"
@@ -130,7 +137,8 @@ def finetune(
     the task's metrics       of the best epoch on ``validation``, with "loss", and what else the task tells
     task, examples, labels   its name; how many ``validation`` has; the names of the classes
     epochs, best_epoch, history   as trained; the epoch that was kept; the measures of each
-    seq, cut                 ``max_length``; how many examples of "train" and of "validation" were cut
+    seq, cut                 ``max_length``; how many examples of "train" and of "validation" were cut, and what else
+                             the task counts (:attr:`.Task.counted`)
     head                     where the weights of the head come from, in words
     precision, skipped       as trained; updates that were left out because they were not finite
     seeds                    of several: "values" of the metric by seed, their "mean" and "deviation" (of the sample)
@@ -248,6 +256,7 @@ def _one_seed(plan: _Plan, seed: int, tell, warn, on_step, on_epoch) -> tuple[di
     state = training.run(on_step, on_epoch)
     if state.skipped:
         warn(f"{state.skipped:,} of {state.step:,} updates were left out: their loss or gradient was not finite")
+    network.model.config.update(task.learnt(state.history[state.best]))
     return _result(plan, state, network.head, length, counts), network
 
 

@@ -67,7 +67,7 @@ def rows_of(source: Source, columns: Columns) -> Iterator[Row]:
     if source.kind in (".jsonl", ".ndjson"):
         return _from_json(source.name, source.lines, columns)
     quoted = source.kind == ".csv"
-    fields = _csv_rows(source.name, source.lines) if quoted else tsv_rows(source.lines)
+    fields = csv_rows(source.name, source.lines) if quoted else tsv_rows(source.lines)
     return _from_table(source.name, fields, columns, quoted=quoted)
 
 
@@ -110,19 +110,25 @@ def _from_json(path: str, lines: Iterable[str], columns: Columns) -> Iterator[Ro
 
 
 def _from_parquet(path: str, columns: Columns) -> Iterator[Row]:
-    parquet = extras.load("pyarrow.parquet")
     names = [name for name in (*columns.texts, *columns.labels) if name is not None]
+    for where, values in parquet_rows(path, names):
+        texts = tuple(None if name is None else values[name] for name in columns.texts)
+        yield Row(where, texts, tuple(values[name] for name in columns.labels))
+
+
+def parquet_rows(path: str, names: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, values by name) of every row, of the columns ``names`` or of all; ValueError where one is not there."""
+    parquet = extras.load("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
-            if missing := [name for name in names if name not in file.schema_arrow.names]:
+            if missing := [name for name in names or () if name not in file.schema_arrow.names]:
                 has = ", ".join(file.schema_arrow.names)
                 raise ValueError(f"{path}: no column {missing[0]!r} among its own: {has}")
             number = 0
-            for batch in file.iter_batches(columns=sorted(set(names))):
+            for batch in file.iter_batches(columns=None if names is None else sorted(set(names))):
                 for values in batch.to_pylist():
                     number += 1
-                    texts = tuple(None if name is None else values[name] for name in columns.texts)
-                    yield Row(f"{path}, row {number}", texts, tuple(values[name] for name in columns.labels))
+                    yield f"{path}, row {number}", values
     except extras.load("pyarrow").ArrowException as error:
         raise ValueError(f"{path} is no Parquet file that can be read: {error}") from error
 
@@ -134,7 +140,7 @@ def tsv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
             yield number, line.split("\t")
 
 
-def _csv_rows(path: str, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: str, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """(last line, fields) of every row that is not blank."""
     rows = csv.reader((f"{line}\n" for line in lines), strict=True)
     while True:

@@ -19,6 +19,9 @@ TASKS = {
     "classify": ("sentences", "Classify"),
     "multilabel": ("sentences", "Multilabel"),
     "regress": ("sentences", "Regress"),
+    "tokens": ("tokens", "Tokens"),
+    "qa": ("answers", "Answers"),
+    "choice": ("choice", "Choose"),
 }
 
 
@@ -54,6 +57,7 @@ class Task:
     max_length  tokens that sequences are cut to where the user does not say
     options  the names of what ``__init__`` takes, as keywords of ``finetune``
     named    whether the head's rows have names; where not, they are ``rows``
+    counted  what :meth:`encode` counts, in words: "{seq}" is the length of sequences
     labels   these names, once settled
     """
 
@@ -65,6 +69,7 @@ class Task:
     options: ClassVar[tuple[str, ...]] = ()
     named: ClassVar[bool] = True
     rows: ClassVar[int] = 1
+    counted: ClassVar[dict[str, str]] = {"cut": "examples cut to {seq} tokens"}
     labels: list[str]
 
     @classmethod
@@ -103,6 +108,10 @@ class Task:
 
     def config(self) -> dict[str, Any]:
         """Fields of the model's configuration beside its labels."""
+        return {}
+
+    def learnt(self, metrics: dict) -> dict[str, Any]:
+        """Fields of the model's configuration that the best epoch's ``metrics`` found."""
         return {}
 
     def encode(self, examples: list, tokenizer: Tokenizer, max_length: int, counts: Counter) -> list[Item]:
