@@ -11,7 +11,8 @@ KINDS = (".png", ".svg", ".pdf")
 
 
 def picture_path(out: str | Path) -> Path:
-    """``out``; ValueError where its name does not end as a picture's."""
+    """``out``; ValueError where its name does not end as a picture's, ExtraMissing where matplotlib is not there."""
+    extras.load("matplotlib")
     path = Path(out)
     if path.suffix.lower() not in KINDS:
         raise ValueError(f"{path}: the picture's name must end with .png, .svg or .pdf")

@@ -51,16 +51,18 @@ bert-fast evaluate sentiment --data dev.tsv --plot confusion.png""",
     labelled = parser.add_argument_group("on labelled examples")
     labelled.add_argument("--text", metavar="COLUMN", help="column or key of the text, as in finetune")
     labelled.add_argument("--pair", metavar="COLUMN", help="column or key of the second text of a pair")
-    labelled.add_argument("--label", metavar="COLUMN", help="column or key of the label")
+    labelled.add_argument(
+        "--label", metavar="COLUMN", action="append", help="column or key of the label; several as in finetune"
+    )
     labelled.add_argument("--worst", metavar="N", type=positive, help="errors to show (default: 10)")
     labelled.add_argument(
         "--plot", metavar="FILE", help="a picture of the confusion matrix or scores: .png, .svg, .pdf"
     )
     labelled.add_argument(
         "--threshold",
-        metavar="P",
+        metavar="X",
         type=float,
-        help="the probability from which a label is said, where any number may be",
+        help="as in predict",
     )
     parser.add_argument(
         "--seq",
@@ -113,8 +115,8 @@ def _on_labelled_examples(options: argparse.Namespace) -> None:
     found = judge(trained.task, examples, predictions, places, options.worst or 10)
     facts = {"model": options.model, "data": options.data, "task": trained.task.name, "seq": trained.max_length}
     text = f"{options.data}: {trained.task.name}\n{found.text()}"
-    if told := "; ".join(f"{number:,} {what}" for what, number in counts.items() if number):
-        text += f"\n{told} (sequences of up to {trained.max_length} tokens)"
+    if told := trained.told(counts):
+        text += f"\n{told}"
     if picture is not None:
         plot_judgement(found, picture, f"{options.model} on {options.data}")
         facts, text = facts | {"plot": str(picture)}, f"{text}\n{picture}: the picture"

@@ -40,7 +40,7 @@ bert-fast predict nli pairs.csv --text premise --pair hypothesis --out nli.jsonl
     parser.add_argument("file", metavar="FILE", nargs="?", default="-", help="examples; - is stdin")
     parser.add_argument(
         "--read-as",
-        choices=("text", "tsv", "csv", "jsonl"),
+        choices=("text", "tsv", "csv", "jsonl", "conll"),
         help="the form of the examples (default: by FILE's name, else text)",
     )
     parser.add_argument("--text", metavar="COLUMN", help="column or key of the text, as in finetune")
@@ -50,9 +50,10 @@ bert-fast predict nli pairs.csv --text premise --pair hypothesis --out nli.jsonl
     parser.add_argument("--top-k", metavar="K", type=positive, help="the K most probable labels alone")
     parser.add_argument(
         "--threshold",
-        metavar="P",
+        metavar="X",
         type=float,
-        help="the probability from which a label is said, where any number may be",
+        help="of multilabel the probability from which a label is said (default: 0.5); of qa how far there being no "
+        "answer must score above the best one to be said (default: as learnt)",
     )
     parser.add_argument(
         "--seq", metavar="N", type=int, help="cut examples to N tokens (default: as in fine-tuning, else its positions)"
@@ -68,6 +69,8 @@ def run(options: argparse.Namespace) -> None:
     from bert_fast.tasks.trained import load_trained, predict
 
     out = Output.of(options)
+    if options.json and options.format == "tsv" and options.out is None:
+        raise ValueError("--json fills stdout with JSON lines: give a table a file with --out")
     if options.out is not None:
         writable_folder(Path(options.out).parent)
     trained = load_trained(
@@ -88,22 +91,23 @@ def run(options: argparse.Namespace) -> None:
         count = int(bar.done)
         if not count:
             raise ValueError("no examples: the input is empty")
-    told = f"{counts.pop('cut', 0):,} of {count:,} examples were cut to {trained.max_length} tokens"
-    told += "".join(f"; {number:,} {what}" for what, number in counts.items() if number)
+    told = "; ".join(filter(None, (f"{count:,} predictions of {trained.task.name}", trained.told(counts))))
     facts = {"task": trained.task.name, "examples": count, "seq": trained.max_length, "out": options.out}
     if options.out is None and not options.json:  # stdout holds predictions alone
         out.note(told)
     else:
-        out.result(facts | counts, f"{options.out}: {count:,} predictions of {trained.task.name}; {told}")
+        out.result(facts | counts, f"{options.out}: {told}")
 
 
 def _source(options: argparse.Namespace, out: Output, stream: Any) -> Any:
     """What examples are read from, as they are read."""
-    from bert_fast.tasks.tables import KINDS, Source
+    from bert_fast.tasks.tables import KINDS, WHOLE, Source
+    from bert_fast.tasks.words import COLUMNS
 
     name, suffix = options.file, Path(options.file).suffix.lower()
-    kind = f".{options.read_as}" if options.read_as else suffix if suffix in KINDS else ".text"
-    if kind == ".parquet":
+    known = {*KINDS, *WHOLE, *COLUMNS} - {".txt"}
+    kind = f".{options.read_as}" if options.read_as else suffix if suffix in known else ".text"
+    if kind in WHOLE:
         return Source(name, kind)
     name = "stdin" if name == "-" else name
     lines = (decoded(line, f"{name}, line {number}") for number, line in numbered_lines(stream, name, out))
@@ -114,7 +118,7 @@ def _top(line: dict, count: int | None) -> dict:
     """``line`` with the ``count`` most probable labels, best first."""
     if count is None:
         return line
-    if "probabilities" not in line:
+    if not isinstance(line.get("probabilities"), dict):
         raise ValueError("--top-k is for labels with probabilities, which this task does not have")
     best = sorted(line["probabilities"].items(), key=lambda found: -found[1])[:count]
     return line | {"probabilities": dict(best)}
@@ -126,16 +130,15 @@ def _writer(options: argparse.Namespace, out: Output, file: BinaryIO | None) -> 
 
     def write(line: dict) -> None:
         nonlocal count
-        if file is None and options.format == "jsonl":
-            out.json_line({"kind": "prediction", "index": count, **line})
+        if options.format == "tsv":
+            rows = ([] if count else ["\t".join(line)]) + ["\t".join(map(_cell, line.values()))]
+            text = "".join(f"{row}\n" for row in rows)
         else:
-            texts = [json.dumps({"index": count, **line}, ensure_ascii=False)] if options.format == "jsonl" else (
-                ([] if count else ["\t".join(line)]) + ["\t".join(map(_cell, line.values()))])  # fmt: skip
-            text = "".join(f"{text}\n" for text in texts)
-            if file is None:
-                sys.stdout.write(text)
-            else:
-                file.write(text.encode("utf-8", "surrogatepass"))
+            text = json.dumps({"kind": "prediction", "index": count, **line}, ensure_ascii=False) + "\n"
+        if file is None:
+            print(text, end="", flush=True)
+        else:
+            file.write(text.encode())
         count += 1
 
     return write

@@ -5,7 +5,7 @@ Source: transformers' run_qa.py and utils_qa.py; SQuAD's evaluate-v1.1.py and ev
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from bert_fast.model import BertForQuestionAnswering
-from bert_fast.tasks.questions import Question, read_questions
+from bert_fast.tasks.questions import Question, read_questions, unlabelled_questions
 from bert_fast.tasks.records import counted_in, names_of, refuse_columns
 from bert_fast.tasks.squad import best_threshold, measured
+from bert_fast.tasks.tables import Source
 from bert_fast.tasks.task import Item, Task
 from bert_fast.tasks.windows import OVERLAP, Window, windows
 
@@ -141,7 +142,7 @@ class Answers(Task):
         BertForQuestionAnswering,
         "qa_outputs",
         "f1",
-        ("overlap", "longest_answer"),
+        ("overlap", "longest_answer", "threshold"),
     )
     named, rows, max_length = False, 2, 384
     counted: ClassVar[dict[str, str]] = {
@@ -150,9 +151,9 @@ class Answers(Task):
         "unfound": "questions whose answers no piece of their contexts is: the loss leaves them out",
     }
 
-    def __init__(self, overlap: int = OVERLAP, longest_answer: int = LONGEST_ANSWER):
+    def __init__(self, overlap: int = OVERLAP, longest_answer: int = LONGEST_ANSWER, threshold: float | None = None):
         self.overlap, self.longest_answer = overlap, longest_answer
-        self.unanswerable, self.threshold = False, None
+        self.unanswerable, self.threshold = False, threshold
         self.odd: dict[str, Counter] = {}  # of each file that was read
 
     @classmethod
@@ -165,6 +166,10 @@ class Answers(Task):
         self.odd[str(path)] = Counter()
         return read_questions(path, counts=self.odd[str(path)])
 
+    def unlabelled(self, source: Source, *, text: str | None = None, pair: str | None = None) -> Iterator[Question]:
+        """``text`` names the key or column of the question, ``pair`` that of its context."""
+        return unlabelled_questions(source, text, pair)
+
     def settle(self, train: list, validation: list) -> tuple[list, list, list[str]]:
         if not any(question.answers for question in train):
             raise ValueError("no training question has an answer")
@@ -175,7 +180,8 @@ class Answers(Task):
         return train, validation, told
 
     def restore(self, config: PreTrainedConfig) -> None:
-        self.threshold = getattr(config, "no_answer_threshold", None)
+        if self.threshold is None:
+            self.threshold = getattr(config, "no_answer_threshold", None)
         self.unanswerable = self.threshold is not None
         self.overlap = getattr(config, "window_overlap", self.overlap)
         self.longest_answer = getattr(config, "longest_answer", self.longest_answer)

@@ -5,7 +5,7 @@ commonsense_qa and openbookqa.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bert_fast.model import BertForMultipleChoice
-from bert_fast.tasks.records import names_of, records, refuse_columns
+from bert_fast.tasks.records import names_of, records, records_of, refuse_columns
+from bert_fast.tasks.tables import Source
 from bert_fast.tasks.task import Item, Task
 from bert_fast.text import well_formed
 
@@ -43,13 +44,13 @@ def read_choices(path: str | Path) -> list[Choice]:
     choices' own "label" says. The question, where there is a context, goes before each choice. Raises ValueError naming
     the line that does not fit, FileNotFoundError where there is no file.
     """
-    found = [_choice(where, record) for where, record in records(path)]
+    found = [_choice(where, record, labelled=True) for where, record in records(path)]
     if not found:
         raise ValueError(f"{path} holds no example")
     return found
 
 
-def _choice(where: str, record: dict) -> Choice:
+def _choice(where: str, record: dict, *, labelled: bool) -> Choice:
     nested = record.get("question")
     if isinstance(
         nested, dict
@@ -65,7 +66,7 @@ def _choice(where: str, record: dict) -> Choice:
     return Choice(
         (question if context is None else context) or "",
         tuple(f"{before}{text}".strip() for text in texts),
-        _label(record, len(texts), names, where),
+        _label(record, len(texts), names, where) if labelled else None,
         where,
     )
 
@@ -144,6 +145,10 @@ class Choose(Task):
     def read(self, path: str | Path, **columns) -> list[Choice]:
         refuse_columns(self.name, columns)
         return read_choices(path)
+
+    def unlabelled(self, source: Source, *, text: str | None = None, pair: str | None = None) -> Iterator[Choice]:
+        refuse_columns(self.name, {"text": text, "pair": pair})
+        return (_choice(where, record, labelled=False) for where, record in records_of(source))
 
     def settle(self, train: list, validation: list) -> tuple[list, list, list[str]]:
         told = []

@@ -48,6 +48,11 @@ def _parts(tag: str, scheme: str) -> tuple[str, str]:
     return prefix, found[2] or ""
 
 
+def kind_of(tag: str, scheme: str | None) -> str:
+    """What a tag without its prefix is a kind of; the tag itself where no ``scheme`` marks entities."""
+    return tag if scheme is None or tag == "O" else _parts(tag, scheme)[1]
+
+
 def entities(tags: Sequence[str], scheme: str) -> list[Entity]:
     """The entities of a sentence's ``tags``. One begins at a B or S, after an O, E or S, and where the kind changes."""
     found: list[Entity] = []

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from bert_fast import extras
 from bert_fast.data.files import write_atomically
 from bert_fast.output import Output
 from bert_fast.tasks.examples import Example
@@ -75,6 +76,8 @@ def run_glue(
     again. ``settings`` are what else a run depends on (any JSON): ValueError where ``out`` has runs by others, or of
     other files. A loss that is not finite ends that run alone.
     """
+    for name in ("sklearn.metrics", "scipy.stats"):  # what is missing is told before hours of training
+        extras.load(name)
     output, done, absent = output or Output(), [], {}
     for task in tasks:
         if missing := missing_files(data, task):

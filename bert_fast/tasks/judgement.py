@@ -14,8 +14,13 @@ import numpy as np
 
 from bert_fast import extras
 from bert_fast.pictures import written_picture
+from bert_fast.tasks.answers import Answers
+from bert_fast.tasks.choice import Choose
+from bert_fast.tasks.entities import kind_of
 from bert_fast.tasks.sentences import Classify, Multilabel, Regress
+from bert_fast.tasks.squad import judged
 from bert_fast.tasks.task import Task
+from bert_fast.tasks.tokens import OUTSIDE, Tokens
 
 # Labels up to which a matrix is printed and drawn whole; of more the commonest confusions are.
 WHOLE = 12
@@ -36,8 +41,8 @@ class Verdict(NamedTuple):
 class Judgement:
     """A model on labelled examples.
 
-    ``matrix`` (labels, labels) int64 counts examples by truth (rows) and by what the model says (columns). ``by_label``
-    has precision, recall, f1 and support of each label. ``scores`` are truth and said, float64 (n,), of a regression.
+    ``matrix`` (labels, labels) int64 counts a ``unit`` by truth (rows) and by what is said (columns). ``by_label`` has
+    precision, recall, f1 and support of each label. ``scores`` are truth and said, float64 (n,), of a regression.
     """
 
     examples: int
@@ -48,6 +53,7 @@ class Judgement:
     scores: tuple[np.ndarray, np.ndarray] | None = None
     worst: list[Verdict] = field(default_factory=list)
     wrong: int = 0
+    unit: str = "examples"
 
     def facts(self) -> dict:
         """All of it for JSON."""
@@ -63,13 +69,11 @@ class Judgement:
         lines = [f"{name:<14}{_shown(value)}" for name, value in self.metrics.items() if not isinstance(value, dict)]
         lines.append(f"over {self.examples:,} examples")
         if self.matrix is not None:
-            lines += ["", *_matrix_lines(self.matrix, self.labels)]
+            lines += ["", *_matrix_lines(self.matrix, self.labels, self.unit)]
         if self.by_label:
             lines += ["", *_label_lines(self.by_label)]
         if self.worst:
-            measure = "by how far they are off" if self.scores is not None else "by loss"
-            what = "largest errors" if self.scores is not None else f"worst of {self.wrong:,} errors"
-            lines += ["", f"{what}, {measure}:"]
+            lines += ["", "largest errors:" if self.scores is not None else f"worst of {self.wrong:,} errors:"]
             for verdict in self.worst:
                 lines.append(f"  {verdict.where}: {_brief(verdict.truth)} taken for {_brief(verdict.said)} "
                              f"({verdict.badness:.2f}): {_brief(verdict.text)}")  # fmt: skip
@@ -148,6 +152,53 @@ def _(task: Multilabel, examples, predictions, places, count: int = 10) -> Judge
 
 
 @judge.register
+def _(task: Tokens, examples, predictions, places, count: int = 10) -> Judgement:
+    """The matrix counts words by the kind of their tags; the worst sentences are those surest of their wrong tags."""
+    scheme, verdicts = task.scheme, []
+    for place, sentence, tagged in zip(places, examples, predictions, strict=True):
+        rows = list(zip(sentence.words, sentence.tags, tagged.tags, tagged.probabilities, strict=True))
+        wrong = [row for row in rows if row[1] != row[2]]
+        real, found = (" ".join(f"{row[0]}/{row[column]}" for row in wrong) for column in (1, 2))
+        verdicts.append(Verdict(place, tagged.text, real, found, bool(wrong), sum(row[3] for row in wrong)))
+    words = [pair for e, p in zip(examples, predictions, strict=True) for pair in zip(e.tags, p.tags, strict=True)]
+    truth, said = ([kind_of(pair[n] or OUTSIDE, scheme) for pair in words] for n in (0, 1))
+    labels = sorted({*truth, *said}, key=lambda name: (name != OUTSIDE, name))
+    judgement = _judgement(
+        task, examples, predictions, verdicts, count, labels=labels, matrix=confusion(truth, said, labels), unit="words"
+    )
+    kinds = judgement.metrics.get("kinds")
+    judgement.by_label = by_label(truth, said, labels) if kinds is None else {
+        kind: {"precision": row["entity_precision"], "recall": row["entity_recall"], "f1": row["f1"],
+               "support": row["entities"]} for kind, row in kinds.items()
+    }  # fmt: skip
+    return judgement
+
+
+@judge.register
+def _(task: Answers, examples, predictions, places, count: int = 10) -> Judgement:
+    """The worst are those that are surest of an answer which shares least with a right one."""
+    task.unanswerable = task.unanswerable or not all(question.answers for question in examples)
+    task.threshold = task.metrics(list(examples), list(predictions)).get("no_answer_threshold", task.threshold)
+    verdicts = []
+    for place, question, prediction in zip(places, examples, predictions, strict=True):
+        line = task.line(question, prediction)
+        _, shared = judged(question, line["answer"])
+        truth = " / ".join(dict.fromkeys(answer.text for answer in question.answers)) or "no answer"
+        badness = (1 - shared) * line.get("probability", 1.0)
+        verdicts.append(Verdict(place, question.text, truth, line["answer"] or "no answer", shared < 1, badness))
+    return _judgement(task, examples, predictions, verdicts, count)
+
+
+@judge.register
+def _(task: Choose, examples, predictions, places, count: int = 10) -> Judgement:
+    verdicts = []
+    for place, e, p in zip(places, examples, predictions, strict=True):
+        said, loss = int(p.argmax()), -math.log(max(float(p[e.label]), 1e-45))
+        verdicts.append(Verdict(place, e.context, e.choices[e.label], e.choices[said], said != e.label, loss))
+    return _judgement(task, examples, predictions, verdicts, count)
+
+
+@judge.register
 def _(task: Regress, examples, predictions, places, count: int = 10) -> Judgement:
     """Every score is off; the worst are those that are off most."""
     truth = np.array([task.target(example) for example in examples], dtype=np.float64)
@@ -180,13 +231,13 @@ def by_label(truth: Any, said: Any, labels: Sequence[str]) -> dict[str, dict[str
     return {label: dict(zip(names, numbers, strict=True)) for label, *numbers in rows}
 
 
-def _matrix_lines(matrix: np.ndarray, labels: Sequence[str]) -> list[str]:
+def _matrix_lines(matrix: np.ndarray, labels: Sequence[str], unit: str) -> list[str]:
     if len(labels) > WHOLE:
         pairs = confused_pairs(matrix)[:WHOLE]
-        lines = [f"  {count:,} of {labels[row]} taken for {labels[column]}" for count, row, column in pairs]
+        lines = [f"  {count:,} {unit} of {labels[row]} taken for {labels[column]}" for count, row, column in pairs]
         return [f"the commonest confusions of {len(labels)} labels:", *lines] if lines else ["no label is confused"]
     names = [_brief(label)[:20] for label in labels]
-    rows = [["truth \\ said", *names]]
+    rows = [["truth \\ said" if unit == "examples" else f"{unit}: truth \\ said", *names]]
     rows += [[name, *map("{:,}".format, counts)] for name, counts in zip(names, matrix.tolist(), strict=True)]
     return _aligned(rows)
 
@@ -256,4 +307,4 @@ def _draw_matrix(axes, judgement: Judgement) -> None:
         axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8,
                   color="white" if shares[row, column] > 0.5 else "black")  # fmt: skip
     axes.set(xlabel="said", ylabel="truth")
-    axes.figure.colorbar(drawn.im_, ax=axes, label="share of the truth's examples")
+    axes.figure.colorbar(drawn.im_, ax=axes, label=f"share of the truth's {judgement.unit}")

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bert_fast.tasks.records import checked_text, elements, json_of, records
+from bert_fast.tasks.records import checked_text, elements, json_of, records, records_of
+from bert_fast.tasks.tables import Source
 
 
 class Answer(NamedTuple):
@@ -45,6 +46,18 @@ def read_questions(path: str | Path, *, counts: Counter | None = None) -> list[Q
     if not found:
         raise ValueError(f"{path} holds no question")
     return found
+
+
+def unlabelled_questions(source: Source, question: str | None = None, context: str | None = None) -> Iterator[Question]:
+    """The questions of ``source``, of which no answer is known, as they are read: SQuAD's nested .json, or records with
+    the keys ``question`` and ``context`` (None: these names) and perhaps "id"."""
+    keys = (question or "question", context or "context")
+    nested = source.kind == ".json"
+    for where, record in _nested(Path(source.name)) if nested else records_of(source):
+        if missing := [key for key in keys if key not in record]:
+            raise ValueError(f"{where}: no {missing[0]!r}, but {', '.join(map(repr, record))}")
+        text, given = (checked_text(record[key], where, key) for key in keys)
+        yield Question(text, given, None, str(record.get("id", where)), where)
 
 
 def _nested(path: Path) -> Iterator[tuple[str, dict]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast import extras
-from bert_fast.tasks.tables import csv_rows, decoded, lines, parquet_rows, tsv_rows
+from bert_fast.tasks.tables import Source, csv_rows, decoded, parquet_rows, source_of, tsv_rows
 from bert_fast.text import well_formed
 
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
@@ -20,18 +20,23 @@ def records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises ValueError naming what is no record, FileNotFoundError where there is no file.
     """
     path = Path(path)
-    kind = path.suffix.lower()
-    if kind in (".jsonl", ".ndjson"):
-        found = _json_lines(path)
-    elif kind == ".json":
-        found = elements(path, json_of(path))
-    elif kind == ".parquet":
-        found = parquet_rows(str(path))
-    elif kind in (".csv", ".tsv"):
-        found = _table(path, kind)
-    else:
+    if path.suffix.lower() not in KINDS:
         raise ValueError(f"{path}: its name must end with one of {', '.join(KINDS)}")
-    return found
+    return records_of(source_of(path))
+
+
+def records_of(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of every record of ``source`` as they are read; none but of JSON and Parquet are held."""
+    if source.kind == ".parquet":
+        return parquet_rows(source.name)
+    if source.kind == ".json":
+        return elements(Path(source.name), json_of(Path(source.name)))
+    if source.kind not in KINDS:
+        raise ValueError(f"{source.name}: this task reads records with names: JSON lines, or a table with a header")
+    assert source.lines is not None  # of kinds that are not read whole
+    if source.kind in (".csv", ".tsv"):
+        return _table(source.name, source.kind, source.lines)
+    return _json_lines(source.name, source.lines)
 
 
 def json_of(path: Path) -> Any:
@@ -54,10 +59,10 @@ def elements(path: Path, value: Any, at: str = "") -> Iterator[tuple[str, dict]]
         yield _record(f"{path}, {at}[{number}]", element)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(lines(decoded(path)), 1):
+def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            where = f"{path}, line {number}"
+            where = f"{name}, line {number}"
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -84,12 +89,11 @@ def class_names(path: str | Path, column: str) -> list[str] | None:
     return None
 
 
-def _table(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
-    content = decoded(path)
-    rows = tsv_rows(lines(content)) if kind == ".tsv" else csv_rows(str(path), lines(content))
+def _table(name: str, kind: str, lines: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    rows = tsv_rows(lines) if kind == ".tsv" else csv_rows(name, lines)
     _, header = next(rows, (0, []))
     for number, row in rows:
-        where = f"{path}, line {number}"
+        where = f"{name}, line {number}"
         if len(row) != len(header):
             raise ValueError(f"{where}: {len(row)} columns, where the first line has {len(header)}")
         yield where, dict(zip(header, row, strict=True))

@@ -66,6 +66,13 @@ class SentenceTask(Task):
         """What the loss is made of; KeyError for a label that none of ``labels`` is."""
         raise NotImplementedError
 
+    def unknown(self, example: Example) -> str | None:
+        try:
+            self.target(example)
+        except KeyError:
+            return str(example.label)
+        return None
+
     def unlabelled(self, source: Source, *, text: str | None = None, pair: str | None = None) -> Iterator[Example]:
         default = "0" if source.kind in TABLES else "text"
         for row in rows_of(source, Columns((text or default, pair), ())):

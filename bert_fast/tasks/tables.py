@@ -10,6 +10,7 @@ from bert_fast import extras
 
 LONGEST_FIELD = 2**31 - 1  # characters of a .csv, the most that csv takes everywhere
 KINDS = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
+WHOLE = (".parquet", ".json")
 
 
 class Columns(NamedTuple):
@@ -32,8 +33,9 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What rows are read from: a file's ``name``, its ``kind`` (one of KINDS, or ".text": each line is one), and its
-    ``lines`` without their ends; None of Parquet, which is read from the path ``name``."""
+    """What rows are read from: a file's ``name``, its ``kind`` (one of KINDS, ".text", of which each line is one, or
+    another that a task knows), and its ``lines`` without their ends; None of kinds in WHOLE, read from the path
+    ``name``."""
 
     name: str
     kind: str
@@ -51,15 +53,22 @@ def read_rows(path: str | Path, columns: Columns) -> list[Row]:
     kind = path.suffix.lower()
     if kind not in KINDS:
         raise ValueError(f"{path}: its name must end with .tsv, .csv, .jsonl or .parquet")
-    source = Source(str(path), kind, None if kind == ".parquet" else lines(decoded(path)))
-    rows = list(rows_of(source, columns))
+    rows = list(rows_of(source_of(path), columns))
     if not rows:
         raise ValueError(f"{path} holds no example")
     return rows
 
 
+def source_of(path: Path) -> Source:
+    """The whole file at ``path``; ValueError naming the line that is no text."""
+    kind = path.suffix.lower()
+    return Source(str(path), kind, None if kind in WHOLE else lines(decoded(path)))
+
+
 def rows_of(source: Source, columns: Columns) -> Iterator[Row]:
     """The rows of ``source`` as they are read, none held; ValueError as by :func:`read_rows`."""
+    if source.kind not in (*KINDS, ".text"):
+        raise ValueError(f"{source.name}: examples of {source.kind} are not for this task")
     if source.lines is None:
         return _from_parquet(source.name, columns)
     if source.kind == ".text":

@@ -86,6 +86,10 @@ class Task:
         examples = self.read(path, **columns)
         return [(getattr(e, "where", f"{path}, example {n}"), e) for n, e in enumerate(examples, 1)]
 
+    def unknown(self, example) -> str | None:
+        """A label of ``example`` that is none of ``labels``; None where there is none."""
+        return None
+
     def unlabelled(self, source: Source, *, text: str | None = None, pair: str | None = None) -> Iterator[Any]:
         """The examples of ``source`` as they are read, without labels: what :meth:`encode` takes to predict.
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from bert_fast.model import BertForTokenClassification
 from bert_fast.tasks.entities import TAG, broken, entities, is_iob1, scheme_of, scores
 from bert_fast.tasks.records import counted_in, names_of, refuse_columns
+from bert_fast.tasks.tables import Source
 from bert_fast.tasks.task import Item, Task
 from bert_fast.tasks.windows import OVERLAP, Window, windows, with_most_context
-from bert_fast.tasks.words import COLUMNS, TAGS, WORDS, Sentence, read_sentences
+from bert_fast.tasks.words import COLUMNS, TAGS, WORDS, Sentence, read_sentences, unlabelled_sentences
 
 IGNORED = -100  # a label that no loss reads
 OUTSIDE = "O"
@@ -197,6 +198,13 @@ class Tokens(Task):
             raise ValueError(f"a word has one tag: {' and '.join(map(repr, labels))} are several columns")
         self.left_out[str(path)] = Counter()
         return read_sentences(path, words=text, tags=labels[0], counts=self.left_out[str(path)])
+
+    def unknown(self, example: Sentence) -> str | None:
+        return next((tag for tag in example.tags if tag not in self.labels), None)
+
+    def unlabelled(self, source: Source, *, text: str | None = None, pair: str | None = None) -> Iterator[Sentence]:
+        refuse_columns(self.name, {"pair": pair})
+        return unlabelled_sentences(source, text)
 
     def settle(self, train: list, validation: list) -> tuple[list, list, list[str]]:
         self.labels = tag_names(train)

@@ -29,6 +29,11 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
     max_length: int
 
+    def told(self, counts: Counter) -> str:
+        """What the task counted, in words; empty where nothing."""
+        found = ((counts[name], what) for name, what in self.task.counted.items())
+        return "; ".join(f"{number:,} {what.format(seq=self.max_length)}" for number, what in found if number)
+
 
 def task_of(folder: str | Path) -> str | None:
     """The name of the task that the model in a Hugging Face folder was fine-tuned for, None where for none.
@@ -127,12 +132,7 @@ def labelled(trained: Trained, path: str | Path, **columns) -> tuple[list, list[
     located = task.located(path, **columns)
     if task.named and task.labels == [f"LABEL_{row}" for row in range(config.num_labels)]:
         task.labels = list(map(str, range(config.num_labels)))
-    target = getattr(task, "target", lambda example: None)
     for place, example in located:
-        try:
-            target(example)
-        except KeyError:
-            raise ValueError(
-                f"{place}: the label {example.label!r} is none of the model's: {', '.join(task.labels)}"
-            ) from None
+        if (label := task.unknown(example)) is not None:
+            raise ValueError(f"{place}: the label {label!r} is none of the model's: {', '.join(task.labels)}")
     return [example for _, example in located], [place for place, _ in located]

@@ -3,11 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bert_fast.tasks.records import class_names, first_key, records
-from bert_fast.tasks.tables import decoded, lines
+from bert_fast.tasks.records import class_names, first_key, records, records_of
+from bert_fast.tasks.tables import Columns, Source, decoded, lines, rows_of, text_of
 from bert_fast.text import well_formed
 
 COLUMNS = (".conll", ".conllu", ".iob", ".bio", ".txt")
@@ -81,6 +82,42 @@ def _from_columns(path: Path, words: str | None, tags: str | None, counts: Count
         elif sentence:
             yield _sentence(sentence, f"{path}, line {begin}")
             begin, sentence = 0, []
+
+
+def unlabelled_sentences(source: Source, words: str | None = None) -> Iterator[Sentence]:
+    """The sentences of ``source`` without tags, as they are read: of columns as in :func:`read_sentences`, of lines,
+    tables' cells and keys ("tokens", "words" or "text") a text or a list of words. ``words`` names the column."""
+    if source.kind in COLUMNS:
+        yield from _words_in_columns(source, words)
+    elif source.kind in (".text", ".tsv", ".csv"):
+        for row in rows_of(source, Columns((words or "0",), ())):
+            yield Sentence(well_formed(text_of(row, 0, words or "0") or "")[0], (), row.where)
+    else:
+        for where, record in records_of(source):
+            key = first_key(record, (*WORDS, "text") if words is None else [words], where, "words")
+            value = record[key]
+            given = [value] if isinstance(value, str) else value
+            if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
+                raise ValueError(f"{where}: {key!r} is neither a text nor a list of words")
+            mended = tuple(well_formed(word)[0] for word in given)
+            yield Sentence(mended[0] if isinstance(value, str) else mended, (), where)
+
+
+def _words_in_columns(source: Source, words: str | None) -> Iterator[Sentence]:
+    universal, begin = source.kind == ".conllu", 0
+    sentence: list[str] = []
+    place = _number(words, "1" if universal else "0")
+    for number, line in enumerate(chain(source.lines or (), [""]), 1):
+        columns = line.split("\t" if "\t" in line else None) if line.strip() else []
+        if not columns or columns[0] == DOCUMENT:
+            if sentence:
+                yield Sentence(tuple(sentence), (), f"{source.name}, line {begin}")
+            sentence = []
+        elif not (universal and (line.startswith("#") or RANGE.fullmatch(columns[0]))):
+            if not -len(columns) <= place < len(columns):
+                raise ValueError(f"{source.name}, line {number}: {len(columns)} columns, no {place}")
+            begin = begin if sentence else number
+            sentence.append(well_formed(columns[place])[0])
 
 
 def _number(given: str | None, default: str) -> int:

@@ -1,13 +1,15 @@
 """bert-fast evaluate on labelled examples: metrics, confusions and the worst errors are those that transformers' own
 models give."""
 
+import json
 import random
 
 import numpy as np
 import pytest
+import seqeval.metrics
 import sklearn.metrics
 
-from tests.support.fine_tuned import logits_of, save_head
+from tests.support.fine_tuned import logits_of, outputs_of, save_head
 
 WORDS = ["assert", "statement", "value", "name", "break", "loop", "import", "class", "the", "of", "to"]
 LABELS = {0: "bad", 1: "fair", 2: "good"}
@@ -90,6 +92,80 @@ def test_sets_of_labels_are_judged_label_by_label(run, folder, tmp_path):
     losses = -np.where(truth, np.log(probabilities), np.log(1 - probabilities)).sum(1)
     wrong = max(np.flatnonzero((truth != said).any(1)), key=lambda n: losses[n])
     assert found["worst"][0]["where"] == f"{data}, line {wrong + 1}"
+
+
+def test_tagged_words_are_judged_by_word_and_by_entity(run, folder, tmp_path):
+    tags = {0: "O", 1: "B-PER", 2: "I-PER"}
+    tagger = save_head(folder / "model", tmp_path / "tagger", "BertForTokenClassification", id2label=tags)
+    texts = [random.choices(WORDS, k=random.randint(3, 9)) for _ in range(25)]
+    truth = [[random.choice(["O", "B-PER"]) for _ in words] for words in texts]
+    data = tmp_path / "dev.conll"
+    data.write_text("\n\n".join("\n".join(map(" ".join, zip(*pair, strict=True))) for pair in
+                                zip(texts, truth, strict=True)) + "\n")  # fmt: skip
+    said = []
+    outputs = outputs_of(tagger, [" ".join(words) for words in texts], name="BertForTokenClassification")
+    for (inputs, output), words in zip(outputs, texts, strict=True):
+        ids = inputs.word_ids(0)
+        said.append([tags[int(output.logits[0, ids.index(n)].argmax())] for n in range(len(words))])
+    found = run("evaluate", tagger, "--data", data, "--plot", tmp_path / "p.png", "--json").result
+    pairs = [pair for real, other in zip(truth, said, strict=True) for pair in zip(real, other, strict=True)]
+    assert found["accuracy"] == pytest.approx(np.mean([real == other for real, other in pairs]))
+    assert found["f1"] == pytest.approx(seqeval.metrics.f1_score(truth, said))
+    assert found["labels"] == ["O", "PER"]
+    kinds = [(real[2:] or "O", other[2:] or "O") for real, other in pairs]
+    assert found["confusion"] == [[kinds.count((a, b)) for b in ("O", "PER")] for a in ("O", "PER")]
+    assert found["by_label"]["PER"]["support"] == sum(tag == "B-PER" for tags in truth for tag in tags)
+    assert found["wrong"] == sum(real != other for real, other in zip(truth, said, strict=True))
+    first = found["worst"][0]
+    number = [f"{data}, line {1 + sum(len(words) + 1 for words in texts[:n])}" for n in range(25)].index(first["where"])
+    wrong = [n for n, pair in enumerate(zip(truth[number], said[number], strict=True)) if pair[0] != pair[1]]
+    assert first["said"] == " ".join(f"{texts[number][n]}/{said[number][n]}" for n in wrong)
+    assert "words: truth \\ said" in run("evaluate", tagger, "--data", data, "--quiet").out
+    data.write_text("break B-LOC\n")
+    assert f"{data}, line 1: the label 'B-LOC' is none of the model's" in run("evaluate", tagger, "--data", data).err
+
+
+def test_answers_are_judged_by_what_they_share_with_the_right_ones(run, folder, tmp_path):
+    reader = save_head(folder / "model", tmp_path / "reader", "BertForQuestionAnswering")
+    asked = [{"question": "what is", "context": text, "id": str(n)} for n, text in enumerate(sentences(12))]
+    lines = "\n".join(map(json.dumps, asked))
+    said = [line["answer"] for line in run("predict", reader, "--read-as", "jsonl", stdin=lines).lines
+            if line["kind"] == "prediction"]  # fmt: skip
+    right = [n % 3 == 0 for n in range(12)]
+    truth = [answer if right[n] else "nothing like it" for n, answer in enumerate(said)]
+    for row, answer in zip(asked, truth, strict=True):
+        row["answers"] = {"text": [answer], "answer_start": [max(row["context"].find(answer), 0)]}
+    (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    found = run("evaluate", reader, "--data", tmp_path / "dev.jsonl", "--json").result
+    assert found["exact"] == pytest.approx(4 / 12)
+    assert found["wrong"] == 8
+    assert {verdict["where"] for verdict in found["worst"]} == {
+        f"{tmp_path / 'dev.jsonl'}, line {n + 1}" for n in range(12) if not right[n]
+    }
+    assert {(verdict["truth"], verdict["said"]) for verdict in found["worst"]} == {
+        (truth[n], said[n]) for n in range(12) if not right[n]
+    }
+    for row in asked[1::3]:  # the ones that the model answers wrongly have no answer in truth
+        row["answers"] = []
+    (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    found = run("evaluate", reader, "--data", tmp_path / "dev.jsonl", "--json").result
+    assert "no_answer_threshold" in found
+    assert found["exact"] >= 4 / 12  # the best threshold is no worse than none
+
+
+def test_choices_are_judged_by_their_probabilities(run, folder, tmp_path):
+    chooser = save_head(folder / "model", tmp_path / "chooser", "BertForMultipleChoice")
+    rows = [{"context": text, "choices": sentences(3), "label": random.randrange(3)} for text in sentences(15)]
+    data = tmp_path / "dev.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    said = [line for line in run("predict", chooser, data).lines if line["kind"] == "prediction"]
+    found = run("evaluate", chooser, "--data", data, "--json").result
+    wrong = [n for n, row in enumerate(rows) if said[n]["choice"] != row["label"]]
+    losses = {n: -np.log(said[n]["probabilities"][rows[n]["label"]]) for n in wrong}
+    assert found["accuracy"] == pytest.approx(1 - len(wrong) / 15)
+    expected = sorted(wrong, key=lambda n: -losses[n])[:10]
+    assert [verdict["where"] for verdict in found["worst"]] == [f"{data}, line {n + 1}" for n in expected]
+    assert [verdict["badness"] for verdict in found["worst"]] == pytest.approx([losses[n] for n in expected], rel=1e-4)
 
 
 def test_the_names_that_transformers_gives_are_rows(run, folder, tmp_path):

@@ -20,12 +20,17 @@ def save_head(model, folder, name="BertForSequenceClassification", **config):
     return folder
 
 
-def logits_of(folder, texts, pairs=None, name="BertForSequenceClassification"):
-    """What transformers' own model says of each text, one at a time; float64."""
+def outputs_of(folder, texts, pairs=None, name="BertForSequenceClassification"):
+    """(inputs, output) of transformers' own model for each text by itself; float64."""
     assert not issubclass(getattr(transformers, name), bert_fast.BertPreTrainedModel)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     network = getattr(transformers, name).from_pretrained(folder).double().eval()
-    encoded = [tokenizer(t, p, truncation=True, return_tensors="pt") for t, p in
-               zip(texts, pairs or [None] * len(texts), strict=True)]  # fmt: skip
-    with torch.no_grad():
-        return torch.cat([network(**inputs).logits for inputs in encoded])
+    for text, pair in zip(texts, pairs or [None] * len(texts), strict=True):
+        inputs = tokenizer(text, pair, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            yield inputs, network(**inputs)
+
+
+def logits_of(folder, texts, pairs=None):
+    """The logits of a BertForSequenceClassification, (texts, labels) float64."""
+    return torch.cat([output.logits for _, output in outputs_of(folder, texts, pairs)])

@@ -38,7 +38,7 @@ def test_of_many_labels_the_commonest_confusions_are_printed():
     assert [count for count, _, _ in pairs] == sorted((count for count, _, _ in pairs), reverse=True)
     count, row, column = pairs[0]
     assert count == ((truth == row) & (said == column)).sum()
-    assert f"  {count} of label {row} taken for label {column}" in found.text()
+    assert f"  {count} examples of label {row} taken for label {column}" in found.text()
 
 
 @pytest.mark.parametrize("labels", [2, 40])
