@@ -11,6 +11,7 @@ run.py is the door (``python benchmarks/run.py --seq 512``), gpu.py the list of 
     limits       what the machine can do: products, copies, launches
     parity       the gate: the step that is timed, encoders and operators, each against float64
     steps        a table of steps: warmed up, timed in rounds, rates
+    finetuning   training and prediction of tasks, beside transformers' Trainer
     results      one schema, one file, whole after every row
     tables       what a person reads: tables and pictures
     report       results/ into docs/performance.md

@@ -5,7 +5,7 @@ import argparse
 import torch
 import transformers
 
-from benchmarks import contenders
+from benchmarks import contenders, finetuning
 from benchmarks.contenders import CONTENDERS, PEERS, Setting
 from benchmarks.limits import NAMES
 from benchmarks.steps import DROPOUT
@@ -16,7 +16,8 @@ from bert_fast.flops import step_flops
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 DEFAULT_PEERS = {"train": ("bert_fast-eager", "hf-eager", "hf-sdpa", "hf-compile", "hf-flash", "hf-masked-head"),
                  "encode": ("hf-eager", "hf-sdpa", "hf-compile", "hf-flash", "onnxruntime", "onnxruntime-int8",
-                            "openvino", "openvino-int8")}  # fmt: skip
+                            "openvino", "openvino-int8"),
+                 "finetune": tuple(finetuning.PEERS)}  # fmt: skip
 TIMED_SECONDS = 200  # of interleaved rounds at full length that the default batch is chosen for, on a CPU
 
 
@@ -31,15 +32,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--lengths", choices=("full", "wikipedia", "corpus"), default="full",
                       help="lengths of the sequences; full adds a table at Wikipedia's lengths")  # fmt: skip
-    made.add_argument("--mode", choices=("train", "encode"), default="train")
+    made.add_argument("--mode", choices=("train", "encode", "finetune"), default="train",
+                      help="finetune: training and prediction beside transformers' Trainer, in float32 and, where "
+                      "it is multiplied faster, in bfloat16")  # fmt: skip
     made.add_argument(
         "--optimizer", choices=("none", "adamw", "lamb"),
         help="clipping and an update in the step: a run's own for ours, PyTorch's fused AdamW and a LAMB of PyTorch's "
         "operations for the peers; with none ours has the gradients' norm still (default: none on a CPU, adamw on a "
         "GPU)",
     )  # fmt: skip
+    about = {name: CONTENDERS[name].about for name in PEERS}
+    about |= {name: f"{text}, with --mode finetune" for name, (text, *_) in finetuning.PEERS.items()}
     made.add_argument("--peers", help="comma-separated (default: all that can run here but candidates): "
-                      + "; ".join(f"{name} ({CONTENDERS[name].about})" for name in PEERS))  # fmt: skip
+                      + "; ".join(f"{name} ({text})" for name, text in about.items()))  # fmt: skip
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--corpus", help="text to take the batches from (default: Python's language reference)")
     made.add_argument("--no-nsp", action="store_true", help="masked language modelling alone")
@@ -66,6 +71,7 @@ def arguments(description: str, argv: list[str] | None = None) -> argparse.Names
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: torch sees no GPU")
     train, options.why_dtype = options.mode == "train", ""
+    options.dtypes = finetuning.dtypes(options.device, options.dtype)
     if options.dtype == "auto":
         hardware = has_matrix_unit(torch.device(options.device), torch.bfloat16)
         options.dtype = "bfloat16" if hardware else "float32"
@@ -75,6 +81,11 @@ def arguments(description: str, argv: list[str] | None = None) -> argparse.Names
     options.optimizer = options.optimizer or ("adamw" if options.device == "cuda" and train else "none")
     options.setting = Setting(options.device, DTYPES[options.dtype], train, not options.no_nsp, options.optimizer)
     named = DEFAULT_PEERS[options.mode] if options.peers is None else filter(None, options.peers.split(","))
+    if options.mode == "finetune":
+        options.peers = list(named)
+        if unknown := [peer for peer in options.peers if peer not in finetuning.PEERS]:
+            made.error(f"--peers: {unknown[0]!r} is none of {', '.join(finetuning.PEERS)}")
+        return options
     try:
         why = {peer: contenders.why_unavailable(peer, options.setting) for peer in named}
     except ValueError as error:

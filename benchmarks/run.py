@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a ch
 import torch
 import transformers
 
-from benchmarks import limits, operators, options, parity, results, steps, tables
+from benchmarks import finetuning, limits, operators, options, parity, results, steps, tables
 from benchmarks.clock import Clock
 from benchmarks.workload import Batch, Workload
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         bar.phase("measuring the machine: matrix products and copies")
         found["limits"] = limits.measure(Clock(asked.device), {asked.setting.dtype, torch.float32})
     what = "kernels" if asked.kernels else asked.mode
-    suffix = str(asked.seq) if what == "train" else f"{asked.seq}-{what}"
+    suffix = {"train": str(asked.seq), "finetune": what}.get(what, f"{asked.seq}-{what}")
     path = results.new_path(found, suffix) if asked.save else Path(asked.json) if asked.json else None
     file = results.Results(path, found)
     tables.introduce(found, asked.device)
@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         tables.operators(found["operators"]).show()
         say(operators.NOTE)
         return 0
+    if asked.mode == "finetune":
+        return finetuning.compare(asked, file)
     try:
         with tables.Bar() as bar:
             bar.phase("reading the corpus and training its tokenizer")

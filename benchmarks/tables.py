@@ -129,6 +129,7 @@ STEP_COLUMNS: dict[str, Callable[[dict], str]] = {
 }
 RUN = ("contender", "step ms (p20-p80)", "sequences/s", "real tokens/s", "TFLOP/s", "of the matrix rate", "MFU",
        "peak MiB", "ours is")  # fmt: skip
+FINETUNE = tuple(column for column in RUN if column != "peak MiB")
 README = ("lengths, dtype", "contender", "sequences/s", "peak MiB", "ours is")
 GPU = ("BERT", "contender", "sequences", "step ms (p20-p80)", "predicted", "sequences/s", "real tokens/s",
        "of the matrix rate", "MFU", "peak MiB", "ours is")  # fmt: skip

@@ -128,7 +128,7 @@ class Training:
         measures is finite. ``on_step(step, steps, loss)`` is called after every update."""
         state = self.state
         while state.step < self.total and not state.stopped:
-            outcome = self._one(state.step)
+            outcome = self.one(state.step)
             self._account(outcome, on_step)
             measuring = state.step % self.an_epoch == 0 or state.step == self.total
             if measuring:
@@ -157,7 +157,8 @@ class Training:
             return self.settings.learning_rate * step / warmup
         return self.settings.learning_rate * (self.total - step) / max(1, self.total - warmup)
 
-    def _one(self, step: int) -> Outcome:
+    def one(self, step: int) -> Outcome:
+        """Update number ``step``, from 0."""
         members = self.members(step)
         slots = self._slots(members)
         largest = max(self.settings.tokens, int(self.lengths[members].max()))
