@@ -75,6 +75,7 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
                         "hidden states; auto: bf16 where the device multiplies it in hardware")  # fmt: skip
     parser.add_argument("--patience", metavar="N", type=positive, help="stop after N epochs that are no better than "
                         "the best")  # fmt: skip
+    parser.add_argument("--keep", choices=("best", "last"), default="best", help="which epoch is kept")
     parser.add_argument("--layer-decay", metavar="X", type=float, default=1.0, help="each layer learns at X times the "
                         "rate of the one above it")  # fmt: skip
     parser.add_argument("--reinit-layers", metavar="N", type=int, default=0, help="draw the N top layers and the "
@@ -92,8 +93,13 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
 
 def run(options: argparse.Namespace) -> int:
     """Trains, measures, saves."""
+    from bert_fast.tasks.training import Stopped
+
     try:
         _finetune(options)
+    except Stopped as stop:
+        print(f"bert-fast finetune: {stop}", file=sys.stderr)
+        return 128 + stop.signal
     except FloatingPointError as error:
         print(f"bert-fast finetune: error: {error}", file=sys.stderr)
         return NOT_FINITE
@@ -129,7 +135,7 @@ def _finetune(options: argparse.Namespace) -> None:
         found = finetune(
             model, train, validation, options.out, task=task, epochs=options.epochs, batch_size=options.batch_size,
             learning_rate=options.lr, warmup=options.warmup, layer_decay=options.layer_decay,
-            reinit_layers=options.reinit_layers, patience=options.patience, max_length=options.seq,
+            reinit_layers=options.reinit_layers, keep=options.keep, patience=options.patience, max_length=options.seq,
             dropout=options.dropout, seed=options.seed, seeds=options.seeds, precision=options.precision,
             device=chosen_device(options), from_scratch=options.from_scratch,
             checkpoint_every=options.checkpoint_every, on_step=shown,

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bert_fast.data.files import write_atomically
 from bert_fast.data.tokenizer import save_tokenizer
 from bert_fast.devices import in_bfloat16
-from bert_fast.run.process import locked
+from bert_fast.run.process import Stop, locked, stop_on_signals
 from bert_fast.run.weights import silent_transformers
 from bert_fast.tasks.choice import Choice
 from bert_fast.tasks.examples import fractions
@@ -47,6 +47,15 @@ class _Plan:
     settings: dict[str, Any]
     ranks: Ranks
     identity: dict[str, Any]
+
+
+class _Hooks(NamedTuple):
+    """The caller's."""
+
+    tell: Callable[[str], None]
+    warn: Callable[[str], None]
+    on_step: Callable[[int, int, float], None] | None
+    on_epoch: Callable[[dict], None] | None
 
 
 def guess_task(examples: Sequence[Any]) -> str:
@@ -144,8 +153,10 @@ def finetune(
     seeds                    of several: "values" of the metric by seed, their "mean" and "deviation" (of the sample)
 
     ``on_step(step, steps, loss)`` is called after every update, ``on_epoch`` with the measures after every epoch,
-    ``on_note`` with what is good to know, ``on_warning`` with what is doubtful. Raises ValueError for examples that do
-    not fit together and options out of range, FloatingPointError where the loss is not finite in the end.
+    ``on_note`` with what is good to know, ``on_warning`` with what is doubtful. With ``out`` SIGINT, SIGTERM and
+    SIGUSR1 write a checkpoint after the update at hand, and :class:`bert_fast.tasks.training.Stopped` is raised. Raises
+    ValueError for examples that do not fit together and options out of range, FloatingPointError where the loss is not
+    finite in the end.
     """
     _check(dropout=dropout, layer_decay=layer_decay, patience=patience, seeds=seeds, keep=keep)
     tell = on_note or (lambda text: None)
@@ -171,11 +182,12 @@ def finetune(
     identity.pop("checkpoint_every")
     kept = None if out is None else Path(out)
     plan = _Plan(task, train, validation, folder, kept, network, max_length, settings, Ranks(0, 1, where), identity)
+    hooks = _Hooks(tell, on_warning, on_step, on_epoch)
     if kept is None:
-        return _all_seeds(plan, range(seed, seed + seeds), tell, on_warning, on_step, on_epoch)
-    with locked(kept, plan.ranks):
+        return _all_seeds(plan, range(seed, seed + seeds), hooks)
+    with locked(kept, plan.ranks), stop_on_signals() as asked_to_stop:
         try:
-            return _all_seeds(plan, range(seed, seed + seeds), tell, on_warning, on_step, on_epoch)
+            return _all_seeds(plan, range(seed, seed + seeds), hooks, asked_to_stop)
         except FloatingPointError:
             shutil.rmtree(kept / "checkpoints", ignore_errors=True)
             raise
@@ -198,7 +210,7 @@ def _digest(examples: list) -> str:
     return hashlib.blake2b(repr(examples).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _all_seeds(plan: _Plan, seeds: range, tell, warn, on_step, on_epoch) -> dict:
+def _all_seeds(plan: _Plan, seeds: range, hooks: _Hooks, asked_to_stop: Stop | None = None) -> dict:
     """The result of the best of ``seeds``, which ``plan.out`` has in the end; what is done is not done again."""
     done: dict[str, dict] = {} if plan.out is None else _done_before(plan.out, plan.identity)
     metric = plan.task.metric
@@ -206,9 +218,9 @@ def _all_seeds(plan: _Plan, seeds: range, tell, warn, on_step, on_epoch) -> dict
         if str(seed) in done:
             continue
         if len(seeds) > 1:
-            tell(f"seed {seed}, {seed - seeds[0] + 1} of {len(seeds)}")
+            hooks.tell(f"seed {seed}, {seed - seeds[0] + 1} of {len(seeds)}")
         before = max((rank(plan.task, found) for found in done.values()), default=None)
-        found, network = _one_seed(plan, seed, tell, warn, on_step, on_epoch)
+        found, network = _one_seed(plan, seed, hooks, asked_to_stop)
         done[str(seed)] = found
         if plan.out is not None:
             if before is None or rank(plan.task, found) > before:
@@ -234,11 +246,11 @@ def _done_before(out: Path, identity: dict) -> dict[str, dict]:
     return record["seeds"]
 
 
-def _one_seed(plan: _Plan, seed: int, tell, warn, on_step, on_epoch) -> tuple[dict, Network]:
+def _one_seed(plan: _Plan, seed: int, hooks: _Hooks, asked_to_stop: Stop | None) -> tuple[dict, Network]:
     task = plan.task
     torch.manual_seed(seed)
     network = make_network(task, plan.folder, **plan.network)
-    tell(network.head)
+    hooks.tell(network.head)
     positions = network.model.config.max_position_embeddings
     length = min(task.max_length, positions) if plan.max_length is None else plan.max_length
     if not 8 <= length <= positions:
@@ -251,11 +263,11 @@ def _one_seed(plan: _Plan, seed: int, tell, warn, on_step, on_epoch) -> tuple[di
     training = Training(
         task, network.model, network.tokenizer, Parts(train, validation, plan.validation),
         Settings(seed=seed, **plan.settings), plan.ranks, folder=plan.out,
-        identity=json.loads(json.dumps(plan.identity | {"this seed": seed})), tell=tell,
+        identity=json.loads(json.dumps(plan.identity | {"this seed": seed})), tell=hooks.tell,
     )  # fmt: skip
-    state = training.run(on_step, on_epoch)
+    state = training.run(hooks.on_step, hooks.on_epoch, asked_to_stop)
     if state.skipped:
-        warn(f"{state.skipped:,} of {state.step:,} updates were left out: their loss or gradient was not finite")
+        hooks.warn(f"{state.skipped:,} of {state.step:,} updates were left out: their loss or gradient was not finite")
     network.model.config.update(task.learnt(state.history[state.best]))
     return _result(plan, state, network.head, length, counts), network
 

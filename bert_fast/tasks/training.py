@@ -7,6 +7,7 @@ that goes on gives the bits of one that was not interrupted. The learning rate, 
 """
 
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from bert_fast.run import checkpoint
 from bert_fast.run.export import description
 from bert_fast.run.new_model import load_weights
 from bert_fast.run.optimizer import load_state, state_tensors
+from bert_fast.run.process import Stop
 from bert_fast.tasks.network import parameter_groups
 from bert_fast.tasks.prediction import scored
 from bert_fast.tasks.task import Item, Task, packed
@@ -78,6 +80,14 @@ class State:
     stopped: bool = False
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop; its checkpoint is written."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}: the same command goes on from its checkpoint")
+        self.signal = number
+
+
 class _Objective(nn.Module):
     """A task's model as :class:`Step` calls one: with a batch and its counts, to an output with a loss."""
 
@@ -122,21 +132,31 @@ class Training:
 
     def run(
         self, on_step: Callable[[int, int, float], None] | None = None,
-        on_epoch: Callable[[dict], None] | None = None,
+        on_epoch: Callable[[dict], None] | None = None, asked_to_stop: Stop | None = None,
     ) -> State:  # fmt: skip
         """Trains to the end, and leaves the best epoch's weights in the model; FloatingPointError where none of the
-        measures is finite. ``on_step(step, steps, loss)`` is called after every update."""
-        state = self.state
+        measures is finite. ``on_step(step, steps, loss)`` is called after every update. Where ``asked_to_stop`` says
+        so, a checkpoint is written and :class:`Stopped` raised."""
+        state, on_cpu = self.state, self.ranks.device.type == "cpu"
+        waiting: list[tuple[int, Outcome]] = []
         while state.step < self.total and not state.stopped:
             outcome = self.one(state.step)
-            self._account(outcome, on_step)
+            state.step += 1
+            waiting.append((state.step, outcome))
             measuring = state.step % self.an_epoch == 0 or state.step == self.total
+            number = None if asked_to_stop is None else asked_to_stop.signal
+            saving = self.folder is not None and (measuring or number is not None or self._every())
+            # a GPU is asked for an update's numbers when it has the next one to do
+            while waiting and (on_cpu or measuring or saving or len(waiting) > 1):
+                self._account(*waiting.pop(0), on_step)
             if measuring:
                 self._measure()
                 if on_epoch is not None:
                     on_epoch(state.history[-1])
-            if self.folder is not None and (measuring or self._every()):
+            if saving:
                 self._save()
+            if number is not None and state.step < self.total:
+                raise Stopped(number)
         if not self.best or (self.settings.keep == "last" and state.best != len(state.history) - 1):
             raise FloatingPointError(
                 f"the loss is {state.history[-1]['loss']}: nothing was kept; lower the learning rate"
@@ -178,13 +198,12 @@ class Training:
         counts = [len(self.parts.train[i].sequences) for i in members]
         return np.cumsum([0, *counts[:-1]])
 
-    def _account(self, outcome: Outcome, on_step: Callable[[int, int, float], None] | None) -> None:
+    def _account(self, step: int, outcome: Outcome, on_step: Callable[[int, int, float], None] | None) -> None:
         loss, _, _, norm = outcome.scalars.tolist()
-        self.state.step += 1
         self.state.skipped += not (math.isfinite(loss) and math.isfinite(norm))
         self.state.losses += loss
         if on_step is not None:
-            on_step(self.state.step, self.total, loss)
+            on_step(step, self.total, loss)
 
     def _measure(self) -> None:
         """The measures of an epoch join the history; the best one's weights are kept."""

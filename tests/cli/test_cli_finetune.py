@@ -347,6 +347,35 @@ def test_finetune_that_diverges_is_exit_code_3_and_keeps_nothing(run, folder, fi
     assert (shown["done"], shown["total"]) == (3, 3)  # half of five updates, rounded up
 
 
+def test_the_task_is_guessed_and_said(run, folder, tmp_path):
+    rows = [(text, "0.5" if label == "good" else "1") for text, label in reviews(24, 5)]
+    path = write(tmp_path / "numbers.tsv", rows)
+    argv = ("finetune", folder / "model", "--train", path, "--validation", path, "--epochs", 1)
+    done = run(*argv)
+    assert done.code == 0
+    assert "the task is regress, by the labels" in done.err
+    assert done.out.startswith("Pearson ")
+    found = run(*argv, "--task", "classify", "--json")
+    assert found.code == 1
+    assert "--task regress" in found.err
+
+
+def test_seeds_class_weights_and_patience(run, folder, files, tmp_path):
+    train, dev = files
+    argv = ("finetune", folder / "model", "--train", train, "--validation", dev, "--epochs", 2, "--patience", 1)
+    done = run(*argv, "--seeds", 2, "--class-weights", "good=2,bad=0.5", "--lr", 0, "--out", tmp_path / "out")
+    assert done.code == 0
+    assert "seed 1, 2 of 2" in done.err
+    assert "accuracy of 2 seeds: " in done.out
+    assert "the best epoch is kept, 1" in done.out  # without a learning rate the second is no better
+    found = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert set(found["seeds"]) == {"0", "1"}
+    for given, message in (("good=x", "balanced or LABEL=WEIGHT"), ("good=1", "one for each of bad, good")):
+        refused = run(*argv, "--class-weights", given)
+        assert refused.code == 1
+        assert message in refused.err
+
+
 def metrics(path, start: float, *, nsp: bool = True):
     path.mkdir()
     lines = []

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import random
+import signal
+import statistics
 from collections import Counter
 
 import numpy as np
@@ -16,7 +19,7 @@ from bert_fast.tasks.examples import Example
 from bert_fast.tasks.finetuning import finetune
 from bert_fast.tasks.network import make_network, parameter_groups
 from bert_fast.tasks.sentences import Classify, Multilabel, Regress
-from bert_fast.tasks.training import Parts, Settings, Training
+from bert_fast.tasks.training import Parts, Settings, Stopped, Training
 from bert_fast.train.distributed import Ranks
 from tests.tasks.conftest import NOUNS, sentence
 
@@ -211,6 +214,19 @@ def test_a_run_that_goes_on_gives_the_bits_of_one_at_once(base, tmp_path, at, op
         assert not (tmp_path / name / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_writes_a_checkpoint_and_the_same_call_goes_on(base, tmp_path, number):
+    train = examples(Classify, 20)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"{number.name}: the same command goes on") as stopped:
+        finetune(base, train, train, tmp_path, on_step=lambda step, *_: step == 6 and os.kill(os.getpid(), number),
+                 **OPTIONS)  # fmt: skip
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) == before
+    assert checkpoint.newest(tmp_path)[0].step == 7
+    assert finetune(base, train, train, tmp_path, **OPTIONS) == finetune(base, train, train, **OPTIONS)
+
+
 def test_a_run_with_other_options_is_refused_until_the_first_has_ended(base, tmp_path):
     train = examples(Classify, 20)
     interrupted(base, train, tmp_path, 9)
@@ -305,3 +321,42 @@ def test_several_seeds_have_a_mean_and_a_deviation_and_the_best_is_kept(base, tm
     record = json.loads((tmp_path / "cut" / "finetune.json").read_text())
     assert record["done"]
     assert list(record["seeds"]) == ["5", "6", "7"]
+
+
+@pytest.mark.slow
+def test_with_dropout_the_scores_are_trainers_within_the_spread_of_seeds(base, tmp_path):
+    """Means over six seeds, of a rule that some labels break: one epoch or two from being learnt."""
+    draw = random.Random(1)
+
+    def made(count):
+        found = []
+        for _ in range(count):
+            nouns = draw.sample(NOUNS, 2)
+            right = "wet" if "rain" in nouns else "dry"
+            wrong = {"wet": "dry", "dry": "wet"}[right]
+            found.append(Example(sentence(draw, nouns, 12), None, right if draw.random() < 0.9 else wrong))
+        return found
+
+    train, validation = made(300), made(400)
+    options = {"epochs": 3, "batch_size": 16, "learning_rate": 2e-3, "precision": "fp32", "keep": "last"}
+    ours = [finetune(base, train, validation, seed=seed, **options)["accuracy"] for seed in range(6)]
+    theirs = []
+    for seed in range(6):
+        transformers.set_seed(seed)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+        parts = [[{**tokenizer(e.text), "labels": int(e.label == "wet")} for e in part] for part in (train, validation)]
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=16, learning_rate=2e-3,
+            warmup_steps=0.1, weight_decay=0.01, seed=seed, use_cpu=True, report_to=[], save_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=parts[0], data_collator=transformers.DataCollatorWithPadding(tokenizer)
+        )
+        trainer.train()
+        found = trainer.predict(parts[1])
+        theirs.append(float((found.predictions.argmax(-1) == found.label_ids).mean()))
+    error = math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / 6)
+    assert abs(statistics.fmean(ours) - statistics.fmean(theirs)) < 3 * error + 0.005, (ours, theirs)
+    assert min(statistics.fmean(ours), statistics.fmean(theirs)) > 0.7, (ours, theirs)
