@@ -49,7 +49,7 @@ PEERS = {
     "trainer-grouped": ("the same, examples of like lengths together", "group_by_length", False),
     "trainer-padded": ("the same, padded to 384 tokens as run_qa.py does by default", "random", True),
 }
-LOSS_BOUND = 1e-4  # the loss of ours beside transformers', float32, relative
+BOUND = 1e-4  # of a loss and a norm in float32, relative
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def compare(asked, file: Results) -> int:
     file.data["work"] = {"model": asked.model, "seq": 384, "dtype": "both", "mode": "finetune", "rounds": asked.rounds,
                          "lengths": "those of SST-2, and a model of SQuAD's", "dropout": DROPOUT}  # fmt: skip
     file.data["steps"] = []
-    verdict = parity.summary([loss_row(work, asked.model, asked.device, seq) for work, seq in works])
+    verdict = parity.summary([row for work, seq in works for row in parity_rows(work, asked.model, asked.device, seq)])
     file.put("parity", verdict)
     tables.parity(verdict).show()
     if not verdict["passed"]:
@@ -244,19 +244,21 @@ def compare(asked, file: Results) -> int:
     return 0
 
 
-def loss_row(work: Work, model: str, device: str, seq: int) -> dict:
-    """A row of parity: the loss of a batch, ours packed, transformers' padded, in float32 without dropout."""
+def parity_rows(work: Work, model: str, device: str, seq: int) -> list[dict]:
+    """Rows of parity, in float32 without dropout: the loss of a batch, ours packed, transformers' padded, and the norm
+    of its gradients. Weights are ten times as large as BERT's at first, so that every token counts."""
     config = model_config(model, dropout=0.0)
+    config.initializer_range *= 10
     items = work.items(config.vocab_size, seq)[: work.batch]
     ours = Ours(work, config, items, device, bf16=False)
     theirs = Trainers("trainer", work, config, items, device, bf16=False, seq=seq)
     theirs.network.load_state_dict(ours.training.model.state_dict())
-    loss = ours.training.one(0).scalars[0].item()
+    loss, _, _, norm = ours.training.one(0).scalars.tolist()
     expected = theirs.trainer.training_step(theirs.network, *theirs.next_batch()).item()
+    norms = torch.nn.utils.get_total_norm([p.grad for p in theirs.network.parameters() if p.grad is not None]).item()
     release()
-    return parity.row(
-        f"loss, {work.name}", abs(loss - expected) / abs(expected), 0.0, LOSS_BOUND, contender="bert_fast"
-    )
+    pairs = {f"loss, {work.name}": (loss, expected), f"norm of gradients, {work.name}": (norm, norms)}
+    return [parity.row(what, abs(a - b) / abs(b), 0.0, BOUND, contender="bert_fast") for what, (a, b) in pairs.items()]
 
 
 def measured(asked, work: Work, config, seq: int, dtype: torch.dtype, limits: dict) -> Iterator[list[dict]]:
