@@ -101,12 +101,13 @@ class Row:
 
 
 def programs(part: Part, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> int:
-    """How many fit a multiprocessor; registers are given out in units of 256 a warp, tensor memory in columns."""
+    """How many fit a multiprocessor; registers are given out in units of 256 a warp, on each of its four parts apart,
+    tensor memory in columns."""
     per_warp = -(-registers * 32 // 256) * 256
     return min(
         part.programs_per_sm,
         part.warps_per_sm // warps,
-        part.registers_per_sm // per_warp // warps,
+        part.registers_per_sm // 4 // per_warp * 4 // warps,
         part.shared_per_sm // (shared + part.reserved_shared),
         TENSOR_MEMORY_COLUMNS // tensor_memory if tensor_memory else part.programs_per_sm,
     )

@@ -152,23 +152,27 @@ def _attention_hopper() -> list[dict]:
 
 
 def _residual_layernorm() -> list[dict]:
-    types = _types(
-        p_i64="row_key_ptr rng_key_ptr",
-        p_bf16="x_ptr residual_ptr out_ptr z_ptr grad_out_ptr grad_x_ptr grad_residual_ptr",
-        p_fp32="bias_ptr weight_ptr ln_bias_ptr mean_ptr rstd_ptr partial_ptr",
-        i32="tokens threshold site",
-        fp32="scale eps",
-    )
+    """Hidden states of 16 bits, as `pretrain` has them, and of 32, as transformers has under autocast."""
     module, cases = residual_layernorm, [_sum_partials("residual_layernorm", 3)]
-    for columns, p in product(HIDDEN, (0.0, 0.1)):
+    for columns, dtype, p in product(HIDDEN, (torch.bfloat16, torch.float32), (0.0, 0.1)):
+        types = _types(
+            p_i64="row_key_ptr rng_key_ptr",
+            p_bf16="x_ptr grad_x_ptr",
+            p_fp32="bias_ptr weight_ptr ln_bias_ptr mean_ptr rstd_ptr partial_ptr",
+            i32="tokens threshold site",
+            fp32="scale eps",
+        )
+        types |= dict.fromkeys(("residual_ptr", "out_ptr", "z_ptr", "grad_out_ptr", "grad_residual_ptr"),
+                               f"*{ELEMENTS[dtype]}")  # fmt: skip
         constants = {"COLUMNS": columns, "HAS_BIAS": True, "HAS_DROPOUT": p > 0.0}
         for direction, kernel, own in (
             ("fwd", module._residual_layernorm_fwd_kernel, {"HAS_RESIDUAL": True}),
-            ("bwd", module._residual_layernorm_bwd_kernel, {"WRITE_GRAD_X": p > 0.0}),
+            ("bwd", module._residual_layernorm_bwd_kernel, {"WRITE_GRAD_X": p > 0.0 or dtype == torch.float32}),
         ):
+            wide = " fp32" if dtype == torch.float32 else ""
             name, config = (
-                f"residual_layernorm {direction} H={columns} p={p}",
-                module._launch_config(columns, direction),
+                f"residual_layernorm {direction} H={columns}{wide} p={p}",
+                module._launch_config(columns, direction, dtype),
             )
             cases.append(_case(kernel, name, types, constants | own, config))
     return cases

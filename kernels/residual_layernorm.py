@@ -29,13 +29,18 @@ from bert_fast.kernels.rows import drop, normalize, normalize_bwd
 Tensor = torch.Tensor
 
 
-def _launch_config(columns: int, direction: str) -> dict:
-    """Tiles of 1024 elements forward, one row of BERT's, and 2048 backward. Reasoned; no GPU has measured it yet.
+def _elements(direction: str, dtype: torch.dtype) -> int:
+    """How many elements of a row a warp holds: 1024, or half where two tiles would spill; past BERT's sizes few do."""
+    return 512 if direction == "bwd" and dtype == torch.float32 else 1024
+
+
+def _launch_config(columns: int, direction: str, dtype: torch.dtype) -> dict:
+    """A warp a row of up to 1024 elements of 16 bits. Reasoned and counted; no GPU has measured it yet.
 
     Forward a program does one tile and the scheduler hides latency. Backward a program walks over tiles with its
-    sums in registers, so there are few programs and each wants two rows of loads under way.
+    sums in registers, so there are few programs, and each loads its next tile while it computes this one.
     """
-    return {**rows.row_tile(columns, 1024 if direction == "fwd" else 2048), "num_stages": 1}
+    return {**rows.row_tile(columns, _elements(direction, dtype)), "num_stages": 1}
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold", "site"])
@@ -74,7 +79,7 @@ def _residual_layernorm_fwd_kernel(
         z += tl.load(bias_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
     if HAS_DROPOUT:
         row_key = tl.load(row_key_ptr + row, mask=row_mask, other=0)
-        z = drop(z, row_key, rng_key_ptr, threshold, scale, site, BLOCK_M, BLOCK_N)
+        z = drop(z, row_key, tl.load(rng_key_ptr), threshold, scale, site, BLOCK_M, BLOCK_N)
     if HAS_RESIDUAL:
         z += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     stored = z.to(z_ptr.dtype.element_ty)
@@ -86,6 +91,23 @@ def _residual_layernorm_fwd_kernel(
     weight = tl.load(weight_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
     ln_bias = tl.load(ln_bias_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offset, normalized * weight + ln_bias, mask=mask)
+
+
+@triton.jit
+def _load_rows(
+    grad_out_ptr, z_ptr, mean_ptr, rstd_ptr, row_key_ptr, first, tokens,
+    COLUMNS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """d out, z, mean, rstd and keys of the tile at row ``first``; rows past the end are the last one."""
+    row = tl.minimum(first + tl.arange(0, BLOCK_M), tokens - 1)
+    column = tl.arange(0, BLOCK_N)[None, :]
+    offset = row[:, None].to(tl.int64) * COLUMNS + column
+    grad_out = tl.load(grad_out_ptr + offset, mask=column < COLUMNS, other=0.0)
+    z = tl.load(z_ptr + offset, mask=column < COLUMNS, other=0.0)
+    row_key = tl.zeros((BLOCK_M,), tl.int64)
+    if HAS_DROPOUT:
+        row_key = tl.load(row_key_ptr + row)
+    return grad_out, z, tl.load(mean_ptr + row), tl.load(rstd_ptr + row), row_key
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold", "site"])
@@ -113,36 +135,45 @@ def _residual_layernorm_bwd_kernel(
 ):
     column = tl.arange(0, BLOCK_N)
     column_mask = column[None, :] < COLUMNS
-    weight = tl.load(weight_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
     sum_weight = tl.zeros((BLOCK_N,), tl.float32)
     sum_ln_bias = tl.zeros((BLOCK_N,), tl.float32)
     sum_bias = tl.zeros((BLOCK_N,), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.num_programs(0)):
-        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_mask = row < tokens
-        mask = row_mask[:, None] & column_mask
+    rng_key = 0
+    if HAS_DROPOUT:
+        rng_key = tl.load(rng_key_ptr)
+    step = tl.num_programs(0) * BLOCK_M
+    ahead = _load_rows(
+        grad_out_ptr, z_ptr, mean_ptr, rstd_ptr, row_key_ptr, tl.program_id(0) * BLOCK_M, tokens,
+        COLUMNS, HAS_DROPOUT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    for first in range(tl.program_id(0) * BLOCK_M, tokens, step):
+        grad_out, z, mean, rstd, row_key = ahead
+        ahead = _load_rows(
+            grad_out_ptr, z_ptr, mean_ptr, rstd_ptr, row_key_ptr, first + step, tokens,
+            COLUMNS, HAS_DROPOUT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        row = first + tl.arange(0, BLOCK_M)
+        mask = column_mask
+        grad_out = grad_out.to(tl.float32)
+        if BLOCK_M > 1:  # a single row is before the end
+            mask = (row < tokens)[:, None] & column_mask
+            grad_out = tl.where(mask, grad_out, 0.0)
         offset = row[:, None].to(tl.int64) * COLUMNS + column[None, :]
-        grad_out = tl.load(grad_out_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)
-
-        normalized = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
+        # Read again for every tile, from the cache: registers are the limit.
+        weight = tl.load(weight_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
+        normalized = tl.where(mask, (z.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
         grad_z = normalize_bwd(grad_out * weight, normalized, rstd, COLUMNS)
         tl.store(grad_residual_ptr + offset, grad_z, mask=mask)
-        # One number a column, not one a row and column: a thread adds the rows it holds, and 4 programs still fit
-        # in a multiprocessor's registers.
+        # One number a column, not one a row and column: a thread adds the rows it holds.
         sum_weight += tl.sum(grad_out * normalized, axis=0)
         sum_ln_bias += tl.sum(grad_out, axis=0)
         if HAS_DROPOUT:
-            row_key = tl.load(row_key_ptr + row, mask=row_mask, other=0)
-            grad_z = drop(grad_z, row_key, rng_key_ptr, threshold, scale, site, BLOCK_M, BLOCK_N)
+            grad_z = drop(grad_z, row_key, rng_key, threshold, scale, site, BLOCK_M, BLOCK_N)
         if WRITE_GRAD_X:
             tl.store(grad_x_ptr + offset, grad_z, mask=mask)
         if HAS_BIAS:
-            sum_bias += tl.sum(
-                grad_z, axis=0
-            )  # rows past the end have rstd 0, so d z 0; columns past the end are not stored
+            # Of a row past the end d out and xhat are 0, so d z is; columns past the end are not stored.
+            sum_bias += tl.sum(grad_z, axis=0)
 
     partial_ptr += tl.program_id(0).to(tl.int64) * (3 if HAS_BIAS else 2) * COLUMNS
     inside = column < COLUMNS
@@ -172,7 +203,7 @@ def residual_layernorm_fwd(
     mean = torch.empty(tokens, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if tokens:
-        config = choice.of("residual_layernorm.fwd", _launch_config(columns, "fwd"))
+        config = choice.of("residual_layernorm.fwd", _launch_config(columns, "fwd", z.dtype))
         _residual_layernorm_fwd_kernel[(rows.cdiv(tokens, config["BLOCK_M"]),)](
             x_ptr=x,
             bias_ptr=x if bias is None else bias,
@@ -220,8 +251,8 @@ def residual_layernorm_bwd(
     grad_residual = torch.empty_like(z)
     grad_weight, grad_ln_bias = torch.empty_like(weight), torch.empty_like(weight)
     grad_bias = torch.empty_like(weight) if has_bias else weight.new_empty(0)
-    config = choice.of("residual_layernorm.bwd", _launch_config(columns, "bwd"))
-    programs = rows.row_programs(z.device, rows.cdiv(tokens, config["BLOCK_M"]))
+    config = choice.of("residual_layernorm.bwd", _launch_config(columns, "bwd", z.dtype))
+    programs = rows.tile_programs(z.device, tokens, config, 8 * _elements("bwd", z.dtype))
     outputs = [grad_weight, grad_ln_bias] + ([grad_bias] if has_bias else [])
     partial = torch.empty((programs, len(outputs), columns), dtype=torch.float32, device=z.device)
     if tokens:

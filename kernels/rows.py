@@ -59,32 +59,40 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def row_tile(columns: int, elements: int) -> dict:
-    """BLOCK_M, BLOCK_N and num_warps of tiles with about ``elements`` elements, at most 32 rows.
+def row_tile(columns: int, elements: int = 1024) -> dict:
+    """BLOCK_M, BLOCK_N and num_warps of a tile of one row, or of up to 32 that are narrower than 256 elements.
 
-    A thread holds 8 neighbouring elements of a row (one 128-bit access in 16-bit dtypes, one Philox call) and
-    as many rows as the tile has; 16 warps at most, so a row of 8192 is 16 elements a thread.
+    Up to ``elements`` are one warp's, so sums over a row are exchanged between the lanes of a warp, without shared
+    memory and barriers; a wider row has a warp for each ``elements``. A thread holds 8 neighbouring elements (one
+    128-bit access in 16-bit dtypes, one Philox call), and up to elements / 256 times that. What a warp holds past the
+    row costs nothing where it is a whole 256 elements, as at 768. Reasoned and counted; no GPU has measured it yet.
     """
     block_n = max(8, next_power_of_2(columns))
-    block_m = min(32, max(1, elements // block_n))
-    warps = max(block_n, min(block_m * block_n, 1024)) // 256
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(16, max(1, warps))}
+    block_m = min(32, elements // block_n) if block_n < 256 else 1
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": max(1, block_n // elements)}
 
 
-def row_programs(device: torch.device, tiles: int) -> int:
-    """How many programs share ``tiles`` tiles where each keeps its own sum over rows.
+def row_programs(device: torch.device, tiles: int, each: int = 4) -> int:
+    """How many programs share ``tiles`` tiles where each keeps its own sum over rows: ``each`` a multiprocessor.
 
-    Four a multiprocessor (16 warps of the usual 4-warp tile): enough loads under way to cover the memory's
-    latency, while the buffer of their sums stays a few per cent of the traffic. Reasoned, not measured. It depends
-    on the device alone, so the order of the sums, and their bits, do too.
+    They should all be there at once, with enough loads under way to cover the memory's latency, while the buffer of
+    their sums stays a few per cent of the traffic. Reasoned, not measured. It depends on the device alone, so the
+    order of the sums, and their bits, do too.
     """
-    return min(tiles, 4 * multiprocessors(device) if device.type == "cuda" else 4)
+    return min(tiles, each * multiprocessors(device) if device.type == "cuda" else 4)
+
+
+def tile_programs(device: torch.device, tokens: int, config: dict, elements: int) -> int:
+    """``row_programs`` of ``tokens`` rows in tiles of ``row_tile``, with ``elements`` elements of them under way on a
+    multiprocessor at a time: as many as its registers hold (dev/occupancy.json has what fits)."""
+    each = min(16, max(1, elements // (config["BLOCK_M"] * config["BLOCK_N"])))
+    return row_programs(device, cdiv(tokens, config["BLOCK_M"]), each)
 
 
 @triton.jit
-def drop(x, row_key, rng_key_ptr, threshold, scale, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def drop(x, row_key, rng_key, threshold, scale, site, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Hidden dropout of a tile whose columns start at 0: kept elements times ``scale``, the others 0."""
-    halves = hidden_halves(tl.load(rng_key_ptr), row_key, 0, site, BLOCK_M, BLOCK_N)
+    halves = hidden_halves(rng_key, row_key, 0, site, BLOCK_M, BLOCK_N)
     return tl.where(halves >= threshold, x * scale, 0.0)
 
 
@@ -134,8 +142,9 @@ def _sum_partials_kernel(
         tl.store(third_ptr + column, total, mask=inside)
 
 
-# 32 columns are one 128-byte line of fp32; with a block of 32 rows a program has 32 lines under way. Not measured.
-_SUM_CONFIG = {"BLOCK_P": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+# 32 columns are one 128-byte line of fp32; with a block of 256 rows a thread has 8 loads of 16 bytes under way, and the
+# rows of eight programs on each of 132 multiprocessors are five blocks. Not measured.
+_SUM_CONFIG = {"BLOCK_P": 256, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 
 def sum_partials(partial: torch.Tensor, outputs: list[torch.Tensor]) -> None:

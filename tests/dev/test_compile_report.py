@@ -151,6 +151,18 @@ def test_two_programs_of_the_feed_forward_share_a_multiprocessor(tmp_path, targe
     assert all(row["occupancy"] * 64 >= 2 * row["warps"] and row["bulk_copies"] for row in rows)
 
 
+@pytest.mark.slow
+def test_a_row_of_residual_layernorm_is_one_warps(tmp_path):
+    """Its sums take neither shared memory nor a barrier; in float32 the backward's registers are those of two warps."""
+    done = _report("--targets", "90", "--kernels", "residual_layernorm fwd,residual_layernorm bwd", "--json",
+                   tmp_path / "report.json")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in json.loads((tmp_path / "report.json").read_text())["rows"]:
+        alone = "bwd" not in row["kernel"] or "fp32" not in row["kernel"]
+        assert row["warps"] == (1 if alone else 2), row
+        assert (row["shared_bytes"] == 0) == alone, row
+
+
 def test_mlm_loss_reads_and_writes_logits_by_sixteen_bytes(tmp_path):
     """A mask that ends at 30522, a multiple of 2 alone, would split accesses of 16-bit logits into such of 4 bytes."""
     done = _report("--targets", "90", "--kernels", "mlm_loss fwd V=30522 grads", "--json", tmp_path / "report.json")
@@ -266,7 +278,7 @@ def test_nothing_to_compile_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "tensor_memory", "expected"),
     [(32, 0, 4, 0, 16), (128, 0, 4, 0, 4), (129, 0, 4, 0, 3), (255, 0, 4, 0, 2), (64, 100 * 1024, 4, 0, 2),
-     (168, 0, 8, 0, 1), (16, 0, 1, 0, 32), (64, 0, 4, 256, 2)],
+     (168, 0, 8, 0, 1), (16, 0, 1, 0, 32), (64, 0, 4, 256, 2), (217, 0, 1, 0, 8), (80, 0, 1, 0, 24)],
 )  # fmt: skip
 def test_programs_that_fit_a_multiprocessor(registers, shared, warps, tensor_memory, expected):
     """Known cases of an sm_90 (and 512 columns of tensor memory): 64 warps, 65536 registers, 228 KiB, 32 programs."""

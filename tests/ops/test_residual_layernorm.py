@@ -1,6 +1,8 @@
 """residual_layernorm: LayerNorm(dropout(x + bias) + residual), each backend against float64."""
 
 import functools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +187,27 @@ def test_opcheck(backend, p):
             torch.ops.bert_fast.residual_layernorm_bwd,
             (z.clone(), z, rows, rows.clone(), leaves[3].detach(), *keys, p, SITE, FULL, True),
         )
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize("columns", [768, 1024])
+def test_programs_that_share_rows_run_at_once(columns, monkeypatch):
+    """A multiprocessor is given no more of the backward's than fit it, by dev/occupancy.json, on any GPU."""
+    from bert_fast.kernels import embedding_layernorm, residual_layernorm, rows
+
+    stated = json.loads((Path(__file__).resolve().parents[2] / "dev" / "occupancy.json").read_text())
+    monkeypatch.setattr(rows, "multiprocessors", lambda device: 1)
+    config = embedding_layernorm._launch_config(columns, "bwd")
+    each = {f"embedding_layernorm bwd H={columns}": (config, embedding_layernorm._ELEMENTS)}
+    for dtype, kind in ((BF16, ""), (FULL, " fp32")):
+        config = residual_layernorm._launch_config(columns, "bwd", dtype)
+        elements = 8 * residual_layernorm._elements("bwd", dtype)
+        each[f"residual_layernorm bwd H={columns}{kind}"] = (config, elements)
+    for name, (config, elements) in each.items():
+        given = rows.tile_programs(torch.device("cuda"), 10**6, config, elements)
+        fit = [least for p in (0.0, 0.1) for least in stated[f"{name} p={p}"].values()]
+        assert 1 <= given <= min(fit), name
+        assert given * config["BLOCK_N"] == elements, name  # as many elements under way as were meant
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
