@@ -83,10 +83,12 @@ LABELLED = ("text", "pair", "label", "worst", "plot", "threshold")
 def run(options: argparse.Namespace) -> None:
     """Measures and prints."""
     if not Path(options.data).exists():
-        raise FileNotFoundError(f"no {options.data}: neither prepared data nor labelled examples")
+        raise FileNotFoundError(
+            f"no {options.data}: neither prepared data, with a manifest.json, nor labelled examples"
+        )
     folder = Path(options.data).is_dir()
     for names, what, fits in ((PREPARED, "prepared data", folder), (LABELLED, "labelled examples", not folder)):
-        given = [name for name in names if getattr(options, name) not in (None, False)]
+        given = [name for name in names if not any(getattr(options, name) is unset for unset in (None, False))]
         if given and not fits:
             kind = "a folder, so prepared data" if folder else "no folder, so labelled examples"
             raise ValueError(f"--{given[0].replace('_', '-')} is for {what}, and {options.data} is {kind}")

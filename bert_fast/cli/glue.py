@@ -76,9 +76,9 @@ def run(options: argparse.Namespace) -> None:
         writable_folder(options.out)
     settings = {
         "epochs": options.epochs, "batch_size": options.batch_size, "max_length": options.seq,
-        "precision": options.precision,
+        "precision": options.precision, "device": chosen_device(options),
     }  # fmt: skip
-    fit = finetuned(folder, device=chosen_device(options), work=options.out, output=out, **settings)
+    fit = finetuned(folder, work=options.out, output=out, **settings)
     done, absent = run_glue(
         fit, options.data, tasks, seeds=options.seeds, rates=options.lr, out=options.out,
         settings=settings | {"model": model_digest(folder)}, output=out,

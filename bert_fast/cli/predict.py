@@ -34,7 +34,9 @@ def add_parser(subparsers) -> None:
         examples="""
 bert-fast predict sentiment reviews.txt
 cut -f1 reviews.tsv | bert-fast predict sentiment --format tsv --quiet
-bert-fast predict nli pairs.csv --text premise --pair hypothesis --out nli.jsonl --top-k 1""",
+bert-fast predict nli pairs.csv --text premise --pair hypothesis --out nli.jsonl --top-k 1
+bert-fast predict names article.txt        # a model of tokens: its entities, with their characters
+bert-fast predict answers squad.json       # a model of qa; or JSON lines with question and context""",
     )
     add_model_argument(parser)
     parser.add_argument("file", metavar="FILE", nargs="?", default="-", help="examples; - is stdin")
@@ -56,7 +58,10 @@ bert-fast predict nli pairs.csv --text premise --pair hypothesis --out nli.jsonl
         "answer must score above the best one to be said (default: as learnt)",
     )
     parser.add_argument(
-        "--seq", metavar="N", type=int, help="cut examples to N tokens (default: as in fine-tuning, else its positions)"
+        "--seq",
+        metavar="N",
+        type=int,
+        help="cut examples to N tokens, or read them in windows of N (default: as in fine-tuning, else its positions)",
     )
     parser.add_argument("--batch-tokens", metavar="N", type=positive, default=8192, help="tokens of a packed batch")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products")

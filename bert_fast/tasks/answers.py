@@ -264,7 +264,7 @@ class Answers(Task):
         logits = [candidate.score for candidate in prediction.candidates]
         logits += [prediction.none] if self.unanswerable else []
         sure = torch.tensor(logits, dtype=torch.float64).softmax(dim=0).tolist()
-        found: dict[str, Any] = {"id": example.name, "answer": text, "begin": None, "end": None}
+        found: dict[str, Any] = {"id": example.name, "answer": text, "begin": None, "end": None, "probability": None}
         if text:
             best = prediction.candidates[0]
             found |= {"begin": best.begin, "end": best.end, "probability": sure[0]}

@@ -125,8 +125,6 @@ def finetuned(
                 part: [_said(trained.task.line(e, p)) for e, p in predict(trained, e, bf16=made["precision"] == "bf16")]
                 for part, e in development.items()
             }
-        if work is not None:
-            shutil.rmtree(folder)
         return said
 
     return fit
@@ -167,7 +165,7 @@ def _task_runs(
             notes.append(f"{path.name} has {len(examples[name]):,} examples, GLUE's {of.parts[name].examples:,}")
     for note in notes:
         output.warn(f"{task.name}: {note}")
-    made_by = {**settings, "files": {name: _digest(path) for name, (_, path) in files.items()}}
+    made_by = {**settings, **{f"file {path.name}": _digest(path) for _, path in files.values()}}
     train = examples.pop("train")
     gold = {name: [example.label for example in part] for name, part in examples.items()}
     runs: dict[float, list[Run]] = {}
@@ -179,6 +177,7 @@ def _task_runs(
                 run = _one_run(fit, task, train, examples, files, gold, rate, seed)
                 if kept is not None:
                     write_atomically(kept, json.dumps({"made_by": made_by, **run._asdict()}, indent=1).encode())
+                    shutil.rmtree(kept.with_suffix(""), ignore_errors=True)  # what it would have gone on from
             output.note(f"{task.name}, learning rate {rate:g}, seed {seed}: {_told(run)}")
             runs.setdefault(rate, []).append(run)
     best = max(rates, key=lambda rate: _worth(runs[rate], task))

@@ -184,8 +184,10 @@ def _(task: Answers, examples, predictions, places, count: int = 10) -> Judgemen
         line = task.line(question, prediction)
         _, shared = judged(question, line["answer"])
         truth = " / ".join(dict.fromkeys(answer.text for answer in question.answers)) or "no answer"
-        badness = (1 - shared) * line.get("probability", 1.0)
-        verdicts.append(Verdict(place, question.text, truth, line["answer"] or "no answer", shared < 1, badness))
+        sure = 1.0 if line["probability"] is None else line["probability"]
+        verdicts.append(
+            Verdict(place, question.text, truth, line["answer"] or "no answer", shared < 1, (1 - shared) * sure)
+        )
     return _judgement(task, examples, predictions, verdicts, count)
 
 

@@ -192,7 +192,7 @@ def test_evaluate_gives_the_metrics_of_finetune_by_its_length(run, folder, tmp_p
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--seed", "1"], "--seed is for prepared data, and {data} is no folder"),
+        (["--seed", "0"], "--seed is for prepared data, and {data} is no folder"),
         (["--whole-word"], "--whole-word is for prepared data"),
         (["--plot", "p.jpeg"], "must end with .png, .svg or .pdf"),
         (["--label", "1", "--text", "1"], "line 1: the label 'other' is none of the model's: bad, fair, good"),

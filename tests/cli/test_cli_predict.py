@@ -191,6 +191,10 @@ def test_answers_are_the_best_spans(run, folder, tmp_path):
     (tmp_path / "squad.json").write_text(json.dumps({"data": data}))
     again = predictions(run("predict", reader, tmp_path / "squad.json"))
     assert [line["answer"] for line in again] == expected
+    table = run("predict", reader, tmp_path / "squad.json", "--format", "tsv", "--threshold=-1e9").out
+    rows = list(csv.DictReader(io.StringIO(table), delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert [row["id"] for row in rows] == [question for question, _ in asked]
+    assert all((row["answer"], row["begin"], row["end"]) == ("", "null", "null") for row in rows)
     done = run("predict", reader, stdin="a text without a question\n")
     assert done.code == 1
     assert "this task reads records with names" in done.err

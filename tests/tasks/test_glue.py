@@ -176,7 +176,7 @@ def test_runs_that_ended_are_not_made_again_and_those_of_others_are_refused(data
         run_glue(Fitter(), data, tasks, seeds=1, settings={"epochs": 4}, **options)
     with (data / "CoLA" / "dev.tsv").open("a") as file:
         file.write("gj04\t1\t\tMore.\n")
-    with pytest.raises(ValueError, match="another files"):
+    with pytest.raises(ValueError, match=r"another file dev\.tsv"):
         run_glue(Fitter(), data, tasks, seeds=1, settings={"epochs": 3}, **options)
 
 
