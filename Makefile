@@ -55,6 +55,7 @@ figures: setup
 	@$(BIN)/python benchmarks/run.py --seq 512 --save $(ARGS)
 	@$(BIN)/python benchmarks/run.py --seq 128 --save $(ARGS)
 	@$(BIN)/python benchmarks/run.py --seq 512 --mode encode --batch 4 --rounds 5 --save $(ARGS)
+	@$(BIN)/python benchmarks/run.py --mode finetune --rounds 5 --save
 	@$(BIN)/python benchmarks/run.py --kernels --save $(ARGS)
 	@$(BIN)/python benchmarks/report.py
 

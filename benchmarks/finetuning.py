@@ -89,7 +89,10 @@ WORKS = (Work("SST-2's lengths", "classify", 128, 32, 4, 512), Work("SQuAD-like 
 class Contender:
     """One who trains and predicts, and remembers what: of each call the real lengths and those computed."""
 
-    def __init__(self):
+    padding = "packed"
+
+    def __init__(self, bf16: bool):
+        self.dtype = NAMES[torch.bfloat16 if bf16 else torch.float32]
         self.calls: list[tuple[list[int], list[int]]] = []
 
     def train(self) -> None:
@@ -105,7 +108,7 @@ class Ours(Contender):
     """The loop of ``bert-fast finetune``."""
 
     def __init__(self, work: Work, config, items: list[Item], device: str, bf16: bool):
-        super().__init__()
+        super().__init__(bf16)
         self.work, self.items, self.task = work, items, make_task(work.task)
         settings = Settings(
             epochs=10**6, batch_size=work.batch, learning_rate=RATE, warmup=0.0, weight_decay=0.0, layer_decay=1.0,
@@ -135,9 +138,10 @@ class Trainers(Contender):
     """transformers' model and Trainer."""
 
     def __init__(self, name: str, work: Work, config, items: list[Item], device: str, bf16: bool, seq: int):
-        super().__init__()
+        super().__init__(bf16)
         _, sampling, full = PEERS[name]
-        self.work, self.padding = work, {"padding": "max_length", "max_length": seq} if full else {"padding": True}
+        self.work, self.padding = work, "padded" if full else "longest"
+        padding = {"padding": "max_length", "max_length": seq} if full else {"padding": True}
         rows = [row_of(item) for item in items]
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=berts_tokenizer({token: n for n, token in enumerate(SPECIAL_TOKENS)}, lowercase=True),
@@ -146,7 +150,7 @@ class Trainers(Contender):
         torch.manual_seed(0)
         kind = getattr(transformers, make_task(work.task).model.__name__)
         self.folder = tempfile.TemporaryDirectory()  # Trainer wants one; nothing is written there
-        collate = transformers.DataCollatorWithPadding(tokenizer, **self.padding)
+        collate = transformers.DataCollatorWithPadding(tokenizer, **padding)
         self.trainer = transformers.Trainer(
             model=kind(config),
             args=transformers.TrainingArguments(
@@ -215,19 +219,23 @@ def row_of(item: Item) -> dict:
     return row | {"labels": item.target}
 
 
-def dtypes(device: str, named: str) -> list[torch.dtype]:
-    """Those of the tables: the one that is ``named``; "auto": float32, and bfloat16 where it is multiplied faster."""
+def groups(device: str, named: str) -> list[tuple[bool, bool]]:
+    """Of each table whether ours multiplies in bfloat16, and whether Trainer does: of the dtype that is ``named``;
+    "auto": float32 as published beside ours as it chooses, and where that is bfloat16 a second table of it alone."""
     if named != "auto":
-        return [dtype for dtype, name in NAMES.items() if name == named]
-    return [torch.float32] + [torch.bfloat16] * has_matrix_unit(torch.device(device), torch.bfloat16)
+        return [(named == "bfloat16",) * 2]
+    automatic = has_matrix_unit(torch.device(device), torch.bfloat16)
+    return [(automatic, False)] + [(True, True)] * automatic
 
 
 def compare(asked, file: Results) -> int:
     """Parity and the tables of both works; the exit status."""
     config = model_config(asked.model, dropout=DROPOUT)
     works = [(work, min(work.seq, config.max_position_embeddings)) for work in WORKS]
-    file.data["work"] = {"model": asked.model, "seq": 384, "dtype": "both", "mode": "finetune", "rounds": asked.rounds,
-                         "lengths": "those of SST-2, and a model of SQuAD's", "dropout": DROPOUT}  # fmt: skip
+    file.data["work"] = {
+        "model": asked.model, "seq": max(work.seq for work in WORKS), "dtype": asked.dtype, "mode": "finetune",
+        "rounds": asked.rounds, "lengths": "those of SST-2, and a model of SQuAD's", "dropout": DROPOUT,
+    }  # fmt: skip
     file.data["steps"] = []
     verdict = parity.summary([row for work, seq in works for row in parity_rows(work, asked.model, asked.device, seq)])
     file.put("parity", verdict)
@@ -236,9 +244,9 @@ def compare(asked, file: Results) -> int:
         print("benchmarks/run.py: parity failed, so no speed is measured", file=sys.stderr)
         return 1
     for work, seq in works:
-        for dtype in asked.dtypes:
-            for rows in measured(asked, work, config, seq, dtype, file.data["limits"]):
-                title = f"{rows[0]['mode']}, {work.name}, BERT-{asked.model}, {rows[0]['dtype']}"
+        for group in asked.groups:
+            for rows in measured(asked, work, config, seq, group, file.data["limits"]):
+                title = f"{rows[0]['mode']}, {work.name}, BERT-{asked.model}, Trainer in {rows[-1]['dtype']}"
                 tables.steps(rows, tables.FINETUNE, title).show()
                 file.add("steps", *rows)
     return 0
@@ -261,66 +269,65 @@ def parity_rows(work: Work, model: str, device: str, seq: int) -> list[dict]:
     return [parity.row(what, abs(a - b) / abs(b), 0.0, BOUND, contender="bert_fast") for what, (a, b) in pairs.items()]
 
 
-def measured(asked, work: Work, config, seq: int, dtype: torch.dtype, limits: dict) -> Iterator[list[dict]]:
+def measured(asked, work: Work, config, seq: int, group: tuple[bool, bool], limits: dict) -> Iterator[list[dict]]:
     """The rows of training, then those of prediction."""
-    bf16 = dtype == torch.bfloat16
+    automatic, theirs = group
     items = work.items(config.vocab_size, seq)
-    with tables.Bar() as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        contenders: dict[str, Contender] = {"bert_fast": Ours(work, config, items, asked.device, bf16)}
-        for name in asked.peers:
-            if name != "trainer-padded" or work.task == "qa":
-                contenders[name] = Trainers(name, work, config, items, asked.device, bf16, seq)
-        own = clock.Clock(asked.device)
-        for mode in ("finetune", "predict"):
-            steps = {name: c.train if mode == "finetune" else c.predict for name, c in contenders.items()}
-            bar.phase(f"{work.name}, {NAMES[dtype]}, {mode}: warming up")
+    contenders: dict[str, Contender] = {"bert_fast": Ours(work, config, items, asked.device, automatic)}
+    if automatic and not theirs:
+        contenders["bert_fast-fp32"] = Ours(work, config, items, asked.device, False)
+    for name in asked.peers:
+        if name != "trainer-padded" or work.task == "qa":
+            contenders[name] = Trainers(name, work, config, items, asked.device, theirs, seq)
+    own = clock.Clock(asked.device)
+    for mode in ("finetune", "predict"):
+        steps = {name: c.train if mode == "finetune" else c.predict for name, c in contenders.items()}
+        with tables.Bar() as bar, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bar.phase(f"{work.name}, {mode}: warming up {', '.join(steps)}")
             for step in steps.values():
                 step()
             for contender in contenders.values():
                 contender.calls.clear()
-            bar.phase(f"{work.name}, {NAMES[dtype]}, {mode}: {asked.rounds} rounds", total=asked.rounds * len(steps))
+            bar.phase(f"{work.name}, {mode}: {asked.rounds} rounds", total=asked.rounds * len(steps))
             times = clock.interleave(steps, asked.rounds, own.step, bar.tick)
-            yield [
-                row_of_contender(asked, work, name, mode, dtype, seq, times, contenders, config, limits)
-                for name in contenders
-            ]
+        rounds = {name: rounds_of(contender.calls, asked.rounds) for name, contender in contenders.items()}
+        rows = []
+        for name, contender in contenders.items():
+            facts = {"contender": name, "key": name, "dtype": contender.dtype, "padding": contender.padding}
+            facts |= {"model": asked.model, "seq": seq, "lengths": work.name, "sequences": work.batch, "mode": mode}
+            row = facts | rates(work, facts, rounds[name], times[name], config, limits)
+            if name != "bert_fast":
+                each = [tokens_a_second(rounds[key], times[key]) for key in ("bert_fast", name)]
+                row["ours_is"] = float(np.median(each[0] / each[1]))
+            rows.append(row)
+        yield rows
     contenders.clear()
     release()
 
 
-def row_of_contender(
-    asked, work: Work, name: str, mode: str, dtype: torch.dtype, seq: int, times: dict, contenders: dict, config,
-    limits: dict,
-) -> dict:  # fmt: skip
-    """A line of a table: rates over all rounds, and the median over rounds of our real tokens a second over theirs."""
-    rounds = {key: rounds_of(contender.calls, asked.rounds) for key, contender in contenders.items()}
-    rates = {
-        key: [sum(sum(real) for real, _ in calls) / len(calls) / t for calls, t in zip(some, times[key], strict=True)]
-        for key, some in rounds.items()
-    }
-    train, seconds = mode == "finetune", sum(times[name])
-    share = len(rounds[name][0])
-    real = [n for calls in rounds[name] for r, _ in calls for n in r]
-    computed = [n for calls in rounds[name] for _, c in calls for n in c]
-    ours, read = name == "bert_fast", None
-    if ours and work.task == "classify":
-        read = len(computed)
-    flops = [step_flops(config, lengths, 0, train=train, read=at) / share / seconds / 1e12
-             for lengths, at in ((computed, read), (real, None))]  # fmt: skip
-    limit = limits["matmul_tflops"].get(NAMES[dtype])
-    calls = work.updates if train else math.ceil(work.predicted / work.batch)
-    row = {
-        "model": asked.model, "seq": seq, "lengths": work.name, "sequences": work.batch, "contender": name,
-        "padding": "packed" if ours else "padded" if PEERS[name][2] else "longest", "dtype": NAMES[dtype],
-        "mode": mode, "optimizer": "adamw" if train else "none", "real_tokens": sum(real) // share,
-        "step_s": clock.quantiles([t / calls for t in times[name]]), "sequences_per_s": len(real) / share / seconds,
-        "real_tokens_per_s": sum(real) / share / seconds, "executed_tflops": flops[0],
-        "share_of_peak": flops[0] / limit if limit else None, "mfu": flops[1] / limit if limit else None, "key": name,
+def tokens_a_second(rounds: list, times: list[float]) -> np.ndarray:
+    """Real tokens a second in each round."""
+    tokens = [sum(sum(real) for real, _ in calls) / len(calls) for calls in rounds]
+    return np.array(tokens) / np.array(times)
+
+
+def rates(work: Work, facts: dict, rounds: list, times: list[float], config, limits: dict) -> dict:
+    """What follows from the times of all rounds."""
+    train, calls = facts["mode"] == "finetune", [call for some in rounds for call in some]
+    real, computed = ([n for call in calls for n in call[part]] for part in (0, 1))
+    seconds = sum(times) * len(rounds[0])  # of a round with several calls the time is their mean
+    read = len(real) if facts["padding"] == "packed" and work.task == "classify" else None
+    executed = step_flops(config, computed, 0, train=train, read=read) / seconds / 1e12
+    useful = step_flops(config, real, 0, train=train) / seconds / 1e12
+    limit = limits["matmul_tflops"].get(facts["dtype"])
+    steps = work.updates if train else math.ceil(work.predicted / work.batch)
+    return {
+        "optimizer": "adamw" if train else "none", "real_tokens": sum(real) // len(calls),
+        "step_s": clock.quantiles([t / steps for t in times]), "sequences_per_s": len(real) / seconds,
+        "real_tokens_per_s": sum(real) / seconds, "executed_tflops": executed,
+        "share_of_peak": executed / limit if limit else None, "mfu": useful / limit if limit else None,
     }  # fmt: skip
-    if not ours:
-        row["ours_is"] = float(np.median(np.array(rates["bert_fast"]) / np.array(rates[name])))
-    return row
 
 
 def rounds_of(calls: list, rounds: int) -> list[list]:

@@ -71,13 +71,13 @@ def arguments(description: str, argv: list[str] | None = None) -> argparse.Names
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: torch sees no GPU")
     train, options.why_dtype = options.mode == "train", ""
-    options.dtypes = finetuning.dtypes(options.device, options.dtype)
+    options.groups = finetuning.groups(options.device, options.dtype)
     if options.dtype == "auto":
         hardware = has_matrix_unit(torch.device(options.device), torch.bfloat16)
         options.dtype = "bfloat16" if hardware else "float32"
         options.why_dtype = "" if hardware else " (bfloat16 is not multiplied faster here; --dtype bfloat16 forces it)"
-    if train and options.dtype == "float16":
-        made.error("--dtype float16: `bert-fast pretrain` trains in bfloat16 or float32; --mode encode has float16")
+    if options.mode != "encode" and options.dtype == "float16":
+        made.error("--dtype float16: bert-fast trains in bfloat16 or float32; --mode encode has float16")
     options.optimizer = options.optimizer or ("adamw" if options.device == "cuda" and train else "none")
     options.setting = Setting(options.device, DTYPES[options.dtype], train, not options.no_nsp, options.optimizer)
     named = DEFAULT_PEERS[options.mode] if options.peers is None else filter(None, options.peers.split(","))

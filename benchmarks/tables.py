@@ -116,6 +116,8 @@ STEP_COLUMNS: dict[str, Callable[[dict], str]] = {
     "lengths, dtype": lambda x: f"{x['lengths']}, {x['dtype']}",
     "BERT": lambda x: f"{size_of(x)}, {x['dtype']}, {x['optimizer']}",
     "contender": name_of,
+    "padding": lambda x: x["padding"],
+    "dtype": lambda x: x["dtype"],
     "sequences": lambda x: f"{x['sequences']}",
     "step ms (p20-p80)": _spread,
     "predicted": lambda x: "" if x.get("predicted_s") is None else f"{1e3 * x['predicted_s']:.1f}",
@@ -129,7 +131,7 @@ STEP_COLUMNS: dict[str, Callable[[dict], str]] = {
 }
 RUN = ("contender", "step ms (p20-p80)", "sequences/s", "real tokens/s", "TFLOP/s", "of the matrix rate", "MFU",
        "peak MiB", "ours is")  # fmt: skip
-FINETUNE = tuple(column for column in RUN if column != "peak MiB")
+FINETUNE = ("contender", "padding", "dtype", *(column for column in RUN[1:] if column != "peak MiB"))
 README = ("lengths, dtype", "contender", "sequences/s", "peak MiB", "ours is")
 GPU = ("BERT", "contender", "sequences", "step ms (p20-p80)", "predicted", "sequences/s", "real tokens/s",
        "of the matrix rate", "MFU", "peak MiB", "ours is")  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import finetuning, run
+from benchmarks import finetuning, run, tables
 from benchmarks.workload import model_config
 
 
@@ -35,7 +35,30 @@ def test_a_whole_run(quick, tmp_path, capsys):
         assert row["dtype"] == "bfloat16"
         assert min(row[k] for k in ("real_tokens_per_s", "sequences_per_s", "executed_tflops", "mfu")) > 0
         assert ("ours_is" in row) == (row["contender"] != "bert_fast")
-    assert "SQuAD-like lengths, BERT-micro, bfloat16" in capsys.readouterr().out
+    assert "SQuAD-like lengths, BERT-micro, Trainer in bfloat16" in capsys.readouterr().out
+
+
+def test_ours_as_it_chooses_beside_trainer_as_published_and_in_the_same_dtype(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "has_matrix_unit", lambda *_: True)
+    monkeypatch.setattr(finetuning, "WORKS", finetuning.WORKS[:1])
+    path = tmp_path / "r.json"
+    assert run.main([*quick, "--rounds", "1", "--peers", "trainer", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["steps"]
+    assert [(row["mode"], row["contender"], row["dtype"]) for row in rows] == [
+        (mode, *one)
+        for table in (
+            [("bert_fast", "bfloat16"), ("bert_fast-fp32", "float32"), ("trainer", "float32")],
+            [("bert_fast", "bfloat16"), ("trainer", "bfloat16")],
+        )
+        for mode in ("finetune", "predict")
+        for one in table
+    ]
+    for row in rows:  # a rate over its limit, whatever was timed
+        assert row["share_of_peak"] == pytest.approx(row["executed_tflops"] / 0.1)
+        assert row["real_tokens_per_s"] > row["sequences_per_s"]
+    text = tables.compared([("cpu", rows)]).markdown()
+    assert "| cpu | finetune micro, 4 x 64, SST-2's lengths, bfloat16, adamw |" in text
+    assert text.count("trainer") == 4
 
 
 def test_a_loss_that_differs_prints_no_speed(quick, tmp_path, monkeypatch, capsys):
@@ -59,10 +82,17 @@ def test_a_loss_that_differs_prints_no_speed(quick, tmp_path, monkeypatch, capsy
     assert json.loads((tmp_path / "r.json").read_text())["steps"] == []
 
 
-def test_bad_arguments(quick, capsys):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--peers", "hf-eager"), "'hf-eager' is none of trainer, trainer-grouped, trainer-padded"),
+        (("--dtype", "float16"), "bert-fast trains in bfloat16 or float32"),
+    ],
+)
+def test_bad_arguments(quick, capsys, given, message):
     with pytest.raises(SystemExit):
-        run.main([*quick, "--peers", "hf-eager"])
-    assert "'hf-eager' is none of trainer, trainer-grouped, trainer-padded" in capsys.readouterr().err
+        run.main([*quick, *given])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
