@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from bert_fast.use import onnx_export
+
 Tensor = torch.Tensor
 
 PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "onnxruntime-int8": ("onnx", "onnxruntime"),
@@ -79,7 +81,6 @@ class OnnxRuntime:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
-        import onnxruntime
         from onnxruntime.transformers import optimizer
         from onnxruntime.transformers.fusion_options import FusionOptions
 
@@ -99,20 +100,9 @@ class OnnxRuntime:
                 raise RuntimeError(f"ONNX Runtime's optimiser did not fuse all of {layers} layers, it fused {short}")
             graph.save_model_to_file(str(fused))
             if dtype == torch.int8:
-                from onnx import TensorProto
-                from onnxruntime.quantization import QuantType, quantize_dynamic
-
                 whole, fused = fused, fused.with_name("int8.onnx")
-                # the fused operators' results, whose type ONNX cannot infer
-                types = {"DefaultTensorType": TensorProto.FLOAT}
-                quantize_dynamic(
-                    str(whole), str(fused), weight_type=QuantType.QInt8, per_channel=True, extra_options=types
-                )
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-            # else its threads wait for the next run for so long, busy, that they slow whoever comes next
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-            self.session = onnxruntime.InferenceSession(str(fused), options, providers=["CPUExecutionProvider"])
+                onnx_export.quantize(whole, fused)
+            self.session = onnx_export.session(fused)
 
     def __call__(self, **inputs: Tensor) -> BaseModelOutputWithPooling:
         """The outputs for the tensors INPUTS (B, S) int64."""

@@ -7,6 +7,9 @@ BROUGHT_BY = {
     "accelerate": "pretrain",
     "datasets": "datasets",
     "matplotlib": "plot",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
     "pyarrow": "pretrain",  # and finetune
     "rich": "pretrain",
     "scipy": "finetune",

@@ -41,7 +41,7 @@ ROOMS = {
     "tasks": "use run train model data optim",
     "cli": "tasks use run train bert_fast env data",
     "__main__": "cli",
-    "benchmarks": "tasks run train bert_fast env data model optim ops linear packing dispatch kernels reference",
+    "benchmarks": "tasks use run train bert_fast env data model optim ops linear packing dispatch kernels reference",
 }
 
 AOT, EXPERIMENTS = "bert_fast.kernels.aot", "bert_fast.kernels.experiments."

@@ -32,6 +32,7 @@ COMMANDS = (
     "evaluate",
     "fill-mask",
     "encode",
+    "export",
     "finetune",
     "predict",
     "glue",

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes aside, flushes to the disk and renames: ``path`` is whole or not there."""
     with written_aside(path) as file:
         file.write(data)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which is renamed to ``path`` when the block ends without an error.
+
+    Raises ValueError at once where ``path`` is there and not an empty folder: nothing is overwritten.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name a new folder, or remove it")
+    part = aside(path)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, path)  # an empty folder gives way
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

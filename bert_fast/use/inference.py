@@ -179,10 +179,10 @@ def encode_sentences(
         model, pooling=pooling, normalize=normalize, max_length=max_length, prompt=prompt, prompt_name=prompt_name
     )
     counts = Counter() if counts is None else counts
-    tokenizer, in_front, windows_of = _cutting(tokenizer, recipe, long, counts)
+    tokenizer, in_front, windows_of = cutting(tokenizer, recipe, long, counts)
     sentences, done = iter(sentences), 0
     while window := list(islice(sentences, WINDOW)):
-        encodings = tokenizer.encode_batch_fast(_texts(window, recipe.prompt, counts))
+        encodings = tokenizer.encode_batch_fast(prompted(window, recipe.prompt, counts))
         parts = [windows_of(encoding) for encoding in encodings]
         encoded = [ids for windows in parts for ids in windows]
         vectors = np.empty((len(encoded), len(recipe.pooling) * model.config.hidden_size), dtype=np.float32)
@@ -206,7 +206,7 @@ def encode_sentences(
         yield vectors
 
 
-def _texts(window: list[str], prompt: str, counts: Counter) -> list[str]:
+def prompted(window: list[str], prompt: str, counts: Counter) -> list[str]:
     """What is encoded of ``window``; counts the empty ones and lone surrogates."""
     texts = []
     for sentence in window:
@@ -217,7 +217,7 @@ def _texts(window: list[str], prompt: str, counts: Counter) -> list[str]:
     return texts
 
 
-def _cutting(
+def cutting(
     tokenizer: Tokenizer, recipe: Recipe, long: str, counts: Counter
 ) -> tuple[Tokenizer, int, Callable[[Encoding], list[list[int]]]]:
     """(a tokenizer that lower-cases as ``recipe`` says, how many tokens in front of each are not pooled, and what makes

@@ -206,3 +206,27 @@ def pooled(hidden: Tensor, ends: Tensor, modes: tuple[str, ...], skip: int = 0) 
         "lasttoken": lambda: hidden.index_select(0, last),
     }
     return torch.cat([how[mode]() for mode in modes], dim=1)
+
+
+def pooled_padded(hidden: Tensor, mask: Tensor, modes: tuple[str, ...], skip: int = 0) -> Tensor:
+    """:func:`pooled` of a batch that is padded on the right, (sequences, tokens, width) and its mask (sequences,
+    tokens), by operations that every runtime has."""
+    real = mask.bool()
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    inner = (real & (places >= skip))[..., None].to(hidden.dtype)
+    last = real.sum(1) - 1
+    count = inner.sum(1).clamp(min=1e-9)
+    weights = inner * (places + 1).to(hidden.dtype)[:, None]
+
+    def at(index: Tensor) -> Tensor:
+        return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+
+    how = {
+        "cls": lambda: at(last.clamp(max=skip)),
+        "max": lambda: hidden.masked_fill(inner == 0, torch.finfo(hidden.dtype).min).amax(1),
+        "mean": lambda: (hidden * inner).sum(1) / count,
+        "mean_sqrt_len_tokens": lambda: (hidden * inner).sum(1) / count.sqrt(),
+        "weightedmean": lambda: (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9),
+        "lasttoken": lambda: at(last),
+    }
+    return torch.cat([how[mode]() for mode in modes], dim=1)

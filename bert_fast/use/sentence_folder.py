@@ -1,13 +1,11 @@
 """A sentence-transformers folder of a model: SentenceTransformer(folder).encode gives the vectors of ``encode``."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from bert_fast.data.files import aside
+from bert_fast.data.files import new_folder
 from bert_fast.data.tokenizer import save_tokenizer
 from bert_fast.run.weights import silent_transformers
 from bert_fast.use.pooling import POOLINGS, Recipe
@@ -25,11 +23,7 @@ def save_sentence_transformer(
     reads them. Raises ValueError where ``folder`` is there and not empty.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: name a new folder, or remove it")
-    part = aside(folder)
-    try:
-        part.mkdir(parents=True)
+    with new_folder(folder) as part:
         weights = {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
         with silent_transformers():
             model.save_pretrained(part, state_dict=weights)
@@ -37,11 +31,6 @@ def save_sentence_transformer(
         for name, content in _settings(recipe, model.config.hidden_size).items():
             (part / name).parent.mkdir(exist_ok=True)
             (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
