@@ -91,7 +91,7 @@ def measure_finetuning(folder: Path, sst2: Path, *, seeds: int, epochs: float, e
         for name, accuracies in found.items():
             measured = finetune(
                 folder, train, dev, epochs=epochs, learning_rate=5e-4, dropout=0.1, seed=seed,
-                from_scratch=name == "random",
+                from_scratch=name == "random", keep="last", precision="fp32",
             )  # fmt: skip
             accuracies.append(measured["accuracy"])
     return found | {"majority": measured["majority"], "examples": len(dev)}

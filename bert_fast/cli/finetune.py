@@ -170,6 +170,9 @@ def _text(task: Any, found: dict, options: argparse.Namespace) -> str:
         lines[0] += f" (guessing: {100 * found['chance']:.2f} %)"
     if found["best_epoch"] != found["epochs"]:
         lines.append(f"the best epoch is kept, {found['best_epoch']:g}")
+    measures = found["history"][-1].keys() - {"epoch", "step", "loss", "train_loss", task.metric}
+    if others := [f"{name} {found[name]:.4f}" for name in found if name in measures and isinstance(found[name], float)]:
+        lines.append(", ".join(others))
     if "seeds" in found:
         seeds = found["seeds"]
         lines.append(

@@ -251,8 +251,13 @@ class Training:
         load_state(self.optimizer, self.model, found.tensors("optimizer"))
         self.state = State(**{name: found.state[name] for name in State.__dataclass_fields__})
         if self.state.best >= 0:
-            best = checkpoint.read(checkpoint.folder_of(self.folder, self.state.best_step))
-            self.best = best.tensors("model")
+            best = checkpoint.folder_of(self.folder, self.state.best_step)
+            try:
+                self.best = checkpoint.read(best).tensors("model")
+            except (OSError, ValueError) as error:
+                raise checkpoint.CheckpointError(
+                    f"{best}, with the best epoch's weights, is damaged: {error}. Delete {best.parent} to begin anew"
+                ) from error
         tell(f"going on from {found.folder}, update {found.step} of {self.total}")
 
 

@@ -1,7 +1,9 @@
 """bert-fast finetune, and bert-fast plot."""
 
 import json
+import os
 import random
+import signal
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import transformers
 import bert_fast
 from bert_fast.tasks.examples import Example, label_names, read_examples
 from bert_fast.tasks.finetuning import finetune
+from bert_fast.tasks.training import Training
 
 GOOD, BAD = ("assert", "statement", "value", "name"), ("break", "loop", "import", "class")
 
@@ -358,6 +361,28 @@ def test_the_task_is_guessed_and_said(run, folder, tmp_path):
     found = run(*argv, "--task", "classify", "--json")
     assert found.code == 1
     assert "--task regress" in found.err
+
+
+def test_a_signal_has_its_exit_code_and_the_same_command_goes_on(run, folder, files, tmp_path, monkeypatch):
+    train, dev = files
+    argv = ("finetune", folder / "model", "--train", train, "--validation", dev, "--epochs", 2, "--out", tmp_path / "o")
+    one = Training.one
+
+    def signalled(self, step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return one(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "one", signalled)
+        done = run(*argv)
+    assert done.code == 143
+    assert "stopped by SIGTERM: the same command goes on from its checkpoint" in done.err
+    done = run(*argv)
+    assert done.code == 0
+    assert "going on from" in done.err
+    assert "f1_macro" in done.out
+    assert "matthews" in done.out
 
 
 def test_seeds_class_weights_and_patience(run, folder, files, tmp_path):

@@ -227,6 +227,25 @@ def test_a_signal_writes_a_checkpoint_and_the_same_call_goes_on(base, tmp_path, 
     assert finetune(base, train, train, tmp_path, **OPTIONS) == finetune(base, train, train, **OPTIONS)
 
 
+def test_damaged_checkpoints_are_passed_over_or_named(base, tmp_path):
+    """The newest is passed over; without the best epoch's weights a run would keep others without a word."""
+    train, told = examples(Classify, 20), []
+    accuracies = [0.9, 0.1, 0.2, 0.3]
+    interrupted(base, train, tmp_path, 11, task=Told(accuracies))
+    first, second = checkpoint.folders(tmp_path)
+    (second / "model.safetensors").write_bytes(b"x")
+    found = finetune(base, train, train, tmp_path, on_note=told.append, task=Told(accuracies[1:]), **OPTIONS)
+    assert "is damaged and passed over" in "".join(told)
+    assert f"going on from {first}" in "".join(told)
+    assert found["best_epoch"] == 1
+
+    interrupted(base, train, tmp_path, 11, task=Told(accuracies))
+    first, _ = checkpoint.folders(tmp_path)
+    (first / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(checkpoint.CheckpointError, match="step-00000004, with the best epoch's weights, is damaged"):
+        finetune(base, train, train, tmp_path, task=Told(accuracies), **OPTIONS)
+
+
 def test_a_run_with_other_options_is_refused_until_the_first_has_ended(base, tmp_path):
     train = examples(Classify, 20)
     interrupted(base, train, tmp_path, 9)
