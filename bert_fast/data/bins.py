@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert_fast.data.masking import MASK_PROB, masked_count
+from bert_fast.data.masking import MASK_PROB, masked_count, special_count
 
 
 class Capacities(NamedTuple):
@@ -58,7 +58,7 @@ def plan_batches(
     the rest of its budget goes to the longest that do fit among the next ``pool`` samples (at least four batches of
     sequences). So batches stay mixed,
     and hardly a token is wasted. A sequence is never cut or joined to another. Returns int64 arrays of sample
-    numbers. ``lengths`` (samples,) counts special tokens (3 with ``nsp``, else 2), which are not predicted. ``masked``
+    numbers. ``lengths`` (samples,) counts special tokens, which are not predicted; ``nsp`` says how many. ``masked``
     (samples,) are how many tokens each sample predicts; None: as many as ``masked_count`` says, not whole words.
 
     Raises ValueError for a sample that is longer than the budget, or predicts more than ``size`` holds.
@@ -71,7 +71,7 @@ def plan_batches(
     if longest > size.tokens:
         worst = order[lengths[order].argmax()]
         raise ValueError(f"sample {worst} has {longest} tokens, more than the budget of {size.tokens}")
-    masked = masked_count(lengths - (3 if nsp else 2)) if masked is None else masked
+    masked = masked_count(lengths - special_count(nsp)) if masked is None else masked
     pool = max(pool, 4 * size.sequences)
     waiting: OrderedDict[int, None] = OrderedDict()  # the next samples, in order
     by_length: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(longest + 1)]

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from bert_fast.data.batches import Sample, pack_samples, pad_samples
 from bert_fast.data.bins import Capacities, plan_batches
 from bert_fast.data.encoding import SentenceEncoder
-from bert_fast.data.masking import MASK_PROB, MASK_SHARES, masked_count
+from bert_fast.data.masking import MASK_PROB, MASK_SHARES, masked_count, special_count
 from bert_fast.data.pairs import NO_LABEL, Corpus, permutation, plan_epoch
 from bert_fast.data.samples import SampleMaker
 from bert_fast.data.tokenizer import bare_tokenizer, continuation_table, replacement_ids, special_ids, vocabulary_rows
@@ -119,7 +119,7 @@ class PretrainingDataset(Dataset):
 
     def real(self, lengths: np.ndarray) -> np.ndarray:
         """int64 (n,): how many tokens of samples of ``lengths`` (n,) are not special."""
-        return lengths - (3 if self.nsp else 2)
+        return lengths - special_count(self.nsp)
 
     def expected(self, lengths: np.ndarray, mask_prob: float | None = None) -> np.ndarray:
         """int64 (n,): how many tokens of samples of ``lengths`` (n,) are predicted, of whole words on average.

@@ -13,7 +13,7 @@ import numpy as np
 from bert_fast.data import Capacities, Corpus, Sample, masked_count, pack_samples
 from bert_fast.data.bins import micro_batches, needed
 from bert_fast.data.dataset import PretrainingDataset
-from bert_fast.data.masking import MASK_PROB
+from bert_fast.data.masking import MASK_PROB, special_count
 from bert_fast.data.mixture import Mixture
 from bert_fast.data.pairs import document_tokens, fewest_tokens
 from bert_fast.data.phase import Phase
@@ -29,7 +29,7 @@ def sizes_of_phases(
 ) -> dict[tuple[int, int], list[Capacities]]:
     """By (longest sequence, batch size) of a phase, the capacities of its micro-batches of about ``tokens`` tokens."""
     lengths = {seq: sample_lengths(dataset, seq) for seq in {phase.seq for phase in phases}}
-    special, whole_word = 3 if dataset.nsp else 2, dataset.continues is not None
+    special, whole_word = special_count(dataset.nsp), dataset.continues is not None
     return {
         (phase.seq, phase.batch_size): phase_sizes(
             lengths[phase.seq],

@@ -11,6 +11,11 @@ MASK_PROB = 0.15  # as published
 MASK_SHARES = (0.8, 0.1, 0.1)  # of the predicted tokens: [MASK], a random token, the token itself
 
 
+def special_count(nsp: bool) -> int:
+    """How many tokens of a sample are special, and never predicted: [CLS], and [SEP] after each of its texts."""
+    return 3 if nsp else 2
+
+
 def masked_count(real_tokens, mask_prob: float = MASK_PROB):
     """How many of ``real_tokens`` n (int or array; special tokens not counted) are predicted, int64:
     max(1, round(``mask_prob`` n)), halves to even."""

@@ -32,6 +32,7 @@ from typing import Protocol
 
 import numpy as np
 
+from bert_fast.data.masking import special_count
 from bert_fast.dropout_mask import philox
 
 IS_NEXT, NOT_NEXT, NO_LABEL = 0, 1, -100
@@ -117,7 +118,7 @@ def plan_epoch(
 
     Raises ValueError for an impossible length or probability, and for a corpus that gives no sample.
     """
-    special = 3 if nsp else 2
+    special = special_count(nsp)
     capacity, least = max_length - special, fewest_tokens(nsp)
     if capacity < (fewest := 3 if nsp else 2):  # A of two tokens leaves room for B
         raise ValueError(f"max_length {max_length} leaves fewer than {fewest} tokens beside [CLS] and [SEP]")

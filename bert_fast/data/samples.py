@@ -6,7 +6,15 @@ from typing import Any
 import numpy as np
 
 from bert_fast.data.batches import Sample
-from bert_fast.data.masking import MASK_PROB, MASK_SHARES, choose_tokens, choose_words, masked_count, replace_tokens
+from bert_fast.data.masking import (
+    MASK_PROB,
+    MASK_SHARES,
+    choose_tokens,
+    choose_words,
+    masked_count,
+    replace_tokens,
+    special_count,
+)
 from bert_fast.data.pairs import NO_LABEL, Corpus, require_known
 from bert_fast.data.tokenizer import SpecialIds
 
@@ -50,7 +58,7 @@ class SampleMaker:
         spans = list(zip(begin.ravel().tolist(), (begin + sizes).ravel().tolist(), strict=True))
 
         # [CLS] A [SEP] B [SEP] of all samples, one after another
-        lengths = real + texts + 1
+        lengths = real + special_count(self.nsp)
         offsets = _before(lengths)
         cls, after_a, last = offsets[:-1], offsets[:-1] + sizes[:, 0] + 1, offsets[1:] - 1
         ids = np.empty(offsets[-1], dtype=np.int64)
