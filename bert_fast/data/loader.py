@@ -106,10 +106,7 @@ class BatchMaker(Dataset):
             assert self.folders is not None  # else it was pickled
             make.corpus = joined([open_corpus(folder) for folder in self.folders])
         turns = np.argsort(order.epochs, kind="stable")
-        samples = []
-        for epoch in np.unique(order.epochs).tolist():
-            here = turns[order.epochs[turns] == epoch]
-            samples += make(epoch, order.indices[here], order.rows[here], order.mask_prob)
+        samples = make(order.epochs[turns], order.indices[turns], order.rows[turns], order.mask_prob)
         size, masked = order.size, sum(len(sample.masked_labels) for sample in samples)
         if masked > size.masked:  # whole words: how many there are is known here alone
             size = size._replace(masked=rounded(masked, ROUND_MASKED))

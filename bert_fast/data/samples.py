@@ -42,9 +42,9 @@ class SampleMaker:
     mask_shares: tuple[float, float, float] = MASK_SHARES
 
     def __call__(
-        self, epoch: int, indices: np.ndarray, rows: np.ndarray, mask_prob: float | None = None
+        self, epoch: int | np.ndarray, indices: np.ndarray, rows: np.ndarray, mask_prob: float | None = None
     ) -> list[Sample]:
-        """Samples ``indices`` (n,) of ``epoch``, from ``rows`` (n, 5) of its plan (see ``Plan.rows``).
+        """Samples ``indices`` (n,) of ``epoch``, or each of its own, from ``rows`` (n, 5) of plans (``Plan.rows``).
 
         ``mask_prob`` goes before that of all samples.
         """
@@ -95,7 +95,7 @@ class SampleMaker:
         ]
 
 
-def random_words(seed: int, epoch: int, indices: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def random_words(seed: int, epoch: int | np.ndarray, indices: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """uint64 (counts.sum(),): the first ``counts`` (n,) words that Philox 4x64 keyed (seed, epoch, index) gives.
 
     Raw words of the bit generator: its stream is fixed for ever, those of NumPy's distributions are not. One generator
@@ -106,8 +106,9 @@ def random_words(seed: int, epoch: int, indices: np.ndarray, counts: np.ndarray)
     state["state"]["counter"] = state["buffer"] = (0, 0, 0, 0)  # plain numbers are read faster than arrays
     words = np.empty(counts.sum(), dtype=np.uint64)
     begin = 0
-    for index, count in zip(indices.tolist(), counts.tolist(), strict=True):
-        state["state"]["key"] = (seed % 2**64, epoch << 32 | index)
+    keys = np.broadcast_to(epoch, indices.shape).astype(np.uint64) << np.uint64(32) | indices.astype(np.uint64)
+    for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
+        state["state"]["key"] = (seed % 2**64, key)
         source.state = state
         words[begin : begin + count] = source.random_raw(count)
         begin += count

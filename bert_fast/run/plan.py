@@ -76,11 +76,21 @@ def _from_origin(config: PretrainConfig, before: Checkpoint) -> list[Phase]:
         )
     assert config.decay_steps is not None  # --decay-from needs it
     last = step + round(config.decay_steps)
-    branch = [dataclasses.replace(phase, schedule_last=last) for phase in theirs[: number + 1]]
+    branch = [dataclasses.replace(phase, schedule_last=last) for phase in _as_done(theirs[: number + 1])]
     branch[-1] = dataclasses.replace(branch[-1], last=last)
-    if text_of(asked) not in (text_of(theirs), text_of(branch)):
+    as_planned = phases(dataclasses.replace(origin, replan=None))  # no option of this run says what became of it
+    if text_of(asked) not in map(text_of, (theirs, as_planned, branch)):
         raise ConfigError(
             f"--decay-from {before.folder} decays from the learning rate of its run, in the phase that it was in: "
             f"--phases, --seq, --steps, --batch-size, --lr and --warmup are those of that run; leave them out"
         )
     return branch
+
+
+def _as_done(found: Sequence[Phase]) -> list[Phase]:
+    """The phases ``found`` with the updates that they became, as if they had been planned so."""
+    became = {(phase.planned or (phase.first,))[0]: phase.first for phase in found}
+    return [
+        dataclasses.replace(phase, schedule_first=became[phase.schedule_first], planned=None, pace=())
+        for phase in found
+    ]

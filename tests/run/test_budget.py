@@ -150,6 +150,19 @@ def test_the_rehearsal_leaves_most_of_a_short_budget(machine, timed):
     assert len(rates(timed)) >= 15
 
 
+def test_a_branch_decays_from_a_run_whose_plan_changed(machine, timed, tmp_path):
+    machine.before_update = lambda: setattr(machine, "speed", 1 / 3 if machine.updates > 5 else 1.0)
+    stable = dataclasses.replace(timed, schedule="wsd", warmup=2.0)
+    assert train(stable) == 0
+    assert recorded(stable)["replan"]
+    last = checkpoint.folders(Path(stable.out))[-1]
+    branch = resolve({"decay_from": str(last), "decay_steps": 6.0, "out": str(tmp_path / "branch")})
+    for _ in range(2):  # and it goes on
+        assert train(branch) == 0
+        assert rates(branch) == pytest.approx([1e-3 * (1 - (n / 6) ** 0.5) for n in range(6)])
+    assert losses(branch, "train")[0]["step"] == int(last.name[5:]) + 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,5 +1,7 @@
 """Rows of new pieces begin as the means of those they replace, which real weights read nearly as the old pieces."""
 
+import dataclasses
+import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -7,10 +9,13 @@ import pytest
 import torch
 
 import bert_fast
-from bert_fast.data import extend_tokenizer, load_tokenizer
+from bert_fast.data import extend_tokenizer, load_tokenizer, prepare, read_documents, train_tokenizer
 from bert_fast.data.extension import replaced_pieces
 from bert_fast.data.tokenizer import SPECIAL_TOKENS, berts_tokenizer
+from bert_fast.run.config import PretrainConfig
 from bert_fast.run.new_rows import start_new_rows
+from bert_fast.run.pretrain import pretrain
+from tests.support.training_runs import losses, train
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -56,3 +61,33 @@ def test_real_weights_read_a_domain_with_new_pieces_as_before():
     of_means = (before * vectors(ours)).sum(1)
     assert of_means.mean() > 0.75
     assert (1 - of_means).mean() < (1 - at_random).mean() / 2
+
+
+@pytest.mark.slow
+def test_means_begin_with_a_lower_held_out_loss_than_rows_that_are_drawn(tmp_path, monkeypatch):
+    """Of a model that has learned to fill masks, on a text in which its vocabulary was extended."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)), encoding="utf-8")
+    texts = [sentence for document in read_documents(corpus) for sentence in document]
+    base = train_tokenizer(texts, 1000)
+    prepare(corpus, base, tmp_path / "data", workers=1)
+    prepare(corpus, extend_tokenizer(base, texts, 500), tmp_path / "extended", workers=1)
+    config = PretrainConfig(
+        data=str(tmp_path / "data"), out=str(tmp_path / "run"), model="tiny", seq=64, batch_size=16, steps=600, lr=3e-3,
+        warmup=0.1, beta2=0.98, dropout=0.0, initializer_range=0.05, validation=0.1, workers=0, device="cpu",
+        peak_tflops=1.0,
+    )  # fmt: skip
+    assert train(config) == 0
+    start = dataclasses.replace(
+        config, data=str(tmp_path / "extended"), init_from=f"{config.out}/model", model="base", steps=1, lr=0.0,
+        initializer_range=None,
+    )  # fmt: skip
+    found = {}
+    for name in ("means", "drawn"):
+        run = dataclasses.replace(start, out=str(tmp_path / name))
+        if name == "drawn":
+            monkeypatch.setattr(f"{pretrain.__module__}.start_new_rows", lambda *arguments: 0)
+        assert train(run) == 0
+        found[name] = losses(run, "validation")[-1]["mlm_loss"]
+    print("held-out MLM loss:", losses(config, "validation")[-1]["mlm_loss"], found)
+    assert found["means"] < found["drawn"] - 0.1
