@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 _chosen: dict[str, dict] = {}
 _settled: dict[str, list[tuple[dict, dict]]] = {}  # name -> defaults, and what serves in the place of each
+_held = False
 _served: Counter = Counter()
 _replaced: dict[str, dict] = {}  # name -> the default in whose place something was tried last
 
@@ -44,14 +45,23 @@ def settle(decided: Iterable[tuple[str, dict, dict]]) -> None:
 
 
 @contextlib.contextmanager
-def restored() -> Iterator[None]:
-    """At the end of a ``with`` block as much is settled as at its beginning."""
-    before = dict(_settled)
+def held() -> Iterator[None]:
+    """For the length of a ``with`` block nothing is settled but what the block settles; then it is as it was before."""
+    global _held
+    before, was_held = dict(_settled), _held
+    forget()
+    _held = True
     try:
         yield
     finally:
         forget()
         _settled.update(before)
+        _held = was_held
+
+
+def is_held() -> bool:
+    """Whether somebody else says what is settled: models then take nothing up that was decided before."""
+    return _held
 
 
 def forget() -> None:

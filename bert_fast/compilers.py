@@ -82,6 +82,11 @@ def known_faults(triton: str, ptxas: str, capability: int) -> list[Fault]:
     return faults
 
 
+def tolerated(rule: str, faults: list[Fault]) -> Fault | None:
+    """The one of ``faults`` that says of ``rule`` why a kernel that breaks it is not refused."""
+    return next((fault for fault in faults if fault.rule == rule and fault.tolerated), None)
+
+
 def refuse_untested_gluon() -> None:
     """Raises ImportError where Triton's Gluon is none that the kernels were compiled with."""
     version = triton_version() or "0"

@@ -7,6 +7,7 @@ replaced in silence.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import math
@@ -49,6 +50,10 @@ for _row in TABLE.values():
 # Empty, as nothing has been measured: `make gpu` times both ways, and {"fwd": {90: 4096}} would be what to write after
 # a win of the forward at 4096 tokens and more on compute capability 9.0.
 FEED_FORWARD_EPILOGUE: dict[str, dict[int, int]] = {}
+
+# compute capability -> from which max_seqlen on attention without dropout is PyTorch's flash kernel, in 16 bits. With
+# dropout it is by name alone, as the masks are that library's.
+ATTENTION_LIBRARY: dict[int, int] = {}
 
 BACKENDS = ("triton", "cpu", "reference", "torch", "flash_attn", "apex")
 
@@ -170,13 +175,47 @@ def implementation(operator: str, direction: str, device_type: str, float64: boo
         if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             importlib.import_module("bert_fast.interpreter").correct()
         module = importlib.import_module(TABLE[operator][backend])
-        _functions[key] = getattr(module, f"{operator}_{direction}")
+        function = getattr(module, f"{operator}_{direction}")
+        if (operator, backend, device_type) == ("attention", "triton", "cuda"):
+            function = _or_library(direction, function)
+        _functions[key] = function
     return _functions[key]
+
+
+def _or_library(direction: str, own):
+    """``own``, or PyTorch's attention where ATTENTION_LIBRARY has the case; both directions see the same of it."""
+    places = {"fwd": (0, 2, 6), "bwd": (1, 5, 9)}[direction]  # of qkv, max_seqlen and p among the arguments
+    module = importlib.import_module(TABLE["attention"]["torch"])
+    library = getattr(module, f"attention_{direction}")
+
+    @functools.wraps(own)
+    def attention(*given):
+        if table := choice.of("attention.library", ATTENTION_LIBRARY):
+            qkv, max_seqlen, p = (given[place] for place in places)
+            fits = not p and module.why_unfit(False, qkv.dtype, qkv.shape[3], p) is None
+            if fits and _from(table, qkv.device, max_seqlen):
+                choice.served("attention.library")
+                return library(*given)
+        return own(*given)
+
+    return attention
+
+
+def _from(capabilities: dict[int, int], device: torch.device, count: int) -> bool:
+    """Whether ``capabilities`` has the GPU, and asks for no more than ``count``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return count >= capabilities.get(10 * major + minor, math.inf)
 
 
 def attention_by_library(device_type: str) -> bool:
     """Whether attention on tensors of ``device_type`` is PyTorch's, which has dropout as an operator of its own."""
     return choose("attention", device_type) == "torch"
+
+
+def why_no_library(device_type: str, dtype: torch.dtype, head_size: int, p: float) -> str | None:
+    """Why attention by PyTorch does not have such a case, or None where it does."""
+    module = importlib.import_module(TABLE["attention"]["torch"])
+    return module.why_unfit(device_type == "cpu", dtype, head_size, p)
 
 
 def library_attention(direction: str):
@@ -189,8 +228,7 @@ def in_epilogue(direction: str, x: torch.Tensor) -> bool:
     capabilities = choice.of(f"feed_forward.{direction}_epilogue", FEED_FORWARD_EPILOGUE.get(direction, {}))
     if not capabilities or x.device.type != "cuda":
         return False
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return x.shape[0] >= capabilities.get(10 * major + minor, math.inf)
+    return _from(capabilities, x.device, x.shape[0])
 
 
 def backends() -> dict[str, dict[str, str]]:

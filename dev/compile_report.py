@@ -46,7 +46,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
 
 from bert_fast import compilers
-from dev import sass
+from bert_fast.tuning import sass
 
 ROOT = Path(__file__).resolve().parent.parent
 OCCUPANCY = ROOT / "dev" / "occupancy.json"  # kernel -> compute capability -> programs a multiprocessor
@@ -177,12 +177,11 @@ def judge_code(row: Row, listing: sass.Listing, faults: list[compilers.Fault]) -
     if spills:
         inside = sum(place in listing.looped for place in spills)
         row.broken.append(f"{len(spills)} instructions spill registers, {inside} of them in a loop")
-    found = {"registers": sass.early_registers, "fences": sass.missing_fences, "unknown": sass.unknown}
-    for rule, check in found.items():
-        tolerated = [fault for fault in faults if fault.rule == rule and fault.tolerated]
+    for rule, check in sass.RULES.items():
+        fault = compilers.tolerated(rule, faults)
         for line in _summary(check(listing)):
-            if tolerated:
-                row.known.append(f"{line}: {tolerated[0].what}")
+            if fault:
+                row.known.append(f"{line}: {fault.what}")
             else:
                 row.broken.append(line)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # The ground floor, which every room may import.
 GROUND = {
     "choice", "compilers", "devices", "dropout_mask", "extras", "flops", "graph_memory", "interpreter", "output",
-    "pictures", "products", "text",
+    "pictures", "products", "supervised", "text",
 }  # fmt: skip
 
 # From bottom to top: a room, and those below it that it may import, with the rooms within them.
@@ -29,19 +29,22 @@ ROOMS = {
     "packing": "",
     "ops": "dispatch reference linear packing",
     "optim": "dispatch optim.reference",
-    "model": "ops linear packing reference",
+    "tuning.store": "",
+    "tuning": "tuning.store ops dispatch reference kernels",
+    "model": "ops linear packing reference tuning.store",
     "bert_fast": "model dispatch",  # what `import bert_fast` gives
     "env": "bert_fast dispatch kernels",
     "data": "",
     "train": "model linear ops optim",
     "train.evaluation": "model data",
     "train.schedule": "data",
-    "run": "train bert_fast model optim data",
+    "run": "train bert_fast model optim data tuning",
     "use": "run model data",
     "tasks": "use run train model data optim",
     "cli": "tasks use run train bert_fast env data",
     "__main__": "cli",
-    "benchmarks": "tasks use run train bert_fast env data model optim ops linear packing dispatch kernels reference",
+    "benchmarks": "tuning tasks use run train bert_fast env data model optim ops linear packing dispatch kernels "
+    "reference",
 }
 
 AOT, EXPERIMENTS = "bert_fast.kernels.aot", "bert_fast.kernels.experiments."

@@ -17,6 +17,7 @@ from bert_fast import ops, packing
 from bert_fast.model import fusable, idcheck, inputs, layers, swap
 from bert_fast.model.inputs import ModelKwargs
 from bert_fast.packing import Layout
+from bert_fast.tuning import store
 
 Tensor = torch.Tensor
 RECOMPUTED = ("nothing", "gelu", "layers")
@@ -156,6 +157,7 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
     """The encoder: same constructor, arguments, outputs and checkpoint keys as ``transformers.BertModel``."""
 
     _showed_padding = False
+    _settled = False
 
     @can_return_tuple
     def forward(
@@ -190,6 +192,9 @@ class BertModel(BertPreTrainedModel, hf.BertModel):
             past_key_values=past_key_values,
         )  # fmt: skip
         source = inputs.source_of(self.config, input_ids, inputs_embeds)
+        if source.is_cuda and not (self._settled or torch.compiler.is_compiling()):
+            self._settled = True
+            store.settle_kept(self.config, source.device)
         if source.shape[1] == 0 and self.pooler is not None:
             raise ValueError("the batch has sequences of length 0: the pooler reads the first token of each")
         hidden_dtype, rows = kwargs.get("hidden_dtype"), kwargs.get("rows")

@@ -144,6 +144,16 @@ class PretrainConfig:
         "input; the numbers are the same",
         choices=("nothing", "gelu", "layers"),
     )  # fmt: skip
+    attention: str = option(
+        "auto", "device", "library: PyTorch's kernels, with dropout masks that depend on how an update is dealt; own: "
+        "never; auto: without dropout whichever is faster",
+        choices=("auto", "own", "library"),
+    )  # fmt: skip
+    tune: str = option(
+        "auto", "device", "on a GPU, choose kernels by trying them at the start of a phase: auto takes what the run or "
+        "this machine has chosen before, again does not, off takes the defaults",
+        choices=("auto", "off", "again"),
+    )  # fmt: skip
     capture: bool = option(
         True,
         "device",

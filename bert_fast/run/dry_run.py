@@ -15,7 +15,7 @@ from bert_fast.devices import peak_memory, reset_peak_memory
 from bert_fast.output import Output
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.optimizer import state_tensors
-from bert_fast.run.pretrain import Run
+from bert_fast.run.pretrain import Run, kernels_of
 from bert_fast.run.rehearsal import Costs, rehearsed
 from bert_fast.run.sources import Source
 from bert_fast.run.tracking import require_installed
@@ -33,7 +33,7 @@ def dry_run(config: PretrainConfig, output: Output | None = None) -> dict:
     pretrain raises before its first update; trackers and the Hub are not asked.
     """
     output = output or Output()
-    with started(config.device) as ranks:
+    with started(config.device) as ranks, kernels_of(config):
         if ranks.first:
             require_installed(config)
         else:

@@ -1,5 +1,6 @@
 """Pre-training from prepared data to RUN/model: the loop, top to bottom."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -14,10 +15,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from bert_fast import choice, use_backend
 from bert_fast.data import Corpus, open_corpus
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.files import write_atomically
-from bert_fast.data.graph_shapes import examples, sizes_of_phases, spaced_documents
+from bert_fast.data.graph_shapes import examples, sample_lengths, sizes_of_phases, spaced_documents
 from bert_fast.data.loader import BatchMaker, Work, load_updates, updates
 from bert_fast.data.mixture import Mixture, start_of
 from bert_fast.data.phase import Phase
@@ -41,6 +43,7 @@ from bert_fast.run.resume import identity, last_checkpoint, require_same_run
 from bert_fast.run.sources import described, open_sources, require_tokenizer
 from bert_fast.run.state import RunState
 from bert_fast.run.tracking import Trackers, require_installed
+from bert_fast.run.tuner import Tuner
 from bert_fast.run.validation import Validation, ValidationBySource
 from bert_fast.train import recorded
 from bert_fast.train.distributed import Ranks, started
@@ -61,13 +64,15 @@ def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
     full disk) and what reading the data raises. Under torchrun all processes call it.
     """
     output = output or Output()
-    with started(config.device) as ranks, locked(Path(config.out), ranks), stop_on_signals() as asked_to_stop:
+    with started(config.device) as ranks, locked(Path(config.out), ranks), stop_on_signals() as asked_to_stop, \
+            contextlib.ExitStack() as stack:  # fmt: skip
         if not ranks.first:
             output = Output(silent=True)
         try:
             if ranks.first:
                 require_installed(config)
                 hub.require_login(config, output)
+            stack.enter_context(kernels_of(config))
             run = Run(config, ranks, output)
             with Trackers(run.config, run.state.step, ranks, output) as trackers:
                 code = run.train(asked_to_stop, trackers)
@@ -78,6 +83,14 @@ def pretrain(config: PretrainConfig, output: Output | None = None) -> int:
     # no process waits for the upload
     uploads = code == DONE and config.push_to_hub and ranks.first
     return UPLOAD_FAILED if uploads and not hub.push(config, output) else code
+
+
+@contextlib.contextmanager
+def kernels_of(config: PretrainConfig) -> Iterator[None]:
+    """For the length of a ``with`` block a run with ``config`` says which kernels serve."""
+    named = {"attention": "torch"} if config.attention == "library" else {}
+    with choice.held(), use_backend(**named) if named else contextlib.nullcontext():
+        yield
 
 
 class Run:
@@ -127,10 +140,21 @@ class Run:
         self.prepared: tuple[int, int] | None = None  # length and batch size whose shapes the step is ready to record
         self.model.recompute(config.recompute)
         self.budget: Budget | None = None
+        recorded_choices = {} if before is None else before.state.get("kernels", {})
+        self.tuner = Tuner(
+            config, ranks, output, self.model.config, bf16=self.bf16, tokens=self.tokens, recorded=recorded_choices,
+            decides=not few,
+        )  # fmt: skip
         self.step = self._step(self.model, self.optimizer, tell=output.warn)
 
     def _step(self, model: BertForPreTraining, optimizer: torch.optim.Optimizer, **told) -> Step:
-        return recorded.make_step(model, optimizer, self.ranks, bf16=self.bf16, capture=self.config.capture, **told)
+        return recorded.make_step(
+            model, optimizer, self.ranks, bf16=self.bf16, capture=self.config.capture,
+            masks_by_place=self.tuner.masks_by_place, **told,
+        )  # fmt: skip
+
+    def _settle(self, phase: Phase) -> None:
+        self.tuner.settle(phase, sample_lengths(self.dataset, phase.seq))
 
     def _start_new_rows(self, base: Tokenizer) -> None:
         if number := start_new_rows(self.model, base, self.tokenizer):
@@ -146,7 +170,7 @@ class Run:
 
     def rehearsal(self, step: Step) -> Rehearsal:
         """With which ``step`` is measured on this run's data."""
-        return Rehearsal(step, self.dataset, self.ranks, self.tokens, self.sizes)
+        return Rehearsal(step, self.dataset, self.ranks, self.tokens, self.sizes, self._settle)
 
     def plan_in_time(self, costs: Costs | None = None) -> None:
         """The phases become those that end in time; ``costs`` are measured with a copy of the model unless given."""
@@ -272,11 +296,12 @@ class Run:
                     break
 
     def _prepare(self, phase: Phase) -> None:
-        """The step gets to know the phase's shapes."""
+        """The fastest kernels for the phase serve, and the step gets to know its shapes."""
         self.prepared = phase.seq, phase.batch_size
-        if self.sizes is None:
-            return
         with self.meter.paused("preparing"):
+            self._settle(phase)
+            if self.sizes is None:
+                return
             self.step.prepare(examples(self.dataset, self.sizes[phase.seq, phase.batch_size], phase.seq))
 
     def _predicted(self, work: Work) -> int | torch.Tensor:
@@ -353,6 +378,7 @@ class Run:
             "options": self.given.as_dict(),
             "plan": {name: getattr(self.config, name) for name in PLANNED} if self.budget or self.config.origin else {},
             "spent": self.budget.spent if self.budget else None,
+            "kernels": self.tuner.state,
         }
 
     def _go_on_from(self, before: checkpoint.Checkpoint) -> None:

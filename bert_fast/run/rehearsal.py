@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,13 +39,14 @@ class Costs:
 @dataclasses.dataclass
 class Rehearsal:
     """What updates are measured with: the ``step``, samples of some documents of ``dataset``, and the loader's settings
-    (see :func:`bert_fast.data.loader.load_updates`)."""
+    (see :func:`bert_fast.data.loader.load_updates`). ``settle`` says which kernels serve in a phase."""
 
     step: Step
     dataset: PretrainingDataset | Mixture
     ranks: Ranks
     tokens: int
     sizes: Mapping[tuple[int, int], Sequence[Capacities]] | None
+    settle: Callable[[Phase], None]
 
     def __post_init__(self):
         self.few = of_few_documents(self.dataset)
@@ -83,6 +84,7 @@ class Rehearsal:
 
     def measured(self, phase: Phase, costs: Costs, seconds: float | None, most: float) -> None:
         """Adds what an update of ``phase`` takes to ``costs``; see :func:`rehearsed`."""
+        self.settle(phase)
         if seconds is None:
             took, costs.optimizer, had = self.timed(phase, phase.batch_size, SKIPPED, TIMED, most)
         else:

@@ -9,7 +9,7 @@ from bert_fast.data.samples import RULE
 from bert_fast.data.tokenizer import tokenizer_digest
 from bert_fast.output import Output
 from bert_fast.run import checkpoint, new_model, sources
-from bert_fast.run.config import ConfigError, PretrainConfig, effective, flag
+from bert_fast.run.config import ConfigError, PretrainConfig, effective, fields, flag
 from bert_fast.run.plan import SHAPE
 from bert_fast.train.distributed import Ranks
 
@@ -18,7 +18,7 @@ SAMPLES = (  # decide what is trained on
 )  # fmt: skip
 SILENT = (  # may change from one start to the next without a word
     "out", "data", "steps", "keep", "resume", "workers", "log_every", "peak_tflops", "device", "recompute",
-    "capture", "track", "track_project", "push_to_hub", "hub_private",
+    "capture", "tune", "track", "track_project", "push_to_hub", "hub_private",
 )  # fmt: skip
 
 
@@ -132,7 +132,8 @@ def require_same_run(
         )
     if found.step > total:
         raise ConfigError(f"{folder} is at update {found.step} already, beyond the {total} asked for")
-    before, now = effective(found.state["options"]), effective(config.as_dict())
+    defaults = {field.name: field.default for field, _ in fields() if field.default is not None}  # of a newer version
+    before, now = effective(defaults | found.state["options"]), effective(config.as_dict())
     plan, silent = found.state.get("plan", {}), SILENT + (SHAPE if begins else ())
     changed = [
         k for k in sorted(set(before) | set(now))

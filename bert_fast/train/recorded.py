@@ -28,13 +28,14 @@ def recordable(ranks: Ranks) -> bool:
 
 def make_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bf16: bool, capture: bool = True,
-    tell: Callable[[str], None] = warnings.warn,
+    masks_by_place: bool = False, tell: Callable[[str], None] = warnings.warn,
 ) -> Step:  # fmt: skip
     """The step to train with here: a :class:`RecordedStep` where ``ranks`` can have one and ``capture`` asks for it,
     else a :class:`Step`. ``tell`` gets the reason where recording fails."""
     if not (capture and recordable(ranks)):
-        return Step(model, optimizer, ranks, bf16=bf16)
-    return RecordedStep(model, optimizer, ranks, bf16=bf16, recorder=Recorder(model.parameters()), tell=tell)
+        return Step(model, optimizer, ranks, bf16=bf16, masks_by_place=masks_by_place)
+    recorder = Recorder(model.parameters())
+    return RecordedStep(model, optimizer, ranks, bf16=bf16, masks_by_place=masks_by_place, recorder=recorder, tell=tell)
 
 
 class RecordedStep(Step):
@@ -48,9 +49,9 @@ class RecordedStep(Step):
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bf16: bool, recorder: Recorder,
-        tell: Callable[[str], None] = warnings.warn,
+        masks_by_place: bool = False, tell: Callable[[str], None] = warnings.warn,
     ):  # fmt: skip
-        super().__init__(model, optimizer, ranks, bf16=bf16)
+        super().__init__(model, optimizer, ranks, bf16=bf16, masks_by_place=masks_by_place)
         self.recorder: Recorder | None = recorder
         self.tell = tell
         self._with_masters = [p for p in self.parameters if p.dtype in (torch.bfloat16, torch.float16)]
@@ -72,7 +73,7 @@ class RecordedStep(Step):
             parts = []
             for number, (batch, shape) in enumerate(zip(batches, shapes, strict=True)):
                 run = self._recorded(batch, shape, first=number == 0, last=number == len(batches) - 1)
-                torch.manual_seed(seed)
+                torch.manual_seed(self._seed(seed, number))
                 run()
                 parts.append(self._part.clone())
             outcome = self._outcome(parts)

@@ -75,10 +75,15 @@ class Step:
 
     ``bf16`` computes products in bfloat16 under autocast and has hidden states in it, statistics and sums in float32;
     else everything is in the parameters' dtype. Products round to 16 bits once, cuBLAS's default notwithstanding.
+    ``masks_by_place``: a library draws dropout masks by where an element lies; then each micro-batch and rank has a
+    seed of its own, as masks of one seed would be the same in all.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bf16: bool):
-        self.model, self.ranks, self.bf16 = model, ranks, bf16
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bf16: bool,
+        masks_by_place: bool = False,
+    ):  # fmt: skip
+        self.model, self.ranks, self.bf16, self.masks_by_place = model, ranks, bf16, masks_by_place
         self.optimizer: Any = optimizer  # its step takes a norm, as those of bert_fast.optim do, sharded or not
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.parallel: Any = _parallel(model, ranks)  # the model, or one with ``no_sync``
@@ -103,12 +108,16 @@ class Step:
             last = number == len(batches) - 1
             quiet = contextlib.nullcontext() if last or self.ranks.world == 1 else self.parallel.no_sync()
             batch = moved(batch, self.ranks.device)
-            torch.manual_seed(seed)
+            torch.manual_seed(self._seed(seed, number))
             with quiet:
                 parts.append(self._differentiate(batch))
             self._totals[:2].add_(parts[-1])
         self._apply()
         return self._outcome(parts)
+
+    def _seed(self, seed: int, number: int) -> int:
+        """That of micro-batch ``number``."""
+        return derived_seed(seed, self.ranks.rank, number) if self.masks_by_place else seed
 
     def prepare(self, examples: Sequence[dict]) -> None:
         """Does nothing: an eager step takes batches of any shapes. A recorded one gets ready for ``examples``."""

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 MARGIN = 0.03  # by which a challenger must win, in both orders: two kernels as fast as each other change nothing
 
+DEFAULT_WRONG = "default wrong"  # how a candidate is out where what it would be held against is wrong itself
+
 Choices = dict[str, dict]
 
 
 class Lost(Exception):
-    """A candidate is out, with the reason: ``how`` is "wrong", "failed" or "hung"."""
+    """A candidate is out, with the reason: ``how`` is "wrong", "failed", "hung" or DEFAULT_WRONG."""
 
     def __init__(self, how: str, why: str):
         super().__init__(why)

@@ -129,7 +129,7 @@ class Listing:
         """Of what ``cuobjdump -sass`` prints of one function, or of lines of it without the encoding; ValueError for
         several, whose addresses are the same."""
         if text.count("Function :") > 1:
-            raise ValueError("the listing has several functions; dev/sass.py follows branches inside one")
+            raise ValueError("the listing has several functions; bert_fast/tuning/sass.py follows branches inside one")
         line = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
         code = []
         for address, guard, opcode, rest in line.findall(text):
@@ -292,4 +292,9 @@ def idle_waits(listing: Listing) -> int:
 def unknown(listing: Listing) -> list[str]:
     """Instructions whose registers this reader does not know, in a kernel with asynchronous products."""
     names = {instruction.name for instruction in listing.code}
-    return [f"{name} is unknown to dev/sass.py" for name in sorted(names - WITHOUT - WITH) if PRODUCT in names]
+    return [
+        f"{name} is unknown to bert_fast/tuning/sass.py" for name in sorted(names - WITHOUT - WITH) if PRODUCT in names
+    ]
+
+
+RULES = {"registers": early_registers, "fences": missing_fences, "unknown": unknown}  # what makes results wrong

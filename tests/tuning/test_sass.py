@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dev import sass
+from bert_fast.tuning import sass
 
 
 def listing(*lines: str) -> sass.Listing:
@@ -159,7 +159,7 @@ def test_a_listing_of_several_functions_is_refused():
 
 
 def test_an_unknown_instruction_beside_products_is_reported():
-    assert sass.unknown(listing(PRODUCT, "FOO.X R1, R2", WAIT)) == ["FOO is unknown to dev/sass.py"]
+    assert sass.unknown(listing(PRODUCT, "FOO.X R1, R2", WAIT)) == ["FOO is unknown to bert_fast/tuning/sass.py"]
 
 
 def test_what_is_inside_a_loop():
