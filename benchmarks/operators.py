@@ -79,7 +79,7 @@ class Operands(Sizes):
         super().__init__(config, lengths, dtype.itemsize, parameters.itemsize)
         self.device, self.dtype, self.parameters, self.seq, self.dropout = device, dtype, parameters, seq, dropout
         self.generator = torch.Generator(device).manual_seed(0)
-        self.cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
         self.keys = {
             "p": dropout,
             "row_key": row_keys(self.cu_seqlens, self.tokens),

@@ -27,6 +27,7 @@ IN_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
 COMMANDS = (
     "tokenizer",
     "prepare",
+    "tune",
     "pretrain",
     "plot",
     "evaluate",

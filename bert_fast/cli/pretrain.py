@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Collection
 
 from bert_fast.output import Output, add_command
 from bert_fast.run.config import ConfigError, fields, flag, resolve
@@ -42,9 +43,18 @@ def add_parser(subparsers) -> None:
         action="store_true",
         help="train nothing and write nothing: say what the run will be, its memory, its measured speed and its end",
     )
-    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    add_options(parser, [field.name for field, _ in fields()])
+
+
+def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """Adds the flags of the options ``names`` of bert_fast.run.config."""
+    groups: dict = {}
     for field, kind in fields():
+        if field.name not in names:
+            continue
         about = field.metadata
+        group = about["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(GROUPS[group])
         text = about["help"].replace("%", "%%")
         if kind is bool:
             text += f" [default: {flag(field.name if field.default else f'no_{field.name}')}]"
@@ -57,7 +67,7 @@ def add_parser(subparsers) -> None:
             given |= {"action": "append", "metavar": about["metavar"]}
         else:
             given |= {"type": kind, "metavar": about["metavar"], "choices": about["choices"]}
-        groups[about["group"]].add_argument(flag(field.name), **given)
+        groups[group].add_argument(flag(field.name), **given)
 
 
 def run(options: argparse.Namespace) -> int:

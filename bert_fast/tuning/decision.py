@@ -36,14 +36,24 @@ def _rounded(count: int) -> int:
 
 
 class Tried:
-    """Compares candidates in a process of its own. One that hangs, or takes the process with it, is out."""
+    """Compares candidates in a process of its own. One that hangs, or takes the process with it, is out.
 
-    def __init__(self, worker: Worker, sizes: Sizes, device: str, limit: float = LIMIT):
-        self.worker, self.limit = worker, limit
+    ``judged`` has of those whose machine code was judged why it is not sound, or None, by :func:`named`.
+    """
+
+    def __init__(
+        self, worker: Worker, sizes: Sizes, device: str, judged: dict[str, str | None] | None = None,
+        limit: float = LIMIT,
+    ):  # fmt: skip
+        self.worker, self.limit, self.judged = worker, limit, judged or {}
         self.about = {"sizes": sizes.as_dict(), "device": device}
 
     def __call__(self, subject: str, incumbent: Choices, challenger: Choices) -> Times:
+        parts, whole = [named(subject, {name: table}) for name, table in challenger.items()], named(subject, challenger)
+        if why := next(filter(None, map(self.judged.get, [*parts, whole])), None):
+            raise Lost("wrong", why)
         message = {"subject": subject, "incumbent": incumbent, "challenger": challenger} | self.about
+        message["sound"] = whole in self.judged or all(part in self.judged for part in parts)
         try:
             found = self.worker.ask(message, self.limit)
         except Silent as error:
@@ -55,21 +65,31 @@ class Tried:
         return Times(first, second, {name: store._table(default) for name, default in found["replaced"].items()})
 
 
-def compile_all(asked: Sequence[Question], sizes: Sizes, device: str, processes: int) -> None:
-    """Has Triton compile all candidates, each process a share, so that trying them finds them in its cache."""
-    wanted = [[question.subject, candidate] for question in asked for candidate in question.candidates]
+def named(subject: str, choices: Choices) -> str:
+    """A candidate's name among all that are judged."""
+    return f"{subject} {sorted(choices.items())}"
 
-    def compile_share(number: int) -> None:
-        message = {"sizes": sizes.as_dict(), "device": device, "challengers": wanted[number::processes]}
+
+def compile_all(asked: Sequence[Question], sizes: Sizes, device: str, processes: int) -> dict[str, str | None]:
+    """Has Triton compile all candidates, each process a share, so that trying them finds them in its cache. Gives of
+    each, by :func:`named`, why its machine code is not sound, or None; of some nothing is known."""
+    wanted = [(question.subject, candidate) for question in asked for candidate in question.candidates]
+
+    def compile_share(number: int) -> dict[str, str | None]:
+        share = wanted[number::processes]
+        message = {"sizes": sizes.as_dict(), "device": device, "challengers": share}
         with Worker(COMPILED, start=START) as worker:
             try:
-                worker.ask(message, SECONDS / 2)
-            except Silent:
-                return  # what it has not compiled, trying compiles
+                unsound = worker.ask(message, SECONDS / 2)["unsound"]
+            except Silent:  # what it has not compiled, trying compiles
+                return {}
+        found = {named(*candidate): why for candidate, why in zip(share, unsound, strict=True)}
+        return {name: why for name, why in found.items() if why is not False}
 
-    if processes > 1:
-        with ThreadPoolExecutor(processes) as pool:
-            list(pool.map(compile_share, range(processes)))
+    if processes < 2:
+        return {}
+    with ThreadPoolExecutor(processes) as pool:
+        return {name: why for share in pool.map(compile_share, range(processes)) for name, why in share.items()}
 
 
 def processes() -> int:
@@ -84,9 +104,9 @@ def decide_now(
     """Tries all candidates for ``sizes`` on ``device``, and keeps the decision where other runs find it."""
     key = key_of(sizes, device)
     wanted = questions(sizes, key["machine"]["capability"]) if asked is None else asked
-    compile_all(wanted, sizes, device.type, processes())
+    judged = compile_all(wanted, sizes, device.type, processes())
     with Worker(TRIALS, start=START) as worker:
-        found = decide(wanted, Tried(worker, sizes, device.type), seconds=seconds, tell=tell)
+        found = decide(wanted, Tried(worker, sizes, device.type, judged=judged), seconds=seconds, tell=tell)
     if asked is None:
         store.write(key, found.chosen, found.rows)
     return found

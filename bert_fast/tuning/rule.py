@@ -78,7 +78,7 @@ def decide(
         before = decided.get(question.subject, {})
         best, replaced = before, {}
         for candidate in question.candidates:
-            row = {"question": question.name, "candidate": candidate, "outcome": "left out"}
+            row: dict = {"question": question.name, "candidate": candidate, "outcome": "left out"}
             rows.append(row)
             if clock() < until:
                 try:

@@ -22,7 +22,9 @@ import re
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
+State = TypeVar("State")
 PRODUCT, WAIT, FENCE = "HGMMA", "WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC.S"
 SPILL = ("STL", "LDL")
 STORES = ("STS", "STSM", "ATOMS")  # by threads, to shared memory
@@ -52,7 +54,7 @@ def access_bytes(opcode: str) -> int:
 def _width(name: str, opcode: str, position: int) -> int:
     """Registers that the operand at ``position`` has, of those that are no predicates; 0 is the destination's."""
     if name == "HGMMA":
-        columns = int(re.search(r"x(\d+)x", opcode).group(1))
+        columns = int(re.findall(r"x(\d+)x", opcode)[0])
         accumulator = columns // (4 if ".F16" in opcode and ".F32" not in opcode else 2)
         return 4 if position == 1 else accumulator
     if name in ("HMMA", "IMMA"):
@@ -159,10 +161,11 @@ class Listing:
             inside.update(*(range(first, i + 1) for first in places if first <= i))
         return inside
 
-    def states(self, start: tuple, step: Callable, merge: Callable) -> dict[int, tuple]:
+    def states(self, start: State, step: Callable, merge: Callable) -> dict[int, State]:
         """The state before each place that is reached: ``step(instruction, state)`` is the one after it, ``merge`` of
         two is that where paths meet."""
-        found, waiting = {}, [(0, start)] if self.code else []
+        found: dict[int, State] = {}
+        waiting = [(0, start)] if self.code else []
         while waiting:
             place, state = waiting.pop()
             if place in found:
@@ -211,7 +214,8 @@ def early_registers(listing: Listing) -> list[str]:
     if not products:
         return []
     findings = []
-    for place, groups in sorted(listing.states((frozenset(),), _products_step, _merged).items()):
+    start: Groups = (frozenset(),)
+    for place, groups in sorted(listing.states(start, _products_step, _merged).items()):
         used = listing.code[place]
         for address in sorted(frozenset().union(*groups)):
             product, accumulator, operand = products[address]
@@ -253,8 +257,8 @@ class _Written:
         return replace(_NOTHING, copies=self.copies) if instruction.opcode.startswith(FENCE) else self
 
     def merge(self, other: "_Written") -> "_Written":
-        sets = (a | b for a, b in zip(astuple(self)[:3], astuple(other)[:3], strict=True))
-        return _Written(*sets, _merged(self.copies, other.copies))
+        stored, shared, arrived = (a | b for a, b in zip(astuple(self)[:3], astuple(other)[:3], strict=True))
+        return _Written(stored, shared, arrived, _merged(self.copies, other.copies))
 
 
 _NOTHING = _Written()

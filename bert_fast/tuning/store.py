@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,11 +52,16 @@ def machine(device: torch.device) -> dict:
 
 
 def _driver() -> str:
-    """NVIDIA's driver on Linux, or the version of CUDA that it has."""
+    """The version of NVIDIA's driver; "unknown" where nothing says it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):
-        return str(torch._C._cuda_getDriverVersion())
+        pass
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()[0]
+    except (OSError, IndexError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def write(key: dict, chosen: Decided, rows: list[dict]) -> Path | None:
@@ -127,7 +133,7 @@ def _path(place: Path, key: dict) -> Path:
 def _read(path: Path) -> dict | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        kept = {"key": dict(found["key"]), "chosen": decided(found["chosen"]), "rows": list(found["rows"])}
+        kept: dict = {"key": dict(found["key"]), "chosen": decided(found["chosen"]), "rows": list(found["rows"])}
         return kept if {"machine", "sizes"} <= kept["key"].keys() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -71,7 +71,7 @@ class Operands:
         self.sizes, self.device = sizes, device
         self.generator = torch.Generator(device).manual_seed(seed)
         self.dtype, self.parameters = dtype_of(sizes.dtype), dtype_of(sizes.parameters)
-        self.cu_seqlens = torch.tensor([0, *sizes.lengths], device=device).cumsum(0).int()
+        self.cu_seqlens = torch.tensor([0, *sizes.lengths]).cumsum(0).int().to(device)
         self.row_key, self.rng_key = row_keys(self.cu_seqlens, sizes.tokens), self.integers(2**62, 1)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0, mean: float = 0.0) -> Tensor:
@@ -217,26 +217,26 @@ class Trial:
                     )
         return self._default
 
-    def require_right(self, choices: Choices) -> None:
-        """Raises Wrong where results or machine code are not right, RuntimeError where a kernel did not serve."""
+    def require_right(self, choices: Choices, *, sound: bool) -> None:
+        """Raises Wrong where results or machine code are not right (unless that is known to be ``sound``), RuntimeError
+        where a kernel did not serve."""
         if repr(choices) in self._right:
             return
-        before = set(map(id, kernels()))
+        before = kernels()
         for number, batch in enumerate(self.compared):
             with self.using(choices) as served:
                 found, again = batch.run(), batch.run()
             if silent := {name for name in choices if name in TABLES} - set(served):
                 raise RuntimeError(f"not used, though asked for: {', '.join(sorted(silent))}")
             for name, (error, unit) in self.errors(number, found).items():
-                if not torch.equal(found[name], again[name]):
+                if not same_bits(found[name], again[name]):
                     raise Wrong(f"{name} has other bits the second time")
                 if not error <= FACTOR * self.default[number][name][0] + FLOOR * unit:
                     raise Wrong(f"{name} is off by {error:.3g}, the default by {self.default[number][name][0]:.3g}")
         if self.by_library and self.sizes.dropout[0]:
             self.require_one_mask(choices)
-        for kernel in kernels():
-            if id(kernel) not in before:
-                require_sound(kernel)
+        if not sound:
+            require_all_sound(before)
         self._right.add(repr(choices))
 
     def require_one_mask(self, choices: Choices) -> None:
@@ -301,6 +301,11 @@ class Trial:
         return start.elapsed_time(end) / 1e3
 
 
+def same_bits(found: Tensor, again: Tensor) -> bool:
+    """Whether two results are equal, element by element."""
+    return torch.equal(found, again)
+
+
 def kernels() -> list:
     """What Triton has compiled in this process of this engine's kernels."""
     found = []
@@ -331,6 +336,14 @@ def disassembled(cubin: bytes | None) -> str | None:
         return None
 
 
+def require_all_sound(but: list) -> None:
+    """:func:`require_sound` of all kernels that were not there before."""
+    known = set(map(id, but))
+    for kernel in kernels():
+        if id(kernel) not in known:
+            require_sound(kernel)
+
+
 def require_sound(compiled) -> None:
     """Raises Wrong where the machine code breaks a rule that is not known and tolerated of these versions. Where there
     is no disassembler, or no machine code of NVIDIA's, nothing is asked."""
@@ -355,7 +368,7 @@ def answer(message: dict) -> dict:
     try:
         trial = _trial(message["subject"], Sizes.of(message["sizes"]), message["device"])
         incumbent, challenger = (choices_of(message[who]) for who in ("incumbent", "challenger"))
-        trial.require_right(challenger)
+        trial.require_right(challenger, sound=message["sound"])
         replaced = {name: choice.replaced(name) for name in challenger}
         first = trial.seconds(incumbent, challenger)
         second = trial.seconds(challenger, incumbent)[::-1]
@@ -371,22 +384,33 @@ def answer(message: dict) -> dict:
 
 
 def compiled(message: dict) -> dict:
-    """Has Triton compile, into its cache, what the challengers of ``message`` launch on a batch of two sequences."""
+    """Has Triton compile, into its cache, what the challengers of ``message`` launch on a batch of two sequences.
+
+    Gives {"unsound"}: for each why its machine code breaks a rule, None, or False where it did not come to that.
+    """
     from triton.runtime.jit import JITFunction
 
     sizes = Sizes.of(message["sizes"])
     few = replace(sizes, lengths=sizes.lengths[:2], masked=min(sizes.masked, 64))
-    run = JITFunction.run
+    run, unsound = JITFunction.run, []
     JITFunction.run = lambda self, *args, **options: run(self, *args, **options | {"warmup": True})
     try:
         for subject, choices in message["challengers"]:
-            with contextlib.suppress(Exception):  # it will fail again where it is tried, and say so
+            before = kernels()
+            why: str | bool | None = None
+            try:
                 trial = _trial(subject, few, message["device"])
                 with trial.using(choices_of(choices)):
                     trial.batches[0].run()
+                require_all_sound(before)
+            except Wrong as error:
+                why = str(error)
+            except Exception:  # it will fail again where it is tried, and say so
+                why = False
+            unsound.append(why)
     finally:
         JITFunction.run = run
-    return {}
+    return {"unsound": unsound}
 
 
 def choices_of(values: dict) -> Choices:

@@ -13,7 +13,7 @@ import torch
 import bert_fast
 from bert_fast import choice
 from bert_fast.output import Output
-from bert_fast.run import checkpoint, tuner
+from bert_fast.run import checkpoint, tune, tuner
 from bert_fast.run.config import ConfigError, phases
 from bert_fast.run.pretrain import pretrain
 from bert_fast.train.distributed import Ranks
@@ -149,10 +149,10 @@ def test_a_default_that_is_wrong_is_said_loudly(configure, made, capsys):
 
 def test_on_a_cpu_nothing_is_tried(configure, capsys, monkeypatch):
     monkeypatch.setattr(tuner, "decide_now", None)
-    for tune in ("auto", "off", "again"):
-        found, _ = of_tuner(configure, capsys, tune=tune)
+    for asked in ("auto", "off", "again"):
+        found, _ = of_tuner(configure, capsys, tune=asked)
         found.settle(phases(found.config)[0], torch.tensor([5, 9]).numpy())
-        assert ("nothing to choose on a CPU" in capsys.readouterr().err) == (tune == "again")
+        assert ("nothing to choose on a CPU" in capsys.readouterr().err) == (asked == "again")
         assert found.state == {}
 
 
@@ -205,3 +205,38 @@ def test_ranks_agree_on_what_the_first_has_decided(tmp_path):
         for rank in range(2)
     ]
     assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["100 that of rank 0\n"] * 2
+
+
+def rows() -> list[dict]:
+    tried = [
+        ({"attention.fwd": {"BLOCK_M": 128}}, "won", {"seconds": 2e-4, "ratios": [0.9, 0.9]}),
+        ({"attention.fwd": {"BLOCK_M": 32}}, "failed", {"why": "OutOfResources: shared memory"}),
+        ({"attention.fwd": {"BLOCK_M": 16}}, "left out", {}),
+    ]
+    return [{"question": "attention fwd", "candidate": c, "outcome": how} | more for c, how, more in tried]
+
+
+def test_tune_shows_what_was_tried_and_keeps_it_for_the_run(configure, made, served, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "on_gpu", lambda ranks: True)
+    monkeypatch.setattr(tune, "decide_now", lambda sizes, device, tell: made.decide(sizes, device))
+    monkeypatch.setattr(tune, "questions", lambda sizes, capability: [])
+    monkeypatch.setattr(store, "machine", lambda device: {"capability": 90})
+    made.rows = rows()
+    config = configure(phases="16:4,32:8:batch=6")
+    facts = tune.tune(config, Output(command="tune"))
+    said = capsys.readouterr().out
+    assert [(phase["seq"], phase["kept"]) for phase in facts["phases"]] == [(16, False), (32, False)]
+    assert "fwd BLOCK_M=128, 200 us" in said
+    assert "failed: fwd BLOCK_M=32: OutOfResources: shared memory" in said
+    again = tune.tune(config, Output(command="tune"))
+    assert [phase["kept"] for phase in again["phases"]] == [True, True]
+    assert [phase["chosen"] for phase in again["phases"]] == [made.chosen] * 2
+    assert not Path(config.out).exists()
+    assert train(config) == 0
+    assert (served, len(made.asked)) == ([1, 1], 2)  # the run has found both
+    assert not tune.tune(dataclasses.replace(config, tune="again"), Output(command="tune"))["phases"][0]["kept"]
+
+
+def test_tune_needs_a_gpu(configure):
+    with pytest.raises(ValueError, match="there is no GPU here"):
+        tune.tune(configure())

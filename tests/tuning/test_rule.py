@@ -2,12 +2,13 @@
 is wrong, raises, dies or hangs."""
 
 import random
+from typing import ClassVar
 
 import pytest
 
 from bert_fast.supervised import Worker
 from bert_fast.tuning.candidates import Sizes, questions
-from bert_fast.tuning.decision import Tried
+from bert_fast.tuning.decision import Tried, named
 from bert_fast.tuning.rule import MARGIN, Lost, Question, Times, decide, wins
 
 SIZES = Sizes(64, 128, 1, 300, 32, (32, 20), 7, "float32")
@@ -94,13 +95,34 @@ def test_a_candidate_that_is_wrong_raises_dies_or_hangs_loses_itself_alone():
     does = [{"does": word} for word in ("wrong", "raise", "die", "hang", "chatter")]
     candidates = [{"made": made} for made in (*does[:4], {"ratio": 0.9}, does[4])]
     with Worker("tests.support.made_trials:answer", start=60) as worker:
-        tried = Tried(worker, SIZES, "cpu", limit=1.0)
+        tried = Tried(worker, SIZES, "cpu", limit=3.0)
         found = decide([Question("made", "made", candidates)], tried)
     assert [row["outcome"] for row in found.rows] == ["wrong", "failed", "hung", "hung", "won", "slower"]
     assert found.rows[1]["why"] == "RuntimeError: out of resource"
     assert "status 3" in found.rows[2]["why"]
     assert "no answer in time" in found.rows[3]["why"]
     assert found.chosen == [("made", {"tile": 64}, {"tile": 64, "ratio": 0.9})]
+
+
+def test_unsound_machine_code_is_not_even_tried():
+    """What the processes that compile have found; where they found nothing, the one that tries judges itself."""
+
+    class Never:
+        asked: ClassVar[list] = []
+
+        def ask(self, message, limit):
+            self.asked.append(message["sound"])
+            return {"failed": "no device"}
+
+    a, b, c = ({"a": {"tile": n}} for n in range(3))
+    tried = Tried(Never(), SIZES, "cpu", {named("s", a): "machine code: R4", named("s", b): None})
+    for incumbent, challenger, how in (
+        ({}, a, "wrong"), (b, b | a, "wrong"), ({}, b, "failed"), ({}, c, "failed"), ({}, b | {"b": {}}, "failed"),
+    ):  # fmt: skip
+        with pytest.raises(Lost) as lost:
+            tried("s", incumbent, challenger)
+        assert lost.value.how == how
+    assert Never.asked == [True, False, False]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])

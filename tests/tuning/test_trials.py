@@ -15,7 +15,7 @@ SIZES = Sizes(32, 64, 2, 50, 20, (20, 3, 11), 9, "float32")
 def ask(subject: str, challenger: dict, **sizes) -> dict:
     trials._trial.cache_clear()
     about = {"subject": subject, "sizes": Sizes(**SIZES.as_dict() | sizes).as_dict(), "device": "cpu"}
-    return trials.answer(about | {"incumbent": {}, "challenger": challenger})
+    return trials.answer(about | {"incumbent": {}, "challenger": challenger, "sound": False})
 
 
 @pytest.fixture(autouse=True)
