@@ -7,7 +7,6 @@ every test's outcome at once to the file that BERT_FAST_TEST_OUTCOMES names, one
 is cut off loses nothing; and it ends with the process that started it: tests that go on would disturb what is timed.
 """
 
-import ctypes
 import importlib.util
 import json
 import os
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.results import ROOT, Results
+from bert_fast.supervised import end_with_parent
 
 # The time may be up before the last file. The first two are the only tests of real CUDA graphs, from which the training
 # that is timed is replayed; on a CPU a stand-in takes their place. The operators' tests run on a CPU too, interpreted.
@@ -100,8 +100,8 @@ _worker = False
 def pytest_configure(config):
     global _worker
     _worker = hasattr(config, "workerinput")  # xdist's workers report to the process that started them, and end with it
-    if not _worker and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if not _worker:
+        end_with_parent()
 
 
 def pytest_runtest_logreport(report):

@@ -33,6 +33,9 @@ from benchmarks.results import ROOT, Results
 from benchmarks.supervise import Case, supervise, work
 from benchmarks.workload import TOKENS, lengths_of, masked_positions, model_config, random_batch, wikipedia_quantiles
 from bert_fast import dispatch
+from bert_fast.tuning.candidates import Sizes, questions
+from bert_fast.tuning.decision import tried
+from bert_fast.tuning.rule import Question
 
 BF16 = torch.bfloat16
 SMALL = "8 full"  # lengths of a batch so small that launches count
@@ -89,6 +92,8 @@ class Run:
             *(Case(f"products of {model}'s step", 20, partial(self.products, model)) for model in self.models),
             *(Case(f"loss curve of {who}", 40, partial(self.curve, who)) for who in ("bert_fast", "hf-sdpa")),
             Case("launch grids of the others", 180, partial(self.tune, 2, None)),
+            *(Case(f"kernels chosen for {large} 512 wikipedia, dropout {p}", 180, partial(self.choose, large, p))
+              for p in (0.1, 0.0)),
         ]  # fmt: skip
         return list({case.name: case for case in found}.values())
 
@@ -264,6 +269,21 @@ class Run:
             wanted = [n for n in wanted if n != "feed_forward" or capability(self.device) in (90, 100)]
             with self.launchers():
                 tune.sweeps(found, wanted, device=self.device, model=self.models[0], seq=seq, until=until, **options)
+
+    def choose(self, model: str, dropout: float, found: Results) -> None:
+        """What `bert-fast pretrain` would choose here; nothing is kept."""
+        (seq, lengths), config = self.sizes(512, "wikipedia"), model_config(model, dropout=dropout)
+        sizes = Sizes(
+            hidden=config.hidden_size, inner=config.intermediate_size, heads=config.num_attention_heads,
+            vocabulary=config.vocab_size, longest=seq, lengths=tuple(sorted(lengths, reverse=True)),
+            masked=masked_positions(lengths), dtype=limits.NAMES[self.dtype], dropout=(dropout, dropout),
+        )  # fmt: skip
+        asked = questions(sizes, capability(self.device) or 0)
+        if self.smoke:  # the loss has a candidate on a CPU, too
+            asked = [Question("mlm_loss chunk", "mlm_loss", [{"mlm_loss.chunk": {"cpu": 4}}])]
+        about = {"what": f"{model} {seq}, dropout {dropout}"}
+        tried(asked, sizes, self.device, tell=lambda row: found.add("choices", about | row),
+              seconds=min(600.0, self.until - time.time()))  # fmt: skip
 
     def products(self, model: str, found: Results) -> None:
         tokens, repeat = (64, 1) if self.smoke else (TOKENS, 10)

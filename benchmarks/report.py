@@ -220,6 +220,17 @@ def tune_table(data: dict) -> Table:
     })  # fmt: skip
 
 
+def choices_table(data: dict) -> Table:
+    """What won, and what is out; of the rest how many there were."""
+    told = [x for x in data["choices"] if x["outcome"] not in ("slower", "within the margin")]
+    rest = {"what": f"{len(data['choices']) - len(told)} more", "question": "", "outcome": "not faster"}
+    return Table.of([*told, rest], {
+        "for": lambda x: x["what"], "question": lambda x: x["question"], "outcome": lambda x: x["outcome"],
+        "candidate": lambda x: "; ".join(f"{n} {settings(t)}" for n, t in x.get("candidate", {}).items()),
+        "of the default's time": lambda x: number(max(x["ratios"])) if "ratios" in x else x.get("why", "")[:120],
+    })  # fmt: skip
+
+
 def curves_text(data: dict) -> str:
     return "\n\n".join(
         f"Loss of {x['contender']} over {len(x['losses'])} steps: {x['losses'][0]:.3f} to "
@@ -241,6 +252,7 @@ PARTS: dict[str, tuple[str, Callable[[dict], "Table | str"]]] = {
     "The step model, line by line": ("operators", against_the_model),
     "Loss curves": ("curves", curves_text),
     "Launch configurations": ("tune", tune_table),
+    "Kernels chosen": ("choices", choices_table),
 }
 
 

@@ -7,7 +7,7 @@ work         of run.py: what was asked for
 parity       {"passed", "compared", "failed", "worst": the rows nearest to their bound}; of gpu.py a list of such
 steps        a row for each contender of each table (steps.py)
 operators    a row for each operator, direction, size and contender (operators.py)
-products, profiles, curves, tune, tests, cases   of gpu.py
+products, profiles, curves, tune, choices, tests, cases   of gpu.py
 """
 
 import datetime

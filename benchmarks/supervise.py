@@ -6,11 +6,8 @@ price is more than the time that is left is left out, a cheaper one behind it ma
 """
 
 import contextlib
-import ctypes
 import gc
-import signal
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.results import Results, reason
+from bert_fast.supervised import DeviceLost, end_with_parent, raise_if_device_lost
 
 CONTINUE = 75  # exit status of a worker whose device was lost
 GRACE_SECONDS = 10
@@ -34,23 +32,9 @@ class Case:
     run: Callable[[Results], None]
 
 
-class DeviceLost(RuntimeError):
-    """The device answers with an error to everything: the process has to end, another can go on."""
-
-
-def raise_if_device_lost() -> None:
-    if torch.cuda.is_available():
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            raise DeviceLost(str(error)) from error
-
-
 def work(cases: Sequence[Case], results: Results, until: float) -> int:
     """Run what no worker before has begun; the exit status of this one. ``until`` is in seconds of time.time."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives the command
+    end_with_parent()
     known = {row["case"] for row in results.data.setdefault("cases", [])}
     for case in (case for case in cases if case.name not in known):
         row = {"case": case.name, "price": case.seconds, "state": "begun"}

@@ -3,7 +3,6 @@
 Nothing is changed. A configuration counts only where its results are those of the default one, to rounding.
 """
 
-import itertools
 import time
 
 import torch
@@ -11,9 +10,10 @@ import torch
 from benchmarks import clock
 from benchmarks.operators import build_case, same
 from benchmarks.results import Results, reason
-from benchmarks.supervise import raise_if_device_lost
 from benchmarks.workload import TOKENS, lengths_of
 from bert_fast import choice, dispatch
+from bert_fast.supervised import raise_if_device_lost
+from bert_fast.tuning.candidates import epilogue_tiles, launches
 
 REPEAT = 12
 SECONDS_OF_A_CONFIGURATION = 3
@@ -29,30 +29,13 @@ LAUNCHES = {
 }
 
 
-def _grid(**choices) -> list[dict]:
-    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-
-
 def configurations(operator: str, launch: str, capability: int = 90) -> list[dict]:
-    """What to try in place of the launch's own configuration; keys that are left out stay as they are."""
-    if operator == "feed_forward":  # two programs a multiprocessor, or one with twice the columns
-        return [
-            *_grid(num_stages=(2, 3), FLATTEN=(False, True)),
-            *_grid(BLOCK_N=(256,), num_warps=(8,), PROGRAMS=(1,), num_stages=(3, 4), FLATTEN=(False, True)),
-        ]
-    if operator == "attention":
-        # dq copies nothing ahead there: kernels/attention.py says why
-        stages = (1,) if launch == "dq" and capability >= 100 else (1, 2, 3)
-        return _grid(BLOCK_M=(64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=stages)
-    if launch == "chunk":
-        return _grid(cuda=(1024, 2048, 8192))
-    if operator == "mlm_loss":
-        return _grid(BLOCK_M=(1, 2, 4, 8), BLOCK_N=(1024, 2048, 4096), num_warps=(4, 8, 16))
-    if operator == "bias_gelu":
-        return _grid(BLOCK_M=(1, 2, 4, 8), BLOCK_N=(512, 1024), num_warps=(2, 4, 8))
-    if launch == "sum":
-        return _grid(RUN=(16, 32, 64), num_warps=(1, 2, 4))
-    return _grid(BLOCK_M=(1, 2, 4, 8), num_warps=(2, 4, 8))
+    """What to try in place of the launch's own configuration, the tuner's candidates; keys that are left out stay as
+    they are."""
+    name = f"{operator}.{launch}"
+    if operator == "feed_forward":
+        return [tile[name] for tile in epilogue_tiles(launch)]
+    return [tile[name] for asked in launches(capability) for tile in asked.candidates if name in tile]
 
 
 def furthest(rows: list[dict]) -> list[str]:

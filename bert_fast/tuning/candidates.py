@@ -82,19 +82,24 @@ def launches(capability: int) -> Iterator[Question]:
     yield Question("mlm_loss chunk", "mlm_loss", grid("mlm_loss.chunk", cuda=(1024, 2048, 8192)))
 
 
+def epilogue_tiles(name: str) -> list[Choices]:
+    """Launch configurations of a product with its epilogue: two programs a multiprocessor, or one with twice the
+    columns."""
+    return [
+        *grid(f"feed_forward.{name}", num_stages=(2, 3), FLATTEN=(False, True)),
+        *grid(f"feed_forward.{name}", BLOCK_N=(256,), num_warps=(8,), PROGRAMS=(1,), num_stages=(3, 4),
+              FLATTEN=(False, True)),
+    ]  # fmt: skip
+
+
 def epilogues(sizes: Sizes, capability: int) -> Iterator[Question]:
     """Bias and GELU in their product's epilogue, and with which configuration."""
     if capability not in EPILOGUE or sizes.dtype == "float32":
         return
     for name in ("fwd", "bwd"):
         there = {f"feed_forward.{name}_epilogue": {capability: sizes.tokens}}
-        # two programs a multiprocessor, or one with twice the columns
-        tiles = [
-            *grid(f"feed_forward.{name}", num_stages=(2, 3), FLATTEN=(False, True)),
-            *grid(f"feed_forward.{name}", BLOCK_N=(256,), num_warps=(8,), PROGRAMS=(1,), num_stages=(3, 4),
-                  FLATTEN=(False, True)),
-        ]  # fmt: skip
-        yield Question(f"feed_forward {name}", "feed_forward", [there, *(there | tile for tile in tiles)])
+        tiles = [there | tile for tile in epilogue_tiles(name)]
+        yield Question(f"feed_forward {name}", "feed_forward", [there, *tiles])
 
 
 def attentions(sizes: Sizes, capability: int) -> Iterator[Question]:

@@ -97,16 +97,19 @@ def processes() -> int:
     return min(PROCESSES, (os.cpu_count() or 1) // 2)
 
 
-def decide_now(
-    sizes: Sizes, device: torch.device, tell: Callable[[dict], None] = lambda row: None, *,
-    asked: Sequence[Question] | None = None, seconds: float = SECONDS,
+def tried(
+    asked: Sequence[Question], sizes: Sizes, device: str, *, seconds: float = SECONDS,
+    tell: Callable[[dict], None] = lambda row: None,
 ) -> Decision:  # fmt: skip
+    """The decision about what is ``asked``, on the current device of that type: compiled, then compared."""
+    judged = compile_all(asked, sizes, device, processes())
+    with Worker(TRIALS, start=START) as worker:
+        return decide(asked, Tried(worker, sizes, device, judged), seconds=seconds, tell=tell)
+
+
+def decide_now(sizes: Sizes, device: torch.device, tell: Callable[[dict], None] = lambda row: None) -> Decision:
     """Tries all candidates for ``sizes`` on ``device``, and keeps the decision where other runs find it."""
     key = key_of(sizes, device)
-    wanted = questions(sizes, key["machine"]["capability"]) if asked is None else asked
-    judged = compile_all(wanted, sizes, device.type, processes())
-    with Worker(TRIALS, start=START) as worker:
-        found = decide(wanted, Tried(worker, sizes, device.type, judged=judged), seconds=seconds, tell=tell)
-    if asked is None:
-        store.write(key, found.chosen, found.rows)
+    found = tried(questions(sizes, key["machine"]["capability"]), sizes, device.type, tell=tell)
+    store.write(key, found.chosen, found.rows)
     return found

@@ -135,7 +135,7 @@ def test_every_case_as_a_user_runs_it(tmp_path):
     assert [x["case"] for x in data["cases"]] == [case.name for case in gpu.Run(True, 0.0).cases()]
     assert data["tests"]["finished"] is True
     assert data["tests"]["passed"] > 0
-    for table in ("parity", "steps", "operators", "profiles", "products", "curves", "tune"):
+    for table in ("parity", "steps", "operators", "profiles", "products", "curves", "tune", "choices"):
         assert data[table], table
     assert [len(curve["losses"]) for curve in data["curves"]] == [4, 4]
     text = path.with_suffix(".md").read_text()
@@ -231,7 +231,7 @@ def test_a_worker_at_the_end_of_its_time_is_ended(tmp_path, monkeypatch):
 
 
 def test_a_case_begun_before_is_not_begun_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervise.sys, "platform", "no prctl")
+    monkeypatch.setattr(supervise, "end_with_parent", lambda: None)
     found, told = new_results(tmp_path / "r.json"), []
     cases = [Case(name, 1.0, lambda _, name=name: told.append(name)) for name in "abc"]
     found.add("cases", {"case": "b", "price": 1.0, "state": "lost"})
