@@ -32,7 +32,7 @@ from benchmarks.predict.step_model import CHANGES, ceilings_of, operator_seconds
 from benchmarks.results import ROOT, Results
 from benchmarks.supervise import Case, supervise, work
 from benchmarks.workload import TOKENS, lengths_of, masked_positions, model_config, random_batch, wikipedia_quantiles
-from bert_fast import dispatch
+from bert_fast import choice, dispatch
 from bert_fast.tuning.candidates import Sizes, questions
 from bert_fast.tuning.decision import tried
 from bert_fast.tuning.rule import Question
@@ -345,7 +345,8 @@ def worker(options: argparse.Namespace) -> int:
     if options.smoke:
         clock.CACHE_BYTES["cpu"] = 1 << 16
     run = Run(options.smoke, options.until)
-    return work([case for case in run.cases() if case.name in options.cases], Results(options.file), options.until)
+    with choice.held():  # what this machine has kept is no part of what is measured
+        return work([case for case in run.cases() if case.name in options.cases], Results(options.file), options.until)
 
 
 def show_cases(budget: float) -> None:

@@ -1,9 +1,10 @@
 """What a run's phases would be tuned to on this machine, shown: the command behind ``bert-fast tune``."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from bert_fast.data.graph_shapes import sample_lengths
-from bert_fast.output import Output
+from bert_fast.output import Output, Progress
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.pretrain import Run, kernels_of
 from bert_fast.train.distributed import Ranks, started
@@ -29,17 +30,21 @@ def tune(config: PretrainConfig, output: Output | None = None) -> dict:
         for phase in {(phase.seq, phase.batch_size): phase for phase in run.phases}.values():
             sizes = run.tuner.sizes(phase, sample_lengths(run.dataset, phase.seq))
             kept = None if config.tune == "again" else store.read(key_of(sizes, ranks.device))
-            facts = {"seq": phase.seq, "batch_size": phase.batch_size, "kept": kept is not None}
+            facts: dict = {"seq": phase.seq, "batch_size": phase.batch_size, "kept": kept is not None}
             if kept is None:
                 capability = key_of(sizes, ranks.device)["machine"]["capability"]
                 count = sum(len(question.candidates) for question in questions(sizes, capability))
                 with output.progress(count, "tuning", "candidates") as bar:
-                    decision = decide_now(sizes, ranks.device, lambda row, bar=bar: bar.advance(1, row["question"]))
+                    decision = decide_now(sizes, ranks.device, partial(_advance, bar))
                 kept = {"chosen": decision.chosen, "rows": decision.rows}
             found.append(facts | kept)
         facts = {"phases": found}
         output.result(facts, "\n".join(described(facts)))
     return facts
+
+
+def _advance(bar: Progress, row: dict) -> None:
+    bar.advance(1, row["question"])
 
 
 def on_gpu(ranks: Ranks) -> bool:

@@ -70,7 +70,7 @@ def launches(capability: int) -> Iterator[Question]:
         ))  # fmt: skip
     for operator in ("residual_layernorm", "embedding_layernorm"):
         for name in ("fwd", "bwd"):
-            tiles = grid(f"{operator}.{name}", BLOCK_M=(1, 2, 4, 8), num_warps=(2, 4, 8))
+            tiles = grid(f"{operator}.{name}", BLOCK_M=(1, 2, 4, 8), num_warps=(1, 2, 4, 8))
             yield Question(f"{operator} {name}", operator, tiles)
     runs = grid("embedding_layernorm.sum", RUN=(16, 32, 64), num_warps=(1, 2, 4))
     yield Question("embedding_layernorm sum", "embedding_layernorm", runs)

@@ -171,13 +171,13 @@ SUBJECTS = {
 class Trial:
     """Tries candidates of one subject at one size."""
 
-    def __init__(self, subject: str, sizes: Sizes, device: str):
+    def __init__(self, subject: str, sizes: Sizes, device: str, sets: int = SETS):
         self.subject, self.sizes, self.device = subject, sizes, device
         self.by_library = (subject, sizes.attention) == ("attention", "library")
-        without = replace(sizes, dropout=(0.0, sizes.dropout[1])) if self.by_library else sizes
-        make = SUBJECTS[subject]
-        self.batches = [make(Operands(sizes, device, seed)) for seed in range(SETS)]
-        self.compared = [make(Operands(without, device, seed)) for seed in range(SETS)]
+        make, without = SUBJECTS[subject], replace(sizes, dropout=(0.0, sizes.dropout[1]))
+        self.batches = self.compared = [make(Operands(sizes, device, seed)) for seed in range(sets)]
+        if self.by_library:
+            self.compared = [make(Operands(without, device, seed)) for seed in range(sets)]
         self._default: list[dict[str, tuple[float, float]]] | None = None
         self._recorded: dict[str, list[Callable[[], object]]] = {}
         self._right: set[str] = set()
@@ -255,8 +255,6 @@ class Trial:
         """What runs each of the batches once more."""
         key = repr(choices)
         if key not in self._recorded:
-            for old in list(self._recorded)[:-1]:  # the incumbent and a challenger are kept: graphs hold memory
-                del self._recorded[old]
             self._recorded[key] = [self._record(batch, choices) for batch in self.batches]
         return self._recorded[key]
 
@@ -279,11 +277,13 @@ class Trial:
 
     def seconds(self, first: Choices, second: Choices) -> tuple[list[float], list[float]]:
         """REPEAT times of each, in turn, ``first`` before ``second``."""
+        for other in self._recorded.keys() - {repr(first), repr(second)}:
+            del self._recorded[other]  # graphs hold memory
         calls = [self.recorded(first), self.recorded(second)]
         times: tuple[list[float], list[float]] = ([], [])
         for turn in range(REPEAT + 1):
             for found, batches in zip(times, calls, strict=True):
-                elapsed = self._seconds(batches[turn % SETS])
+                elapsed = self._seconds(batches[turn % len(batches)])
                 if turn:  # the first turn finds its memory
                     found.append(elapsed)
         return times
@@ -359,8 +359,8 @@ def require_sound(compiled) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _trial(subject: str, sizes: Sizes, device: str) -> Trial:
-    return Trial(subject, sizes, device)
+def _trial(subject: str, sizes: Sizes, device: str, sets: int = SETS) -> Trial:
+    return Trial(subject, sizes, device, sets)
 
 
 def answer(message: dict) -> dict:
@@ -399,7 +399,7 @@ def compiled(message: dict) -> dict:
             before = kernels()
             why: str | bool | None = None
             try:
-                trial = _trial(subject, few, message["device"])
+                trial = _trial(subject, few, message["device"], 1)
                 with trial.using(choices_of(choices)):
                     trial.batches[0].run()
                 require_all_sound(before)

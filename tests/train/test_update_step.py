@@ -1,5 +1,7 @@
 """One update: accumulation over micro-batches is the large batch's, dropout on; what is not finite is not applied."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import BertConfig
@@ -160,3 +162,18 @@ def test_the_optimisers_state_goes_on_by_name(prepared, optimizer):
         apply(after, made[number], number)
     expected = parameters(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in parameters(after).items())
+
+
+def test_masks_by_place_have_a_seed_of_their_own_in_each_micro_batch_and_rank():
+    """A library's masks are the same function of place in all micro-batches of one seed; the engine's are not."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+
+    def seeds(**how) -> list[int]:
+        ranks = [dataclasses.replace(Ranks(0, 1, torch.device("cpu")), rank=rank) for rank in range(2)]
+        steps = [Step(model, optimizer, rank, bf16=False, **how) for rank in ranks]
+        return [step._seed(seed, number) for step in steps for number in range(3) for seed in (5, 6)]
+
+    assert sorted(set(seeds())) == [5, 6]
+    assert len(set(seeds(masks_by_place=True))) == 12
+    assert seeds(masks_by_place=True) == seeds(masks_by_place=True)
