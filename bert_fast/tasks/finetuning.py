@@ -200,6 +200,8 @@ def _check(*, dropout, layer_decay, patience, seeds, keep) -> None:
         raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
     if keep not in ("best", "last"):
         raise ValueError(f"keep must be 'best' or 'last', got {keep!r}")
+    if keep == "last" and patience is not None:
+        raise ValueError("patience waits for a better epoch, and keep='last' for none: give one of them")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
     if (patience is not None and patience < 1) or seeds < 1:

@@ -125,6 +125,7 @@ class Training:
         self.lengths = np.array([item.length for item in parts.train])
         self.an_epoch = math.ceil(len(parts.train) / settings.batch_size)
         self.total = math.ceil(self.an_epoch * settings.epochs)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self.state = State()
         self.best: dict[str, Tensor] = {}  # the weights of the best epoch, on the CPU
         if folder is not None:
@@ -167,8 +168,10 @@ class Training:
     def members(self, step: int) -> np.ndarray:
         """The numbers of the items of update ``step`` (from 0)."""
         epoch, place = divmod(step, self.an_epoch)
-        order = np.random.default_rng(derived_seed(self.settings.seed, "order", epoch)).permutation(len(self.lengths))
-        return order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]
+        if epoch != self._epoch:
+            draw = np.random.default_rng(derived_seed(self.settings.seed, "order", epoch))
+            self._epoch, self._order = epoch, draw.permutation(len(self.lengths))
+        return self._order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]
 
     def learning_rate(self, step: int) -> float:
         """As transformers' linear schedule with warm-up, whose first update has 0 where there is any."""
@@ -200,8 +203,9 @@ class Training:
 
     def _account(self, step: int, outcome: Outcome, on_step: Callable[[int, int, float], None] | None) -> None:
         loss, _, _, norm = outcome.scalars.tolist()
-        self.state.skipped += not (math.isfinite(loss) and math.isfinite(norm))
-        self.state.losses += loss
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.state.skipped += not finite
+        self.state.losses += loss if finite else 0.0
         if on_step is not None:
             on_step(step, self.total, loss)
 

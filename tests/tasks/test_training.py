@@ -306,6 +306,45 @@ def test_the_best_epoch_is_kept_or_the_last(base, tmp_path, accuracies, options,
     assert loss.item() == pytest.approx(found["loss"], rel=1e-5)
 
 
+class Broken(Classify):
+    """Whose third update has a loss that is NaN."""
+
+    updates = 0
+
+    def forward(self, network, batch, count, **more):
+        self.updates += network.training
+        loss, output = super().forward(network, batch, count, **more)
+        return (loss * math.nan if self.updates == 3 and network.training else loss), output
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_told(base):
+    train, told, weights = examples(Classify, 20), [], []
+    ours = training(base, Broken(), train)
+    ours.run(lambda *_: weights.append(ours.model.classifier.weight.detach().clone()))
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+    found = finetune(base, train, train, task=Broken(), on_warning=told.append, **OPTIONS)
+    assert found["skipped"] == 1
+    assert "1 of 16 updates were left out: their loss or gradient was not finite" in told
+    assert all(math.isfinite(epoch["train_loss"]) for epoch in found["history"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": "last", "patience": 1}, "give one of them"),
+        ({"keep": "first"}, "keep must be"),
+        ({"layer_decay": 0}, "layer_decay must be"),
+        ({"seeds": 0}, "patience and seeds must be 1 or more"),
+        ({"max_length": 65}, "64 positions"),
+    ],
+)
+def test_options_out_of_range_are_refused(base, options, message):
+    train = examples(Classify, 20)
+    with pytest.raises(ValueError, match=message):
+        finetune(base, train, train, **options)
+
+
 def test_several_seeds_have_a_mean_and_a_deviation_and_the_best_is_kept(base, tmp_path):
     train, validation = examples(Classify, 20), examples(Classify, 30, 2)
     options = OPTIONS | {"epochs": 2}
