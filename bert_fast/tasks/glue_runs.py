@@ -181,6 +181,9 @@ def _task_runs(
             output.note(f"{task.name}, learning rate {rate:g}, seed {seed}: {_told(run)}")
             runs.setdefault(rate, []).append(run)
     best = max(rates, key=lambda rate: _worth(runs[rate], task))
+    if len(rates) > 1:
+        tried = ", ".join(f"{rate:g}" for rate in rates)
+        notes.append(f"the learning rate is the best of {tried} on these development sets, as in the paper")
     return TaskRuns(task, measures, best, runs[best], notes)
 
 

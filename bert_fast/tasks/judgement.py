@@ -43,6 +43,7 @@ class Judgement:
 
     ``matrix`` (labels, labels) int64 counts a ``unit`` by truth (rows) and by what is said (columns). ``by_label`` has
     precision, recall, f1 and support of each label. ``scores`` are truth and said, float64 (n,), of a regression.
+    ``note`` is what must be known of the metrics.
     """
 
     examples: int
@@ -54,10 +55,13 @@ class Judgement:
     worst: list[Verdict] = field(default_factory=list)
     wrong: int = 0
     unit: str = "examples"
+    note: str = ""
 
     def facts(self) -> dict:
         """All of it for JSON."""
         found: dict[str, Any] = {"examples": self.examples, **self.metrics, "wrong": self.wrong}
+        if self.note:
+            found["note"] = self.note
         if self.by_label:
             found["by_label"] = self.by_label
         if self.matrix is not None:
@@ -67,7 +71,7 @@ class Judgement:
     def text(self) -> str:
         """All of it to read."""
         lines = [f"{name:<14}{_shown(value)}" for name, value in self.metrics.items() if not isinstance(value, dict)]
-        lines.append(f"over {self.examples:,} examples")
+        lines += [f"over {self.examples:,} examples", *([self.note] if self.note else [])]
         if self.matrix is not None:
             lines += ["", *_matrix_lines(self.matrix, self.labels, self.unit)]
         if self.by_label:
@@ -178,6 +182,8 @@ def _(task: Tokens, examples, predictions, places, count: int = 10) -> Judgement
 def _(task: Answers, examples, predictions, places, count: int = 10) -> Judgement:
     """The worst are those that are surest of an answer which shares least with a right one."""
     task.unanswerable = task.unanswerable or not all(question.answers for question in examples)
+    chosen = task.unanswerable and task.threshold is None
+    note = "the threshold for no answer is the best on these examples, as the model has none: --threshold gives one"
     task.threshold = task.metrics(list(examples), list(predictions)).get("no_answer_threshold", task.threshold)
     verdicts = []
     for place, question, prediction in zip(places, examples, predictions, strict=True):
@@ -188,7 +194,7 @@ def _(task: Answers, examples, predictions, places, count: int = 10) -> Judgemen
         verdicts.append(
             Verdict(place, question.text, truth, line["answer"] or "no answer", shared < 1, (1 - shared) * sure)
         )
-    return _judgement(task, examples, predictions, verdicts, count)
+    return _judgement(task, examples, predictions, verdicts, count, note=note if chosen else "")
 
 
 @judge.register

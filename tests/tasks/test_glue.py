@@ -193,7 +193,8 @@ def test_a_loss_that_is_not_finite_ends_one_run_alone(data):
 
 
 def test_of_several_learning_rates_the_best_median_is_taken(data):
-    found, _ = run_glue(
+    found, absent = run_glue(
         Fitter(), data, named_tasks(["rte"]), seeds=2, rates=(5e-5, 2e-5), output=Output(silent=True)
     )  # Fitter makes twice as many mistakes at 5e-5
     assert found[0].rate == 2e-5
+    assert "RTE: the learning rate is the best of 5e-05, 2e-05 on these development sets" in table(found, absent)
