@@ -193,11 +193,13 @@ class Trial:
         return [{name: x.float() for name, x in batch.run(lambda x: x.double()).items()} for batch in self.compared]
 
     def errors(self, number: int, found: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
-        """By result: the greatest error, and a unit in the last place of the greatest true element."""
+        """By result: the greatest error, and a unit in the last place of the greatest true element. What is float32, as
+        sums are, is made of products in the sizes' dtype, whose unit counts."""
+        coarse = torch.finfo(dtype_of(self.sizes.dtype)).eps
         return {
             name: (
                 float((found[name].float() - true).abs().max()),
-                torch.finfo(found[name].dtype).eps * float(true.abs().max()),
+                max(coarse, torch.finfo(found[name].dtype).eps) * float(true.abs().max()),
             )
             for name, true in self.truth[number].items()
         }

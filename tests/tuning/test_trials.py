@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from bert_fast import choice, ops
+from bert_fast import choice, dispatch, ops
 from bert_fast.tuning import trials
 from bert_fast.tuning.candidates import Sizes
 
@@ -30,9 +30,16 @@ def test_another_chunk_of_the_loss_is_right_and_timed():
     assert min(min(times) for order in found["times"] for times in order) > 0
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("subject", trials.SUBJECTS)
-def test_the_default_of_every_subject_is_right(subject):
-    assert "times" in ask(subject, {})
+def test_the_default_of_every_subject_is_right(subject, dtype, backend):
+    """In 16 bits, too, where gradients in float32 are made of products that were rounded to 16."""
+    if dispatch.why_unavailable(backend):
+        pytest.skip("not built here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BERT_FAST_BACKEND", backend)
+        assert "times" in ask(subject, {}, dtype=dtype)
 
 
 @pytest.mark.parametrize("broken", ["d qkv", "out", "NaN", "bits"])
