@@ -3,9 +3,9 @@
 Source: transformers' run_qa.py and utils_qa.py; SQuAD's evaluate-v1.1.py and evaluate-v2.0.py.
 """
 
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,10 +29,10 @@ BEST = 20  # candidates for an answer that are kept
 
 
 class Encoded(NamedTuple):
-    """A question's windows over its context, and the place of each of the context's pieces in characters."""
+    """A question's windows over its context, and int32 (pieces, 2): from and to which character each piece of it is."""
 
     windows: list[Window]
-    offsets: list[tuple[int, int]]
+    offsets: np.ndarray
 
 
 def encode_questions(
@@ -43,23 +43,25 @@ def encode_questions(
     ``counts`` gets how many questions were cut ("cut"), and how many contexts take several windows ("windowed").
     """
     longest, found = min(LONGEST_QUESTION, max_length // 2), []
-    for encoding in tokenizer.encode_batch([(question.text.lstrip(), question.context) for question in questions]):
+    pairs = [(question.text.lstrip(), question.context) for question in questions]
+    some = (tokenizer.encode_batch(pairs[n : n + 1024]) for n in range(0, len(pairs), 1024))
+    for encoding in chain.from_iterable(some):
         texts = encoding.sequence_ids
         counts["cut"] += texts.count(0) > longest
         parts = windows(encoding, max_length, text=1, overlap=overlap, longest_other=longest)
         counts["windowed"] += len(parts) > 1
         offsets = [offset for offset, number in zip(encoding.offsets, texts, strict=True) if number == 1]
-        found.append(Encoded(parts, offsets))
+        found.append(Encoded(parts, np.array(offsets, np.int32).reshape(-1, 2)))
     return found
 
 
-def pieces_of(answer_begin: int, answer_end: int, offsets: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+def pieces_of(answer_begin: int, answer_end: int, offsets: np.ndarray) -> tuple[int, int] | None:
     """[first, last] pieces of the context that characters ``answer_begin`` to ``answer_end`` (without it) are in.
 
     None where the tokenizer made no piece of them.
     """
-    first = bisect_right(offsets, answer_begin, key=lambda offset: offset[0]) - 1
-    last = bisect_left(offsets, answer_end, key=lambda offset: offset[1])
+    first = int(np.searchsorted(offsets[:, 0], answer_begin, side="right")) - 1
+    last = int(np.searchsorted(offsets[:, 1], answer_end))
     if first >= 0 and offsets[first][1] <= answer_begin:  # it begins with what no piece is made of
         first += 1
     if last == len(offsets) or offsets[last][0] >= answer_end:
@@ -109,8 +111,8 @@ def decode(
         none = min(none, float(start[0] + end[0]))
         count = window.end - window.begin
         inner = slice(window.first, window.first + count)
-        ends = np.concatenate([end[inner], np.full(longest, -np.inf, end.dtype)])
-        sums = start[inner, None] + np.lib.stride_tricks.sliding_window_view(ends, longest)[:count]
+        padded = np.concatenate([end[inner], np.full(longest, -np.inf, end.dtype)])
+        sums = start[inner, None] + np.lib.stride_tricks.sliding_window_view(padded, longest)[:count]
         kept = min(BEST, sums.size)
         for place in np.argpartition(-sums, kept - 1, axis=None)[:kept] if kept else ():
             first, more = divmod(int(place), longest)
@@ -119,9 +121,8 @@ def decode(
                 pieces = window.begin + first, window.begin + first + more
                 found[pieces] = max(score, found.get(pieces, -np.inf))
     best = sorted(found, key=lambda pieces: (-found[pieces], pieces))[:BEST]
-    return Decoded(
-        [Candidate(encoded.offsets[a][0], encoded.offsets[b][1], found[a, b]) for a, b in best], none
-    )  # fmt: skip
+    places = [(int(encoded.offsets[a, 0]), int(encoded.offsets[b, 1])) for a, b in best]
+    return Decoded([Candidate(*span, found[pieces]) for span, pieces in zip(places, best, strict=True)], none)
 
 
 NOWHERE = 1 << 30  # a place past the end of any sequence, which the loss leaves out
@@ -219,7 +220,7 @@ class Answers(Task):
         output = network(**batch, **more)
         if output.loss is None:
             return torch.zeros_like(count), output
-        return output.loss * (batch["start_positions"] != NOWHERE).sum() / count, output
+        return output.loss * (batch["start_positions"] != NOWHERE).sum() / count.clamp(min=1), output
 
     def scores(self, output, items: Sequence[Item]) -> list[np.ndarray]:
         """(2, S): the logits of starts and ends in each sequence."""

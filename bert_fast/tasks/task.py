@@ -34,7 +34,7 @@ class Item(NamedTuple):
     notes      what :meth:`Task.predictions` reads besides, such as offsets of tokens
     """
 
-    sequences: list[tuple[list[int], list[int]]]
+    sequences: list[tuple[Sequence[int], Sequence[int]]]
     example: int
     target: Any
     notes: Any = None

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from bert_fast.model import BertForTokenClassification
 from bert_fast.tasks.entities import TAG, broken, entities, is_iob1, scheme_of, scores
@@ -213,6 +214,13 @@ class Tokens(Task):
             if unknown := sorted(set(sentence.tags) - set(self.labels)):
                 raise ValueError(f"{sentence.where}: the tag {unknown[0]!r}, which no training sentence has")
         return train, validation, told + counted_in(self.left_out)
+
+    def config(self) -> dict[str, Any]:
+        return {"window_overlap": self.overlap}
+
+    def restore(self, config: PreTrainedConfig) -> None:
+        super().restore(config)
+        self.overlap = getattr(config, "window_overlap", self.overlap)
 
     def encode(self, examples: list, tokenizer: Tokenizer, max_length: int, counts: Counter) -> list[Item]:
         numbers = {name: number for number, name in enumerate(self.labels)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bert_fast.tasks.records import class_names, first_key, records, records_of
-from bert_fast.tasks.tables import Columns, Source, decoded, lines, rows_of, text_of
+from bert_fast.tasks.tables import Columns, Source, rows_of, source_of, text_of
 from bert_fast.text import well_formed
 
 COLUMNS = (".conll", ".conllu", ".iob", ".bio", ".txt")
@@ -35,13 +35,13 @@ def read_sentences(
 
     ``words`` and ``tags`` number columns from 0, -1 being the last, or name keys. Default: the first column and the
     last, of .conllu FORM and UPOS; the keys "tokens" or "words", and "tags", "ner_tags", "labels" or "pos_tags". A
-    blank line and -DOCSTART- end a sentence; tabs separate columns where there is one, else white space. Numbers for
-    tags are named as `datasets` says in a Parquet file. ``counts`` gets what was left out. Raises ValueError naming the
-    line that does not fit, FileNotFoundError where there is no file.
+    blank line and -DOCSTART- end a sentence; tabs separate columns where the first word's line has one, else white
+    space. Numbers for tags are named as `datasets` says in a Parquet file. ``counts`` gets what was left out. Raises
+    ValueError naming the line that does not fit, FileNotFoundError where there is no file.
     """
     path, counts = Path(path), Counter() if counts is None else counts
     if path.suffix.lower() in COLUMNS:
-        found = list(_from_columns(path, words, tags, counts))
+        found = list(_from_columns(source_of(path), words, tags, counts))
     else:
         found = list(_from_records(path, words, tags, counts))
     if not found:
@@ -49,38 +49,37 @@ def read_sentences(
     return found
 
 
-def _from_columns(path: Path, words: str | None, tags: str | None, counts: Counter) -> Iterator[Sentence]:
-    content, universal = decoded(path), path.suffix.lower() == ".conllu"
-    separator = "\t" if "\t" in content else None
-    places = [_number(words, "1" if universal else "0"), _number(tags, "3" if universal else "-1")]
+def _from_columns(
+    source: Source, words: str | None, tags: str | None, counts: Counter, *, tagged: bool = True
+) -> Iterator[Sentence]:
+    universal, separator = source.kind == ".conllu", None
+    places = [_number(words, "1" if universal else "0"), *([_number(tags, "3" if universal else "-1")] * tagged)]
     width, begin = 0, 0
-    sentence: list[tuple[str, str]] = []
-    for number, line in enumerate([*lines(content), ""], 1):
-        line = line.removesuffix("\r")
+    sentence: list[list[str]] = []
+    for number, line in enumerate(chain(source.lines or (), [""]), 1):
+        line, where = line.removesuffix("\r"), f"{source.name}, line {number}"
+        if not width:
+            separator = "\t" if "\t" in line else None
         columns = line.split(separator) if line.strip() else []
         if columns and columns[0] != DOCUMENT:
             if line.startswith("#") and (universal or (width and len(columns) != width)) and not sentence:
                 counts["lines of comment left out"] += 1
                 continue
             width = width or len(columns)
-            if len(columns) != width or width < 2:
-                what = (
-                    "only one column" if len(columns) == width else f"{len(columns)} columns, the lines before {width}"
-                )
-                raise ValueError(f"{path}, line {number}: {what}")
+            if len(columns) != width or width < len(places):
+                other = f"{len(columns)} columns, the lines before {width}"
+                raise ValueError(f"{where}: {'only one column' if len(columns) == width else other}")
             if universal and RANGE.fullmatch(columns[0]):
                 counts["lines of no word or of several left out"] += 1
                 continue
-            try:
-                word, tag = (columns[place] for place in places)
-            except IndexError:
-                raise ValueError(
-                    f"{path}, line {number}: {width} columns, no {words or 0} or no {tags or -1}"
-                ) from None
+            if any(not -width <= place < width for place in places):
+                raise ValueError(f"{where}: {width} columns, no {words or 0} or no {tags or -1}")
             begin = begin or number
-            sentence.append(_word(word, tag, f"{path}, line {number}"))
+            sentence.append([columns[place] for place in places])
+            if tagged and not sentence[-1][1].strip():
+                raise ValueError(f"{where}: the word {sentence[-1][0]!r} has no tag")
         elif sentence:
-            yield _sentence(sentence, f"{path}, line {begin}")
+            yield _sentence(sentence, f"{source.name}, line {begin}")
             begin, sentence = 0, []
 
 
@@ -88,7 +87,7 @@ def unlabelled_sentences(source: Source, words: str | None = None) -> Iterator[S
     """The sentences of ``source`` without tags, as they are read: of columns as in :func:`read_sentences`, of lines,
     tables' cells and keys ("tokens", "words" or "text") a text or a list of words. ``words`` names the column."""
     if source.kind in COLUMNS:
-        yield from _words_in_columns(source, words)
+        yield from _from_columns(source, words, None, Counter(), tagged=False)
     elif source.kind in (".text", ".tsv", ".csv"):
         for row in rows_of(source, Columns((words or "0",), ())):
             yield Sentence(well_formed(text_of(row, 0, words or "0") or "")[0], (), row.where)
@@ -103,34 +102,11 @@ def unlabelled_sentences(source: Source, words: str | None = None) -> Iterator[S
             yield Sentence(mended[0] if isinstance(value, str) else mended, (), where)
 
 
-def _words_in_columns(source: Source, words: str | None) -> Iterator[Sentence]:
-    universal, begin = source.kind == ".conllu", 0
-    sentence: list[str] = []
-    place = _number(words, "1" if universal else "0")
-    for number, line in enumerate(chain(source.lines or (), [""]), 1):
-        columns = line.split("\t" if "\t" in line else None) if line.strip() else []
-        if not columns or columns[0] == DOCUMENT:
-            if sentence:
-                yield Sentence(tuple(sentence), (), f"{source.name}, line {begin}")
-            sentence = []
-        elif not (universal and (line.startswith("#") or RANGE.fullmatch(columns[0]))):
-            if not -len(columns) <= place < len(columns):
-                raise ValueError(f"{source.name}, line {number}: {len(columns)} columns, no {place}")
-            begin = begin if sentence else number
-            sentence.append(well_formed(columns[place])[0])
-
-
 def _number(given: str | None, default: str) -> int:
     try:
         return int(default if given is None else given)
     except ValueError as error:
         raise ValueError(f"columns of words have numbers from 0, -1 being the last, no names: {given!r}") from error
-
-
-def _word(word: str, tag: str, where: str) -> tuple[str, str]:
-    if not tag.strip():
-        raise ValueError(f"{where}: the word {word!r} has no tag")
-    return well_formed(word)[0], tag.strip()
 
 
 def _from_records(path: Path, words: str | None, tags: str | None, counts: Counter) -> Iterator[Sentence]:
@@ -149,12 +125,14 @@ def _from_records(path: Path, words: str | None, tags: str | None, counts: Count
             counts["records without words left out"] += 1
             continue
         named = [_named(tag, names, f"{where}: {tag_key!r}[{place}]") for place, tag in enumerate(given)]
-        pairs = [_word(word, tag, where) for word, tag in zip(found, named, strict=True)]
-        yield _sentence(pairs, where)
+        yield _sentence(list(zip(found, named, strict=True)), where)
 
 
-def _sentence(pairs: Sequence[tuple[str, str]], where: str) -> Sentence:
-    return Sentence(tuple(word for word, _ in pairs), tuple(tag for _, tag in pairs), where)
+def _sentence(rows: Sequence[Sequence[str]], where: str) -> Sentence:
+    """Of (word, tag), or of (word,) alone."""
+    words, *tags = zip(*rows, strict=True)
+    named = tuple(tag.strip() for column in tags for tag in column)
+    return Sentence(tuple(well_formed(word)[0] for word in words), named, where)
 
 
 def _listed(record: dict, key: str, where: str) -> Sequence[Any]:
@@ -164,7 +142,7 @@ def _listed(record: dict, key: str, where: str) -> Sequence[Any]:
 
 
 def _named(tag: Any, names: list[str] | None, where: str) -> str:
-    if isinstance(tag, bool) or not isinstance(tag, (str, int)):
+    if isinstance(tag, bool) or not isinstance(tag, (str, int)) or not str(tag).strip():
         raise ValueError(f"{where} is no tag: a text or a number is")
     if names is None or isinstance(tag, str):
         return str(tag)

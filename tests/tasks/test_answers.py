@@ -125,6 +125,12 @@ def test_questions_that_are_too_long_are_cut_and_counted():
     assert len(short.windows[0].ids) == 2 + 1 + 3
 
 
+def test_any_number_of_questions_is_encoded_in_order():
+    questions = [question(f"{WORDS[n % 40]} {WORDS[n // 40]}") for n in range(1030)]
+    found = encode_questions(questions, TOKENIZER, 32, counts=Counter())
+    assert [TOKENIZER.decode(one.windows[0].ids) for one in found] == [f"w1 w2 {q.context}" for q in questions]
+
+
 def test_a_context_without_pieces_has_no_answer():
     found = encode(question("\u200b"))
     decoded = decode(found, [(np.ones(5, np.float32),) * 2])

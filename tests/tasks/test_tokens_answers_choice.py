@@ -13,10 +13,12 @@ import transformers
 
 from bert_fast.cli import main
 from bert_fast.data import load_tokenizer
+from bert_fast.tasks.answers import NOWHERE
 from bert_fast.tasks.finetuning import finetune, guess_task, read_task
 from bert_fast.tasks.network import make_network
 from bert_fast.tasks.prediction import scored
 from bert_fast.tasks.task import packed
+from bert_fast.tasks.trained import load_trained
 from bert_fast.use.inference import load_model
 from tests.support.small_models import small_model
 
@@ -204,7 +206,7 @@ def test_the_threshold_is_kept_in_the_configuration(folder, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     task, train, validation = read_task("auto", path, path)
-    found = finetune(folder, train, validation, tmp_path / "out", task=task, epochs=1, max_length=32)
+    found = finetune(folder, train, validation, tmp_path / "out", task=task, epochs=1, max_length=32, precision="fp32")
     assert {"has_answer_f1", "no_answer_exact", "no_answer_threshold"} <= found.keys()
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert config.no_answer_threshold == found["no_answer_threshold"]
@@ -237,6 +239,12 @@ def test_answers_that_are_nowhere_are_no_loss_and_are_told(folder, tmp_path):
         losses.append(scored(task, model, items)[1])
     assert told == [f"{tmp_path / 'some.jsonl'}: 3 answers that are not in their contexts"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    nowhere = [item._replace(target=(NOWHERE, NOWHERE)) for item in items]
+    count = torch.tensor(float(task.weight(nowhere)))
+    loss, _ = task.forward(model, packed(nowhere, range(len(nowhere))) | task.targets(nowhere), count)
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
     (tmp_path / "none.jsonl").write_text(json.dumps(rows[0] | {"answers": []}))
     task, train, _ = read_task("qa", *[tmp_path / "none.jsonl"] * 2)
     with pytest.raises(ValueError, match="no training question has an answer"):
@@ -253,6 +261,14 @@ def test_columns_that_a_task_has_no_use_for_are_refused(tmp_path):
         read_task("auto", path, path, columns={"label": ["1", "2"]})
     with pytest.raises(ValueError, match="longest_answer is not for the task tokens"):
         read_task("auto", path, path, longest_answer=3)
+
+
+def test_windows_overlap_in_use_as_they_did_in_training(folder, tmp_path):
+    for name in ("tokens", "qa"):
+        path = write(tmp_path, name, "train", 4)
+        task, train, validation = read_task("auto", path, path, overlap=5)
+        finetune(folder, train, validation, tmp_path / name, task=task, epochs=1, max_length=32)
+        assert load_trained(tmp_path / name).task.overlap == 5
 
 
 def test_tags_that_training_lacks_are_named(tmp_path):

@@ -24,7 +24,7 @@ def test_windows_are_those_of_tokenizers(length, overlap):
     TOKENIZER.enable_truncation(16, stride=overlap)
     theirs = TOKENIZER.encode(text(length))
     TOKENIZER.no_truncation()
-    assert [window.ids for window in found] == [part.ids for part in (theirs, *theirs.overflowing)]
+    assert [list(window.ids) for window in found] == [part.ids for part in (theirs, *theirs.overflowing)]
     for piece in range(length):
         number = with_most_context(piece, found)
         context = [min(piece - w.begin, w.end - 1 - piece) if w.begin <= piece < w.end else -1 for w in found]
@@ -41,7 +41,7 @@ def test_windows_over_a_context_are_those_of_tokenizers():
         theirs = TOKENIZER.encode(text(question), text(context))
         TOKENIZER.no_truncation()
         parts = [theirs, *theirs.overflowing]
-        assert [(w.ids, w.segments) for w in found] == [(part.ids, part.type_ids) for part in parts]
+        assert [(list(w.ids), list(w.segments)) for w in found] == [(part.ids, part.type_ids) for part in parts]
         assert all(w.first == question + 2 for w in found)
 
 
@@ -49,7 +49,7 @@ def test_the_other_text_is_cut_to_its_beginning():
     (window,) = windows(TOKENIZER.encode(text(20), "w5 w6"), 16, text=1, longest_other=3)
     tokens = [TOKENIZER.id_to_token(number) for number in window.ids]
     assert tokens == ["[CLS]", "w0", "w1", "w2", "[SEP]", "w5", "w6", "[SEP]"]
-    assert window.segments == [0] * 5 + [1] * 3
+    assert list(window.segments) == [0] * 5 + [1] * 3
     assert window.first == 5
 
 

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
+from bert_fast.tasks.tables import source_of
 from bert_fast.tasks.tokens import doubts, tag_names
-from bert_fast.tasks.words import read_sentences
+from bert_fast.tasks.words import read_sentences, unlabelled_sentences
 
 CONLL = """-DOCSTART- -X- -X- O
 
@@ -61,6 +62,19 @@ def test_comments_are_told_from_words(file):
     assert counts == {"lines of comment left out": 1}
 
 
+def test_columns_without_tags_are_read_as_those_with_them(file):
+    """Comments, documents, separators and widths, too; only the words are wanted."""
+    tagged = file("a.conll", CONLL + "\n# comment\na b c d\n")
+    words = [sentence.words for sentence in read_sentences(tagged)]
+    found = list(unlabelled_sentences(source_of(tagged)))
+    assert [sentence.words for sentence in found] == words
+    assert {sentence.tags for sentence in found} == {()}
+    alone = file("b.conll", "".join("\n".join([*one, "", ""]) for one in words))
+    assert [sentence.words for sentence in unlabelled_sentences(source_of(alone))] == words
+    with pytest.raises(ValueError, match=r"c.conll, line 2: 2 columns, the lines before 1"):
+        list(unlabelled_sentences(source_of(file("c.conll", "a\nb O\n"))))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 @pytest.mark.parametrize("keys", [("tokens", "ner_tags"), ("tokens", "tags"), ("words", "labels")])
 def test_records(tmp_path, name, keys):
@@ -104,6 +118,7 @@ def test_numbers_of_a_parquet_file_have_the_names_that_datasets_left(tmp_path):
         ("a.jsonl", '{"tokens": ["a"]}', "line 1: no tags .*, but 'tokens'"),
         ("a.jsonl", '{"tokens": ["a"], "tags": "O"}', "line 1: 'tags' is no list"),
         ("a.jsonl", '{"tokens": [1], "tags": ["O"]}', r"line 1: 'tokens'\[0\] is no text"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": [" "]}', r"line 1: 'tags'\[0\] is no tag"),
         ("a.jsonl", '{"tokens": ["a"], "tags": [null]}', r"line 1: 'tags'\[0\] is no tag"),
         ("a.jsonl", '{"tokens"', "line 1: no JSON"),
         ("a.jsonl", "[]", "line 1: no JSON object"),
