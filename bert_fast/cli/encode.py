@@ -115,6 +115,8 @@ def run(options: argparse.Namespace) -> None:
     if options.save_sentence_transformer is not None:
         _save(options, out, model, tokenizer, recipe, drawn)
         if options.file is None and options.out is None:
+            shown = f"{options.save_sentence_transformer}: a model of sentence-transformers, {recipe}"
+            out.result({"saved": options.save_sentence_transformer} | facts, shown)
             return
     if options.precision is not None:  # after saving, which keeps the weights as they are
         cast(Any, model).to(torch.bfloat16 if in_bfloat16(options.precision, model.device) else torch.float32)
@@ -151,11 +153,10 @@ def _told_of_lengths(counts: Counter, count: int, length: int | None, long: str)
 
 
 def _save(options: argparse.Namespace, out: Output, model, tokenizer, recipe: "Recipe", drawn: list[str]) -> None:
-    """Writes the folder of sentence-transformers, and tells what it does otherwise."""
+    """Writes the folder of sentence-transformers, and warns of what it does otherwise."""
     from bert_fast.use.sentence_folder import save_sentence_transformer
 
     folder = save_sentence_transformer(model, tokenizer, recipe, options.save_sentence_transformer, drawn=drawn)
-    out.note(f"{folder} is a model of sentence-transformers: {recipe}")
     if options.long == "mean":
         out.warn(f"sentence-transformers cuts texts to {recipe.max_length} tokens: --long mean is not in {folder}")
 

@@ -58,16 +58,18 @@ bert-fast export run --what vectors --pooling mean --normalize --onnx vectors"""
 
 def run(options: argparse.Namespace) -> None:
     """Exports, compares, tells."""
+    from bert_fast.use.inference import model_folder
     from bert_fast.use.onnx_export import export_onnx, guess_kind
 
     out = Output.of(options)
-    what = guess_kind(options.model) if options.what == "auto" else options.what
-    texts, labels = _data(options, what, out)
+    source = model_folder(options.model, out)
+    what = guess_kind(source) if options.what == "auto" else options.what
+    texts, labels = _data(options, source, what, out)
     vectors: dict[str, Any] = {
         name: getattr(options, name) for name in ("pooling", "normalize", "prompt", "prompt_name")
     }
     facts = export_onnx(
-        options.model, options.onnx, what=what, int8=options.int8, texts=texts, labels=labels, max_length=options.seq,
+        source, options.onnx, what=what, int8=options.int8, texts=texts, labels=labels, max_length=options.seq,
         output=out, **vectors,
     )  # fmt: skip
     shown = [f"{options.onnx}: {what} as an ONNX graph, largest difference from this engine {facts['difference']:.1e}"]
@@ -90,7 +92,7 @@ def _cost(found: dict[str, Any]) -> list[str]:
     return [told[name](value) for name, value in found.items()]
 
 
-def _data(options: argparse.Namespace, what: str, out: Output) -> tuple[list | None, list[int] | None]:
+def _data(options: argparse.Namespace, source: Path, what: str, out: Output) -> tuple[list | None, list[int] | None]:
     """(texts or pairs of --data, the row of the head that each one's label names; None where there are none)."""
     named = [f"--{name}" for name in ("text", "pair", "label") if getattr(options, name) is not None]
     if options.data is None:
@@ -99,7 +101,7 @@ def _data(options: argparse.Namespace, what: str, out: Output) -> tuple[list | N
         return None, None
     path = Path(options.data)
     if what == "classifier" and path.suffix.lower() in TABLES:
-        return _labelled(options, path)
+        return _labelled(options, source, path)
     if named:
         raise ValueError(f"{named[0]} is for a classifier's labelled examples; {path} is read a text a line")
     with path.open("rb") as stream:
@@ -109,16 +111,15 @@ def _data(options: argparse.Namespace, what: str, out: Output) -> tuple[list | N
     return lines, None
 
 
-def _labelled(options: argparse.Namespace, path: Path) -> tuple[list, list[int] | None]:
+def _labelled(options: argparse.Namespace, source: Path, path: Path) -> tuple[list, list[int] | None]:
     """The examples of a file; of a model of single labels each has to be one that it knows."""
     from transformers import BertConfig
 
     from bert_fast.tasks.examples import label_value, located_examples, single_label
-    from bert_fast.use.inference import model_folder
 
     examples = located_examples(path, text=options.text, pair=options.pair, label=options.label)
     texts = [one.text if one.pair is None else (one.text, one.pair) for _, one in examples]
-    config: Any = BertConfig.from_pretrained(model_folder(options.model))
+    config: Any = BertConfig.from_pretrained(source)
     if config.num_labels == 1 or config.problem_type in ("multi_label_classification", "regression"):
         return texts, None
     rows = {label_value(name): row for row, name in config.id2label.items()}

@@ -68,15 +68,15 @@ class Encoded(NamedTuple):
 def guess_kind(path: str | Path) -> str:
     """What a graph of ``path`` gives where the user does not say: vectors of a sentence-transformers folder, what the
     head of a fine-tuned model gives, else hidden states."""
-    folder = model_folder(path)
-    if recipe_of(folder) is not None:
+    source = model_folder(path)
+    if recipe_of(source) is not None:
         return "vectors"
-    named = _saved_class(folder)
+    named = _saved_class(source)
     return next((kind for kind in FINE_TUNED if KINDS[kind].model == named), "encoder")
 
 
-def _saved_class(folder: Path) -> str | None:
-    made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _saved_class(source: Path) -> str | None:
+    made = json.loads((source / "config.json").read_text(encoding="utf-8"))
     return next(iter(made.get("architectures") or []), None)
 
 
@@ -110,47 +110,72 @@ def export_onnx(
     states) or "agreement" (the share of equal answers), and "accuracy". ValueError where the difference is above BOUND,
     where ``folder`` is there, and for what does not fit; nothing is written then.
     """
-    what = guess_kind(path) if what == "auto" else what
-    if what not in KINDS:
-        raise ValueError(f"what must be auto or one of {', '.join(KINDS)}, got {what!r}")
-    if labels is not None and what != "classifier":
-        raise ValueError(f"labels are for a classifier, not for {what}")
-    kind, output = KINDS[what], output or Output()
-    if what in FINE_TUNED and (saved := _saved_class(model_folder(path))) != kind.model:
-        raise ValueError(f"{path} holds a {saved}: its head is not that of a {kind.model}, which {what} needs")
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        extras.load(package)
-    optional = ("pooler.",) if kind.model == "BertModel" else ("bert.pooler.",)
+    output = output or Output()
+    source = model_folder(path, output)  # once: of a run that goes on it may be another later
+    what = guess_kind(source) if what == "auto" else what
+    _check(source, what, texts, labels)
+    kind = KINDS[what]
+    optional = ("pooler.",) if kind.model == "BertModel" else ()  # no output reads an encoder's
     cls = getattr(bert_fast.model, kind.model)
-    ours, tokenizer, _ = load_model(cls, path, optional=optional, output=output, dtype=torch.float32)
+    ours, tokenizer, _ = load_model(cls, source, optional=optional, output=output, dtype=torch.float32)
     read = _readings(ours, tokenizer, what, texts or _reference_texts(), vectors | {"max_length": max_length})
     facts: dict[str, Any] = {
         "what": what, "inputs": list(INPUTS), "outputs": list(kind.outputs), "texts": len(read.encoded),
         "max_length": read.max_length, "recipe": read.recipe and dataclasses.asdict(read.recipe),
     }  # fmt: skip
-    pad = special_ids(tokenizer).pad
     with new_folder(Path(folder)) as part:
-        graph = Graph(_theirs(kind, path, optional), kind.outputs, read.recipe, read.skip)
+        graph = Graph(_theirs(kind, source, optional), kind.outputs, read.recipe, read.skip)
         _export(graph.eval(), part / "model.onnx", ours.config)
-        found = list(_run(part / "model.onnx", read.encoded, kind, pad))
-        facts["difference"] = _difference(found, read.expected)
-        if not facts["difference"] <= BOUND:
-            raise ValueError(
-                f"the graph's {kind.outputs[0]} differs from this engine's by {facts['difference']:.1e} of its largest "
-                f"number, more than {BOUND:.0e}: it was not kept"
-            )
         if int8:
             quantize(part / "model.onnx", part / "model_int8.onnx")
-            small = list(_run(part / "model_int8.onnx", read.encoded, kind, pad))
-            facts["int8"] = _cost(what, ours.config, found, small)
-        if labels is not None:
-            facts["accuracy"] = _accuracy(found, labels)
-            if int8:
-                facts["int8"]["accuracy"] = _accuracy(small, labels)
-        save_tokenizer(tokenizer, part, max_length=ours.config.max_position_embeddings)
+        facts |= _measured(part, what, ours.config, read, labels, special_ids(tokenizer).pad, int8=int8)
+        save_tokenizer(tokenizer, part, max_length=read.max_length)
         (part / "config.json").write_text(ours.config.to_json_string(), encoding="utf-8")
         (part / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
+
+
+def _check(source: Path, what: str, texts: Sequence | None, labels: Sequence | None) -> None:
+    """Raise ValueError for what does not fit together, ExtraMissing for a package that is not there."""
+    if what not in KINDS:
+        raise ValueError(f"what must be auto or one of {', '.join(KINDS)}, got {what!r}")
+    if labels is not None and what != "classifier":
+        raise ValueError(f"labels are for a classifier, not for {what}")
+    if texts is not None and not texts:
+        raise ValueError("there are no texts to compare on")
+    needed = KINDS[what].model
+    if what in FINE_TUNED and (saved := _saved_class(source)) != needed:
+        raise ValueError(f"{source} holds a {saved}: its head is not that of a {needed}, which {what} needs")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        extras.load(package)
+
+
+def _measured(
+    part: Path, what: str, config: Any, read: "_Readings", labels: Sequence[int] | None, pad: int, *, int8: bool
+) -> dict[str, Any]:
+    """The difference of the graph, what int8 costs, accuracies; ValueError where the difference is above BOUND."""
+    kind = KINDS[what]
+    found = list(_run(part / "model.onnx", read.encoded, kind, pad))
+    facts: dict[str, Any] = {"difference": _difference(found, read.expected)}
+    if not facts["difference"] <= BOUND:
+        raise ValueError(
+            f"the graph's {kind.outputs[0]} differs from this engine's by {facts['difference']:.1e} of its largest "
+            f"number, more than {BOUND:.0e}: it was not kept"
+        )
+    if labels is not None:
+        facts["accuracy"] = _accuracy(found, labels)
+    if int8:
+        small = list(_run(part / "model_int8.onnx", read.encoded, kind, pad))
+        facts["int8"] = _cost(what, config, found, small)
+        if labels is not None:
+            facts["int8"]["accuracy"] = _accuracy(small, labels)
+    return facts
+
+
+def _reference_texts() -> list[str]:
+    """Sentences of the Python language reference, from all over it."""
+    found = [sentence for document in read_documents(None) for sentence in document]
+    return found[:: max(1, len(found) // CHECKED)][:CHECKED]
 
 
 class _Readings(NamedTuple):
@@ -182,12 +207,6 @@ def _readings(ours: Any, tokenizer: Tokenizer, what: str, texts: Sequence, given
     cut.enable_truncation(length)
     encoded = _encoded(cut, texts)
     return _Readings(encoded, list(_ours(ours, kind, encoded, special_ids(tokenizer).pad)), length)
-
-
-def _reference_texts() -> list[str]:
-    """Sentences of the Python language reference, from all over it."""
-    found = [sentence for document in read_documents(None) for sentence in document]
-    return found[:: max(1, len(found) // CHECKED)][:CHECKED]
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]]) -> list[Encoded]:
@@ -224,11 +243,11 @@ def _ours(model: Any, kind: Kind, encoded: Sequence[Encoded], pad: int) -> Itera
         yield from _by_text([found[name].numpy() for name in kind.outputs], kind, batch)
 
 
-def _theirs(kind: Kind, path: str | Path, optional: tuple[str, ...]) -> nn.Module:
+def _theirs(kind: Kind, source: Path, optional: tuple[str, ...]) -> nn.Module:
     """transformers' model; a BertModel without a pooler, which no output reads."""
     arguments: dict[str, Any] = {"add_pooling_layer": False} if kind.model == "BertModel" else {}
     cls = getattr(transformers, kind.model)
-    model, *_ = read_weights(cls, model_folder(path), optional=optional, dtype=torch.float32, **arguments)
+    model, *_ = read_weights(cls, source, optional=optional, dtype=torch.float32, **arguments)
     return model
 
 
@@ -292,8 +311,8 @@ def _run(file: Path, encoded: Sequence[Encoded], kind: Kind, pad: int) -> Iterat
 
 def _difference(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
     """The largest, relative to the largest expected number; NaN where one is not finite."""
-    worst = max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
-    return worst / max(float(np.abs(b).max()) for b in expected)
+    worst = np.max([np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])  # of Python's max NaN is lost
+    return float(worst / np.max([np.abs(b).max() for b in expected]))
 
 
 def _cost(what: str, config: Any, found: Sequence[np.ndarray], small: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -156,7 +156,9 @@ def test_the_accuracy_on_labelled_pairs_is_told_also_of_int8(run, classifier, tm
     assert found["accuracy"] == 0.75
     assert found["int8"]["agreement"] > 0.8
     assert abs(found["int8"]["accuracy"] - 0.75) <= 1 - found["int8"]["agreement"] + 1e-9
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "made")(TEXTS) == tokenizer(TEXTS)
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert saved(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+    assert saved.model_max_length == found["max_length"] == 64
 
 
 @pytest.mark.slow
@@ -198,6 +200,26 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(run, classifier, tm
     assert done.code == 1
     assert message in done.err
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_is_not_finite_is_a_difference(value):
+    expected = [np.ones((2, 3)), np.ones((4, 3)), np.ones((1, 3))]
+    for place in range(3):
+        found = [rows.copy() for rows in expected]
+        found[place][-1, 1] = value
+        assert not onnx_export._difference(found, expected) <= onnx_export.BOUND
+
+
+def test_a_classifier_without_its_pooler_is_refused(run, folder, classifier, tmp_path):
+    """Its answers would be those of numbers drawn at random."""
+    model = transformers.BertForSequenceClassification.from_pretrained(classifier)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if "pooler" not in name}
+    shutil.copytree(classifier, tmp_path / "bare")
+    model.save_pretrained(tmp_path / "bare", state_dict=kept)
+    done = run("export", tmp_path / "bare", "--onnx", tmp_path / "made")
+    assert done.code == 1
+    assert "bert.pooler.dense" in done.err
 
 
 def test_nothing_is_overwritten(run, classifier, tmp_path):

@@ -108,8 +108,9 @@ def test_lone_surrogates_are_replacement_characters(run, folder, text):
     assert f"text 1: {clean.count(chr(0xFFFD))} " in warning
     model, tokenizer, _ = load_model(bert_fast.BertModel, folder / "model")
     counts = Counter()
-    (vectors,) = encode_sentences(model, tokenizer, [text, clean], counts=counts)
-    assert np.array_equal(vectors[0], vectors[1])
+    # each by itself: where a row stands in a product of several threads may change its last bits
+    (vector,), (other,) = (next(encode_sentences(model, tokenizer, [one], counts=counts)) for one in (text, clean))
+    assert np.array_equal(vector, other)
     assert counts["surrogates"] == clean.count("\ufffd")
 
 
@@ -446,8 +447,10 @@ def test_the_sentence_transformers_folder_that_is_written_gives_the_same_vectors
 def test_a_folder_of_flags_alone_is_written_without_text_and_nothing_is_overwritten(run, folder, tmp_path):
     library = pytest.importorskip("sentence_transformers")
     flags = ("--pooling", "max", "--normalize", "--seq", 20, "--prompt", "Ask: ", "--long", "mean")
+    (tmp_path / "made").mkdir()  # an empty folder gives way
     done = run("encode", folder / "model", *flags, "--save-sentence-transformer", tmp_path / "made")
-    assert (done.code, done.out) == (0, "")
+    assert done.code == 0
+    assert "made: a model of sentence-transformers, max over tokens, scaled to length 1, cut to 20 tokens" in done.out
     assert "--long mean is not in" in done.err
     recipe = recipe_of(tmp_path / "made")
     assert (recipe.pooling, recipe.normalize, recipe.max_length, recipe.prompt) == (("max",), True, 20, "Ask: ")
