@@ -70,14 +70,21 @@ class Judgement:
 
     def text(self) -> str:
         """All of it to read."""
-        lines = [f"{name:<14}{_shown(value)}" for name, value in self.metrics.items() if not isinstance(value, dict)]
+        shown = {name: _shown(value) for name, value in self.metrics.items() if not isinstance(value, dict)}
+        width = max(map(len, shown), default=0)
+        lines = [f"{name:<{width}}  {value}" for name, value in shown.items()]
         lines += [f"over {self.examples:,} examples", *([self.note] if self.note else [])]
         if self.matrix is not None:
             lines += ["", *_matrix_lines(self.matrix, self.labels, self.unit)]
         if self.by_label:
             lines += ["", *_label_lines(self.by_label)]
         if self.worst:
-            lines += ["", "largest errors:" if self.scores is not None else f"worst of {self.wrong:,} errors:"]
+            lines += [
+                "",
+                "largest errors:"
+                if self.scores is not None
+                else f"worst of {self.wrong:,} errors, the number says how bad:",
+            ]
             for verdict in self.worst:
                 lines.append(f"  {verdict.where}: {_brief(verdict.truth)} taken for {_brief(verdict.said)} "
                              f"({verdict.badness:.2f}): {_brief(verdict.text)}")  # fmt: skip

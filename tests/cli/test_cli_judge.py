@@ -53,7 +53,7 @@ def test_a_classifier_is_judged_as_its_probabilities_say(run, classifier, tmp_pa
     assert [line["said"] for line in found["worst"]] == [LABELS[n] for n in said[wrong]]
     assert (tmp_path / "confusion.png").read_bytes()[:4] == b"\x89PNG"
     text = run("evaluate", classifier, "--data", data, "--quiet").out
-    assert f"accuracy      {found['accuracy']:.4f}" in text
+    assert f"accuracy  {found['accuracy']:.4f}" in text
     assert f"line {wrong[0] + 1}: {LABELS[truth[wrong[0]]]} taken for {LABELS[said[wrong[0]]]}" in text
 
 
