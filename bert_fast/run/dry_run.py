@@ -1,6 +1,6 @@
 """What a run will be, before it starts: its size, its data, its speed as measured for some seconds, and its end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +8,6 @@ import torch
 from bert_fast.data import open_corpus
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.graph_shapes import sample_lengths
-from bert_fast.data.mixture import Mixture
 from bert_fast.data.pairs import document_tokens
 from bert_fast.data.phase import Phase
 from bert_fast.devices import peak_memory, reset_peak_memory
@@ -70,15 +69,11 @@ def _parameters(model: torch.nn.Module) -> dict[str, int]:
 
 def _data(run: Run) -> dict:
     """Of an epoch of each source and of all of them; both are the same of one."""
-    parts = [_source(source, dataset) for source, dataset in zip(run.sources, _datasets(run), strict=True)]
+    parts = [_source(source, dataset) for source, dataset in zip(run.sources, run.datasets, strict=True)]
     names = ("documents", "tokens", "tokens_looked_at", "samples_an_epoch", "tokens_an_epoch")
     found = {name: sum(part[name] for part in parts) for name in names}
     found["held"] = sum(part["held"] * part["tokens"] for part in parts) / found["tokens"]
     return found | {"sources": {source.name: part for source, part in zip(run.sources, parts, strict=True)}}
-
-
-def _datasets(run: Run) -> Sequence[PretrainingDataset]:
-    return run.dataset.datasets if isinstance(run.dataset, Mixture) else [run.dataset]
 
 
 def _source(source: Source, few: PretrainingDataset) -> dict:
@@ -101,7 +96,7 @@ def _phase(run: Run, phase: Phase, costs: Costs) -> dict:
         "seconds_an_update": costs.update.get((phase.seq, phase.batch_size), 0.0),  # none of those that are done
     }  # fmt: skip
     tokens, found["epochs_of"] = found["updates"] * found["tokens_an_update"], {}
-    for source, few in zip(run.sources, _datasets(run), strict=True):
+    for source, few in zip(run.sources, run.datasets, strict=True):
         scale = float(document_tokens(source.corpus).sum() / document_tokens(few.corpus).sum())
         an_epoch = few.replanned(max_length=phase.seq).plan.length.sum() * scale
         found["epochs_of"][source.name] = float(source.share * tokens / an_epoch)

@@ -9,7 +9,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -160,8 +160,8 @@ class Run:
         if number := start_new_rows(self.model, base, self.tokenizer):
             several = len(self.sources) > 1
             text = ", ".join(
-                (f"of {source.name} " if several else "") + shortened(source.corpus, base, self.tokenizer)
-                for source in self.sources
+                (f"of {source.name} " if several else "") + shortened(dataset.corpus, base, self.tokenizer)
+                for source, dataset in zip(self.sources, self.datasets, strict=True)
             )
             self.output.note(
                 f"{number:,} pieces are new to {self.config.init_from}: the row and the bias of each begin as the mean "
@@ -208,6 +208,11 @@ class Run:
         if self.ranks.first:
             options = effective(self.config.as_dict())
             write_atomically(self.folder / "config.json", (json.dumps(options, indent=1) + "\n").encode())
+
+    @property
+    def datasets(self) -> Sequence[PretrainingDataset]:
+        """That of each source."""
+        return self.dataset.datasets if isinstance(self.dataset, Mixture) else [self.dataset]
 
     @property
     def total(self) -> int:

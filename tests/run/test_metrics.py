@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from bert_fast.run.metrics import EventFile, MetricsFile, _masked_crc, read_metrics
+from bert_fast.run.metrics import EventFile, MetricsFile, _masked_crc, numbers, read_metrics
 
 
 def test_lines_are_appended_and_cut_back_to_the_step_gone_on_from(tmp_path):
@@ -68,3 +68,14 @@ def test_event_files_hold_the_messages_tensorboard_reads(tmp_path):
     mfu = b"\x0a\x09train/mfu\x15" + struct.pack("<f", -2.0)
     summary = b"\x0a" + bytes([len(loss)]) + loss + b"\x0a" + bytes([len(mfu)]) + mfu
     assert scalars == b"\x10\xac\x02" + b"\x2a" + bytes([len(summary)]) + summary
+
+
+def test_what_a_line_says_of_sources_is_kept_and_shown_to_trackers(tmp_path):
+    values = {"mlm_loss": 1.0, "sources": {"wiki": {"mlm_loss": 0.5, "nsp_loss": None}, "notes": {"mlm_loss": 1.5}}}
+    names = ("validation/mlm_loss", "validation/sources/wiki/mlm_loss", "validation/sources/notes/mlm_loss")
+    assert numbers("validation", values) == dict(zip(names, (1.0, 0.5, 1.5), strict=True))
+    file = MetricsFile(tmp_path, 0)
+    file.write("validation", 1, sources={"wiki": {"mlm_loss": float("inf")}})
+    file.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["sources"] == {"wiki": {"mlm_loss": None}}

@@ -13,10 +13,12 @@ import pytest
 from bert_fast import optim
 from bert_fast.cli import main
 from bert_fast.data import load_tokenizer, prepare, read_documents, read_manifest, save_tokenizer, train_tokenizer
+from bert_fast.data.places import Place
 from bert_fast.run.config import ConfigError, resolve, sources
 from bert_fast.run.dry_run import dry_run
 from bert_fast.run.pretrain import pretrain
 from bert_fast.run.resume import NotTheSameRun
+from bert_fast.run.state import RunState
 from bert_fast.train.step import Step
 from tests.support.training_runs import losses, train, weights
 
@@ -208,3 +210,9 @@ def test_from_the_command_line(two, prepared, notes, tmp_path, capsys):
     assert main(["pretrain", "--config", f"{config.out}/config.json", "--quiet"]) == 0
     assert main(["evaluate", config.out, "--data", str(notes), "--device", "cpu"]) == 0
     assert "documents held out" in capsys.readouterr().err
+
+
+def test_a_state_of_before_there_were_several_sources_is_read():
+    state = RunState(step=3, place=Place(1, 5)).as_dict()
+    assert (state.pop("read"), state["place"]) == ([], {"epoch": 1, "position": 5})
+    assert RunState.of(state) == RunState(step=3, place=Place(1, 5))
