@@ -207,6 +207,7 @@ class Run:
                 why = "a trial compiles nothing"
             try:
                 if why is None and name in CANDIDATES:
+                    found.save()  # a comparison of whole models takes long: the supervisor sees work go on
                     differs[name] = parity.same_step(
                         name, model_config(model, dropout=steps.DROPOUT), self.batch(model, real, kind, 4), setting
                     )
