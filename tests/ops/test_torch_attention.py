@@ -229,3 +229,25 @@ def test_a_layer_that_is_computed_again_needs_the_same_mask(monkeypatch, preserv
     model.recompute("layers")
     with dispatch.use_backend(attention="torch"):
         model(torch.randint(30, (2, 5))).last_hidden_state.sum().backward()
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_a_choice_takes_the_library_without_dropout_alone(monkeypatch, direction):
+    """Both directions agree on which calls are its: of that GPU, from the length on, in 16 bits, without dropout."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch_attention, f"attention_{direction}", lambda *given: "library")
+    serve = dispatch._or_library(direction, lambda *given: "own")
+
+    def call(table, dtype=BF16, longest=9, p=0.0, size=16) -> str:
+        qkv = torch.zeros(9, 3, 2, size, dtype=dtype)
+        given = [qkv, None, longest, None, None, 1.0, p, 0]
+        given = given if direction == "fwd" else [None, qkv, None, None, None, longest, None, None, 1.0, p, 0, None]
+        with choice.use({"attention.library": table}) as served:
+            found = serve(*given)
+        assert served["attention.library"] == (found == "library")
+        return found
+
+    assert call({90: 9}) == "library"
+    for own in (call({}), call({80: 9}), call({90: 10}), call({90: 9}, p=0.1), call({90: 9}, torch.float32),
+                call({90: 9}, size=12), call({90: 9}, longest=8)):  # fmt: skip
+        assert own == "own"
