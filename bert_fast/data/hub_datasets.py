@@ -40,6 +40,10 @@ def without_descriptions(files: list[Path]) -> list[Path]:
     ValueError where a data set has several splits or configurations, and where one lacks a file.
     """
     left_out: set[Path] = set()
+    within: dict[Path, list[Path]] = {}
+    for file in files:
+        within.setdefault(file.parent, []).append(file)
+    of_splits = {file: split[1] for file in files if (split := OF_SPLIT.fullmatch(file.name))}
     for about in files:
         folder = about.parent
         if about.name == SPLITS and (found := _json(about).get("splits")) is not None:
@@ -51,15 +55,12 @@ def without_descriptions(files: list[Path]) -> list[Path]:
                 raise ValueError(f"{folder} holds rows that were chosen, by an early version of datasets: save it anew")
             if missing := sorted(name for name in names if not (folder / name).is_file()):
                 raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {SAVED} names")
-            left_out |= {file for file in files if file.parent == folder and file.name not in names}
-        elif about.name in CARDS:
-            splits = sorted({
-                f"{file.parent / split[1]}-*" for file in files
-                if folder in file.parents and (split := OF_SPLIT.fullmatch(file.name))
-            })  # fmt: skip
+            left_out |= {file for file in within[folder] if file.name not in names}
+        elif about.name in CARDS and of_splits:  # few files are, and many folders have a README.md
+            splits = {f"{file.parent / split}-*" for file, split in of_splits.items() if folder in file.parents}
             if splits:
-                left_out |= {file for file in files if file.parent == folder and file.name in CARDS}
-                _require_one(folder, "splits or configurations", splits)
+                left_out.add(about)
+                _require_one(folder, "splits or configurations", sorted(splits))
     return [file for file in files if file not in left_out]
 
 
