@@ -149,7 +149,7 @@ class Answers(Task):
     counted: ClassVar[dict[str, str]] = {
         "cut": "questions cut to 64 pieces, or to half of {seq} tokens",
         "windowed": "contexts in several windows of {seq} tokens",
-        "unfound": "questions whose answers no piece of their contexts is: the loss leaves them out",
+        "unfound": "questions whose answers are no pieces of their contexts: the loss leaves them out",
     }
 
     def __init__(self, overlap: int = OVERLAP, longest_answer: int = LONGEST_ANSWER, threshold: float | None = None):
@@ -188,7 +188,8 @@ class Answers(Task):
         self.longest_answer = getattr(config, "longest_answer", self.longest_answer)
 
     def config(self) -> dict[str, Any]:
-        return {"window_overlap": self.overlap, "longest_answer": self.longest_answer}
+        # None takes the place of the threshold that a model may have from an earlier fine-tuning
+        return {"window_overlap": self.overlap, "longest_answer": self.longest_answer, "no_answer_threshold": None}
 
     def learnt(self, metrics: dict) -> dict[str, Any]:
         return {"no_answer_threshold": metrics["no_answer_threshold"]} if self.unanswerable else {}

@@ -126,13 +126,13 @@ def measured(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str | 
     return scores(truth, list(map(_known, predicted)), scheme) | measures
 
 
-def doubts(sentences: Sequence[Sentence], name: str) -> Iterator[str]:
-    """What a user must know of the tags of ``name``'s sentences, in words."""
-    tags = {tag for sentence in sentences for tag in sentence.tags}
-    scheme = scheme_of(tags)
+def doubts(sentences: Sequence[Sentence], name: str, labels: Sequence[str]) -> Iterator[str]:
+    """What a user must know of the tags of ``name``'s sentences, which are to be of the scheme of ``labels``."""
+    scheme = scheme_of(labels)
     if scheme is None:
-        marked = sorted(tag for tag in tags - {OUTSIDE} if TAG.fullmatch(tag))
-        if marked and (other := sorted(tags - {OUTSIDE} - set(marked))):
+        tags = {tag for sentence in sentences for tag in sentence.tags} - {OUTSIDE}
+        marked = sorted(filter(TAG.fullmatch, tags))
+        if marked and (other := sorted(tags - set(marked))):
             yield f"{name}: {marked[0]!r} marks entities and {other[0]!r} does not: words are judged alone"
         return
     if scheme == "BIO" and is_iob1(sentence.tags for sentence in sentences):
@@ -209,7 +209,8 @@ class Tokens(Task):
 
     def settle(self, train: list, validation: list) -> tuple[list, list, list[str]]:
         self.labels = tag_names(train)
-        told = [*doubts(train, "training"), *doubts(validation, "validation")]
+        parts = {"training": train, "validation": validation}
+        told = [text for name, part in parts.items() for text in doubts(part, name, self.labels)]
         for sentence in validation:
             if unknown := sorted(set(sentence.tags) - set(self.labels)):
                 raise ValueError(f"{sentence.where}: the tag {unknown[0]!r}, which no training sentence has")

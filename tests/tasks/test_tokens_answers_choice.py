@@ -12,13 +12,14 @@ import torch
 import transformers
 
 from bert_fast.cli import main
-from bert_fast.data import load_tokenizer
+from bert_fast.data import load_tokenizer, save_tokenizer
+from bert_fast.model import BertForQuestionAnswering
 from bert_fast.tasks.answers import NOWHERE
 from bert_fast.tasks.finetuning import finetune, guess_task, read_task
 from bert_fast.tasks.network import make_network
 from bert_fast.tasks.prediction import scored
 from bert_fast.tasks.task import packed
-from bert_fast.tasks.trained import load_trained
+from bert_fast.tasks.trained import load_trained, predict
 from bert_fast.use.inference import load_model
 from tests.support.small_models import small_model
 
@@ -220,6 +221,20 @@ def test_the_threshold_is_kept_in_the_configuration(folder, tmp_path):
     for line, example in zip(said, examples, strict=True):
         assert line["answer"] == ("" if line["begin"] is None else example.context[line["begin"] : line["end"]])
         assert 0 <= line["probability"] <= 1
+
+
+def test_a_threshold_of_an_earlier_fine_tuning_is_not_kept(folder, tmp_path):
+    """Where every question has an answer, one is said for each."""
+    before = BertForQuestionAnswering.from_pretrained(folder)
+    before.config.no_answer_threshold = -1000.0
+    before.save_pretrained(tmp_path / "before")
+    save_tokenizer(load_tokenizer(folder), tmp_path / "before")
+    path = write(tmp_path, "qa", "train", 4)
+    task, train, validation = read_task("auto", path, path)
+    finetune(tmp_path / "before", train, validation, tmp_path / "out", task=task, epochs=1, max_length=32)
+    trained = load_trained(tmp_path / "out")
+    assert (trained.task.threshold, trained.task.unanswerable) == (None, False)
+    assert all(trained.task.line(*pair)["answer"] for pair in predict(trained, train))
 
 
 def test_answers_that_are_nowhere_are_no_loss_and_are_told(folder, tmp_path):

@@ -140,13 +140,16 @@ def test_columns_have_numbers(file):
 
 
 def test_doubtful_tags_are_told(file):
-    def told(content):
-        return list(doubts(read_sentences(file("a.conll", content)), "train"))
+    def told(content, training=None):
+        labels = tag_names(read_sentences(file("t.conll", training or content)))
+        return list(doubts(read_sentences(file("a.conll", content)), "train", labels))
 
     assert told(CONLL) == []
     (text,) = told("a O\nb I-PER\n\nc B-PER\nd I-LOC\n")
     assert "2 tags break the scheme BIO, the first of the word 2 ('b') of the sentence at" in text
     assert "a.conll, line 1: I-PER after O" in text
+    (text,) = told("a O\nb I-PER\n", training=CONLL)  # of IO by itself
+    assert "1 tags break the scheme BIO" in text
     (text,) = told("a I-PER\nb B-PER\n")
     assert "IOB1" in text
     (text,) = told("a B-PER\nb LOC\nc O\n")
