@@ -13,7 +13,6 @@ from bert_fast.train.distributed import Ranks
 from bert_fast.tuning import store
 from bert_fast.tuning.candidates import Sizes, dtype_of, why_no_library
 from bert_fast.tuning.decision import decide_now, key_of
-from bert_fast.tuning.rule import DEFAULT_WRONG
 
 
 class Tuner:
@@ -73,7 +72,8 @@ class Tuner:
         key, recorded = key_of(sizes, self.ranks.device), self.recorded.get(name)
         if self.config.tune == "auto" or not self.decides:
             if recorded and store.same(recorded["key"], key):
-                return self._told(sizes, key, store.decided(recorded["chosen"]), "as the run has them recorded")
+                chosen, wrong = store.decided(recorded["chosen"]), recorded.get("wrong")
+                return self._told(sizes, key, chosen, "as the run has them recorded", wrong)
             if recorded:
                 self.output.note(
                     f"the kernels recorded for {name} were chosen on another device, with other versions or for other "
@@ -82,21 +82,23 @@ class Tuner:
             if kept := store.read(key):
                 return self._told(sizes, key, kept["chosen"], "as chosen before on this machine")
         if not self.decides:
-            return {"key": key, "chosen": []}
+            return {"key": key, "chosen": [], "wrong": None}
         self.output.note(f"choosing kernels for {sizes.longest} tokens (--tune off does not)")
         found = decide_now(sizes, self.ranks.device)
-        if wrong := [row for row in found.rows if row["outcome"] == DEFAULT_WRONG]:
-            named = "; ".join({f"{row['question']}: {row['why']}" for row in wrong})
-            self.output.warn(
-                f"kernels are WRONG on this device, and what is trained with them is not to be trusted: {named}. Other "
-                "versions of triton or of the driver may help (bert-fast env)"
-            )
-        return self._told(sizes, key, found.chosen, "chosen now")
+        if not found.tried:
+            reasons = [row["why"] for row in found.rows if "why" in row]
+            self.output.note(f"no kernel could be tried: {reasons[0] if reasons else 'the time was up'}")
+        return self._told(sizes, key, found.chosen, "chosen now", found.wrong)
 
-    def _told(self, sizes: Sizes, key: dict, chosen: store.Decided, how: str) -> dict:
+    def _told(self, sizes: Sizes, key: dict, chosen: store.Decided, how: str, wrong: str | None = None) -> dict:
         names = ", ".join(f"{name} {instead}" for name, _, instead in chosen) or "the defaults"
         self.output.note(f"kernels for {sizes.longest} tokens, {how}: {names}")
-        return {"key": key, "chosen": chosen}
+        if wrong:
+            self.output.warn(
+                f"kernels are WRONG on this device, and what is trained with them is not to be trusted: {wrong}. Other "
+                "versions of triton or of the driver may help (bert-fast env)"
+            )
+        return {"key": key, "chosen": chosen, "wrong": wrong}
 
     def _require_library(self) -> None:
         model, dropout = self.model, self.model.attention_probs_dropout_prob

@@ -108,8 +108,10 @@ def tried(
 
 
 def decide_now(sizes: Sizes, device: torch.device, tell: Callable[[dict], None] = lambda row: None) -> Decision:
-    """Tries all candidates for ``sizes`` on ``device``, and keeps the decision where other runs find it."""
+    """Tries all candidates for ``sizes`` on ``device``, and keeps the decision where other runs find it; but one that
+    found a default wrong, or could try nothing, is made again each time, and said again."""
     key = key_of(sizes, device)
     found = tried(questions(sizes, key["machine"]["capability"]), sizes, device.type, tell=tell)
-    store.write(key, found.chosen, found.rows)
+    if found.tried and not found.wrong:
+        store.write(key, found.chosen, found.rows)
     return found

@@ -53,6 +53,17 @@ class Decision:
     chosen: list[tuple[str, dict, dict]]
     rows: list[dict]
 
+    @property
+    def tried(self) -> bool:
+        """Whether any candidate came to be timed."""
+        return any("seconds" in row for row in self.rows)
+
+    @property
+    def wrong(self) -> str | None:
+        """Which defaults gave wrong results, and how; None where none did."""
+        lines = {f"{x['question']}: {x['why']}": None for x in self.rows if x["outcome"] == DEFAULT_WRONG}
+        return "; ".join(lines) or None
+
 
 def wins(times: Times) -> bool:
     """Whether the challenger takes the incumbent's place."""

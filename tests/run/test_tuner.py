@@ -37,7 +37,9 @@ class Made:
 
     def decide(self, sizes, device) -> Decision:
         self.asked.append(sizes)
-        store.write(tuner.key_of(sizes, device), self.chosen, self.rows)
+        found = Decision(self.chosen, self.rows)
+        if not found.wrong:
+            store.write(tuner.key_of(sizes, device), self.chosen, self.rows)
         return Decision(self.chosen, self.rows)
 
 
@@ -137,7 +139,7 @@ def of_tuner(configure, capsys, ranks=None, dropout=0.1, recorded=None, **option
     return found, capsys.readouterr().err
 
 
-def test_a_default_that_is_wrong_is_said_loudly(configure, made, capsys):
+def test_a_default_that_is_wrong_is_said_loudly_and_again_at_each_start(configure, made, capsys):
     made.rows = [{"question": "attention fwd", "candidate": {}, "outcome": "default wrong", "why": "out is off by 7"}]
     found, _ = of_tuner(configure, capsys)
     with choice.held():
@@ -145,6 +147,19 @@ def test_a_default_that_is_wrong_is_said_loudly(configure, made, capsys):
     said = capsys.readouterr().err
     assert "WRONG on this device" in said
     assert "attention fwd: out is off by 7" in said
+    again, _ = of_tuner(configure, capsys, recorded=found.state)
+    with choice.held():
+        again.settle(phases(found.config)[0], torch.tensor([5, 9]).numpy())
+    assert "WRONG on this device" in capsys.readouterr().err
+    assert len(made.asked) == 1
+
+
+def test_where_nothing_could_be_tried_the_reason_is_said(configure, made, capsys):
+    made.chosen, made.rows = [], [{"question": "q", "candidate": {}, "outcome": "hung", "why": "its process ended"}]
+    found, _ = of_tuner(configure, capsys)
+    with choice.held():
+        found.settle(phases(found.config)[0], torch.tensor([5, 9]).numpy())
+    assert "no kernel could be tried: its process ended" in capsys.readouterr().err
 
 
 def test_on_a_cpu_nothing_is_tried(configure, capsys, monkeypatch):

@@ -5,11 +5,13 @@ import random
 from typing import ClassVar
 
 import pytest
+import torch
 
 from bert_fast.supervised import Worker
+from bert_fast.tuning import decision, store
 from bert_fast.tuning.candidates import Sizes, questions
 from bert_fast.tuning.decision import Tried, named
-from bert_fast.tuning.rule import MARGIN, Lost, Question, Times, decide, wins
+from bert_fast.tuning.rule import MARGIN, Decision, Lost, Question, Times, decide, wins
 
 SIZES = Sizes(64, 128, 1, 300, 32, (32, 20), 7, "float32")
 
@@ -148,3 +150,17 @@ def test_sizes_survive_json():
 
     sizes = Sizes(64, 128, 1, 300, 32, tuple(random.choices(range(3, 32), k=5)), 7, "bfloat16", dropout=(0.0, 0.1))
     assert Sizes.of(json.loads(json.dumps(sizes.as_dict()))) == sizes
+
+
+@pytest.mark.parametrize(("outcome", "more", "kept"), [
+    ("won", {"seconds": 1.0}, True), ("default wrong", {"seconds": 1.0, "why": "off by 7"}, False),
+    ("hung", {"why": "its process ended"}, False), ("left out", {}, False),
+])  # fmt: skip
+def test_a_decision_that_found_a_default_wrong_or_tried_nothing_is_not_kept(monkeypatch, tmp_path, outcome, more, kept):
+    monkeypatch.setenv("BERT_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(store, "machine", lambda device: {"capability": 90})
+    rows = [{"question": "q", "candidate": {}, "outcome": outcome} | more]
+    monkeypatch.setattr(decision, "tried", lambda *asked, **how: Decision([], rows))
+    found = decision.decide_now(SIZES, torch.device("cpu"))
+    assert (store.read(decision.key_of(SIZES, torch.device("cpu"))) is not None) == kept
+    assert found.wrong == ("q: off by 7" if outcome == "default wrong" else None)
