@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from bert_fast.cli import NOT_FINITE
 from bert_fast.cli.device import add_device_argument, chosen_device
 from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
-from bert_fast.output import Output, add_command, writable_folder
+from bert_fast.output import Output, Progress, add_command, writable_folder
 
 TASKS = (
     "auto",
@@ -126,10 +127,14 @@ def _finetune(options: argparse.Namespace) -> None:
         if folder.resolve() == model.resolve() or (folder / "metrics.jsonl").is_file():
             raise ValueError(f"--out {folder} holds a run, or the model that is fine-tuned: choose another folder")
         writable_folder(folder)
-    with out.progress(None, "fine-tuning", "updates") as bar:
+    with ExitStack() as stack:
+        bar = Progress(None, "", "")
 
         def shown(step: int, steps: int, loss: float) -> None:
-            bar.total = steps
+            nonlocal bar
+            if step == 1 or bar.total is None:  # of a seed, or of a run that goes on
+                stack.close()
+                bar = stack.enter_context(out.progress(steps, "fine-tuning", "updates", done=step - 1))
             bar.update(step, f"loss {loss:.4f}", loss=loss)
 
         found = finetune(
