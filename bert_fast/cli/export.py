@@ -52,7 +52,7 @@ bert-fast export run --what vectors --pooling mean --normalize --onnx vectors"""
     parser.add_argument("--seq", metavar="N", type=int, help="cut texts to N tokens (default: the model's)")
     parser.add_argument("--pooling", help="of vectors, as in encode (default: the model's, else mean)")
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="scale vectors to length 1")
-    parser.add_argument("--prompt", metavar="TEXT", help="goes before each text, where its tokens are not pooled")
+    parser.add_argument("--prompt", metavar="TEXT", help="goes before each text (default: the model's, if any)")
     parser.add_argument("--prompt-name", metavar="NAME", help="that of the model's prompts, such as query")
 
 

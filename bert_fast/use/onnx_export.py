@@ -53,8 +53,6 @@ KINDS = {
     "answers": Kind("BertForQuestionAnswering", ("start_logits", "end_logits")),
     "words": Kind("BertForMaskedLM", ("logits",)),
 }
-
-
 FINE_TUNED = ("classifier", "tokens", "answers")  # heads of other classes have weights of the same names and shapes
 
 
