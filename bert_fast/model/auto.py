@@ -35,15 +35,13 @@ def register() -> Registration:
     decoder (``AutoModelForCausalLM``), a class that someone else registered for BertConfig, and classes that are
     imported by name, as ``transformers.BertModel``. :func:`bert_fast.accelerate` takes a model that is loaded.
     """
-    ours = set(swap.MODELS.values())
-    covered, left = {}, {}
     for auto, kind in _given().items():
         if kind in swap.MODELS:
-            auto.register(BertConfig, swap.MODELS[kind], exist_ok=True)
-        if kind in swap.MODELS or kind in ours:
-            covered[auto.__name__] = swap.MODELS.get(kind, kind)
-        else:
-            left[auto.__name__] = kind
+            _registered(auto)[BertConfig] = swap.MODELS[kind]
+    found = {auto.__name__: kind for auto, kind in _given().items()}
+    ours = set(swap.MODELS.values())
+    covered = {name: kind for name, kind in found.items() if kind in ours}
+    left = {name: kind for name, kind in found.items() if kind not in ours}
     stays = [f"{name} still gives {getattr(kind, '__name__', kind)}" for name, kind in left.items()]
     stays += ["classes that are imported by name, as transformers.BertModel, stay transformers'"]
     logger.warning_once(
@@ -55,7 +53,12 @@ def register() -> Registration:
 def unregister() -> None:
     """The way back from :func:`register`: the Auto classes give transformers' classes again. Models that are loaded
     stay what they are."""
-    theirs = {ours: kind for kind, ours in swap.MODELS.items()}
     for auto, kind in _given().items():
-        if kind in theirs:
-            auto.register(BertConfig, theirs[kind], exist_ok=True)
+        if kind in swap.MODELS.values():
+            del _registered(auto)[BertConfig]
+
+
+def _registered(auto: Any) -> dict[type, Any]:
+    """What is registered with an Auto class. Its ``register`` leaves out transformers' own configurations before 5.19,
+    without a word."""
+    return auto._model_mapping._extra_content
