@@ -45,6 +45,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works on a checkout that nobody installed
 
+import torch
+
 from bert_fast import compilers
 from bert_fast.tuning import sass
 
@@ -70,6 +72,8 @@ PARTS = {
     90: Part(227 * 1024, 228 * 1024, "HGMMA"),
     100: Part(227 * 1024, 228 * 1024, "UTCHMMA"),
 }
+ELEMENTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
+            "i32": torch.int32, "i64": torch.int64}  # fmt: skip
 TENSOR_MEMORY_COLUMNS = 512
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA", "IMMA", "IGMMA", "DMMA")
 BULK_COPY = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
@@ -205,23 +209,56 @@ def _disassemble(cubin: bytes) -> tuple[int, int, sass.Listing]:
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], sass.Listing.parse(code)
 
 
+class _NoDevice:
+    """In the place of a GPU's driver: all that Triton asks of one before it compiles."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # kernels are kept by device, and each target has its own
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _argument(kind, divisible: bool):
+    """An argument that Triton takes for one of type ``kind``, as aot.py writes types."""
+    from triton.runtime.jit import MockTensor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(kind, tuple):
+        return tuple(_argument(part, divisible) for part in kind)
+    if kind.startswith("*"):
+        return MockTensor(ELEMENTS[kind[1:]])  # aligned to 16 bytes
+    if kind.startswith("tensordesc"):
+        element, block = re.fullmatch(r"tensordesc<(\w+)\[(.*)\]>", kind).groups()
+        shape = [int(size) for size in block.split(",")]
+        return TensorDescriptor.from_tensor(torch.empty(shape, dtype=ELEMENTS[element]), shape)
+    return 0.5 if kind.startswith("fp") else 16 if divisible else 17
+
+
+def compile_as_launched(case: dict, capability: int):
+    """What Triton's launcher would compile for ``case``, and find in its cache where that is there already."""
+    from triton.runtime import driver
+
+    driver.set_active(_NoDevice(capability))
+    given = {name: _argument(kind, name in case["divisible_by_16"]) for name, kind in case["signature"].items()}
+    options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"], "grid": (1,)}
+    return case["kernel"].warmup(**given, **case["constexprs"], **options)
+
+
 def compile_case(case: dict, capability: int, stated: dict | None) -> Row:
     """Compile one case as the launcher would and judge what came out; ``stated`` is what occupancy.json has."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
 
-    kernel, part, constants = case["kernel"], PARTS[capability], case["constexprs"]
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else case["signature"][name] for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case["divisible_by_16"]}
-    source = GluonASTSource if kernel.is_gluon() else ASTSource
-    compiled = triton.compile(
-        source(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]},
-    )
+    kernel, part = case["kernel"], PARTS[capability]
+    compiled = compile_as_launched(case, capability)
     metadata = compiled.metadata
     registers, local_bytes, listing = _disassemble(compiled.asm["cubin"])
     opcodes = Counter(instruction.name for instruction in listing.code)
@@ -244,7 +281,7 @@ def compile_case(case: dict, capability: int, stated: dict | None) -> Row:
         wasted={seq: wasted_scores(*case["score_tile"], seq) for seq in (512, 128) if "score_tile" in case},
         idle_waits=sass.idle_waits(listing),
     )
-    sixteen_bits = any(kind in ("*bf16", "*fp16") for kind in signature.values())
+    sixteen_bits = any(kind in ("*bf16", "*fp16") for kind in case["signature"].values())
     row.broken = broken_rules(row, part, case["dot"] and sixteen_bits, tensor_memory, kernel.is_gluon())
     ptxas = compilers.ptxas_version(capability)
     judge_code(row, listing, compilers.known_faults(triton.__version__, ptxas, capability))

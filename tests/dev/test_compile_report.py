@@ -86,6 +86,38 @@ def aot_cases(capability):
              "dot": False}]
 """
 
+# The operators' own launchers, up to where they ask Triton for machine code of compute capability 9.0
+LAUNCHES = """
+import torch
+from triton import knobs
+from triton.runtime import driver, jit
+
+from bert_fast.kernels import attention, bias_gelu, embedding_layernorm, residual_layernorm, rows
+from dev import compile_report
+
+driver.set_active(compile_report._NoDevice(90))
+rows.capability = lambda device: 90
+run = jit.JITFunction.run
+jit.JITFunction.run = lambda self, *given, **options: run(self, *given, **options | {"warmup": True})
+knobs.compilation.listener = lambda *, src, cache_hit, **_: print(src.name, "found" if cache_hit else "compiled")
+
+x, u, bias = torch.zeros(19, 768, dtype=torch.bfloat16), torch.zeros(19, 3072, dtype=torch.bfloat16), torch.zeros(3072)
+weight, key, rng_key = torch.ones(768), torch.zeros(19, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+rows_of = (key, rng_key)
+bias_gelu.bias_gelu_fwd(u, bias)
+_, z, mean, rstd = residual_layernorm.residual_layernorm_fwd(x, weight, x, weight, weight, *rows_of, 1e-12, P, 3)
+if P:
+    residual_layernorm.residual_layernorm_bwd(x, z, mean, rstd, weight, *rows_of, P, 3, x.dtype, True)
+    bias_gelu.bias_gelu_bwd(u, u, bias)
+    ids, table = torch.zeros(19, dtype=torch.int64), torch.zeros(40, 768)
+    embedding_layernorm.embedding_layernorm_fwd(
+        ids, ids, ids, table, table, table, weight, weight, *rows_of, 1e-12, P, 3, 0, x.dtype
+    )
+    qkv, cu_seqlens = torch.zeros(19, 3, 12, 64, dtype=torch.bfloat16), torch.tensor([0, 19], dtype=torch.int32)
+    out, lse = attention.attention_fwd(qkv, cu_seqlens, 512, *rows_of, 0.125, P, 3)
+    attention.attention_bwd(out, qkv, out, lse, cu_seqlens, 512, *rows_of, 0.125, P, 3, torch.float32)
+"""
+
 UNCOVERED = SPILLING.split("def aot_cases")[0]
 
 
@@ -100,8 +132,8 @@ def _row(**changed):
     return compile_report.Row(**numbers | changed)
 
 
-def _report(*arguments, timeout=590):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # the report must clear it by itself
+def _report(*arguments, timeout=590, **variables):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"} | variables  # the report must clear it by itself
     command = [sys.executable, str(ROOT / "dev" / "compile_report.py"), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
 
@@ -260,6 +292,32 @@ def test_a_lost_occupancy_step_is_reported(stated, said):
     row = _row()
     compile_report.judge_occupancy(row, stated)
     assert [said in line for line in row.broken] == ([True] if said else [])
+
+
+def _compilations(cache, p):
+    """What the operators' launchers do with dropout ``p``: (kernel, whether it is found or compiled)."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", LAUNCHES.replace("P,", f"{p},").replace("if P:", f"if {p}:")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=590, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [tuple(line.split()) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("p", "kernels", "launches"), [
+    (0.0, "bias_gelu fwd F=3072,residual_layernorm fwd H=768 p=0.0", 2),
+    pytest.param(0.1, "attention fwd D=64 bf16 p=0.1,attention dq D=64 bf16 p=0.1,attention dkv D=64 bf16 p=0.1,"
+                 "attention bias,bias_gelu,residual_layernorm fwd H=768 p=0.1,residual_layernorm bwd H=768 p=0.1,"
+                 "residual_layernorm sum,embedding_layernorm fwd H=768 p=0.1", 11, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_what_the_report_compiles_is_found_by_the_launchers(tmp_path, p, kernels, launches):
+    """Under Triton's own keys: a cache that was made where there is no GPU saves its first minutes."""
+    done = _report("--targets", "90", "--kernels", kernels, TRITON_CACHE_DIR=str(tmp_path / "made"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = _compilations(tmp_path / "made", p)
+    assert [state for _, state in found] == ["found"] * launches, found
+    if not p:
+        assert [state for _, state in _compilations(tmp_path / "empty", p)] == ["compiled"] * launches
 
 
 def test_launched_kernel_without_a_case_is_reported(tmp_path):
