@@ -92,14 +92,20 @@ def _launch_config(kernel: str, capability: int, head_dim: int, dtype: torch.dty
 
 
 @triton.jit
-def _sequence(cu_seqlens_ptr, tokens, sequences, blocks):
-    """This program's block, first token and number of tokens; sequence number ``sequences`` is the unused tail."""
-    sequence = tl.program_id(0) // blocks
+def _sequence(cu_seqlens_ptr, tokens, sequences, blocks, heads):
+    """This program's block, head, sequence's first token and number of tokens; sequence number ``sequences`` is the
+    unused tail.
+
+    Blocks of a head are neighbours, so that the L2 cache has their keys and values; then come a sequence's heads. So
+    programs of a sequence start together, and where long ones are first, a kernel ends with short programs.
+    """
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head, sequence = rest % heads, rest // heads
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), tokens)
     end = tokens
     if sequence < sequences:
         end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), tokens)
-    return tl.program_id(0) % blocks, start, end - start, sequence == sequences
+    return block, head, start, end - start, sequence == sequences
 
 
 @triton.jit
@@ -134,10 +140,13 @@ def _store_zeros(ptr, row_stride, first, rows, step, HEAD_DIM: tl.constexpr, ROW
 
 
 @triton.jit
-def _store_sum(partial_ptr, width, head, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The sum of the tile ``rows`` (any, BLOCK_D) to row ``program_id(0)`` of ``partial_ptr``, the head's columns."""
+def _store_sum(partial_ptr, blocks, heads, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sum of the tile ``rows`` (any, BLOCK_D) to the row of ``partial_ptr`` that the heads of a sequence's block
+    share."""
     column = tl.arange(0, BLOCK_D)
-    partial_ptr += tl.program_id(0).to(tl.int64) * width + head * HEAD_DIM
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    row = rest // heads * blocks + block
+    partial_ptr += (row.to(tl.int64) * heads + rest % heads) * HEAD_DIM
     tl.store(partial_ptr + column, tl.sum(rows, 0), mask=column < HEAD_DIM)
 
 
@@ -187,8 +196,7 @@ def _attention_fwd_kernel(
     HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Program (block of queries of one sequence, head)."""
-    block, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks)
-    head = tl.program_id(1)
+    block, head, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks, heads)
     width = heads * HEAD_DIM
     first = block * BLOCK_M
     out_ptr += tl.cast(start, tl.int64) * width + head * HEAD_DIM
@@ -264,8 +272,7 @@ def _attention_bwd_dq_kernel(
 ):  # fmt: skip
     """Program (block of queries of one sequence, head): dq and delta = keep * rowsum(dO * out); the sum of dq's rows to
     ``partial_ptr`` (programs, heads * HEAD_DIM) float32. A query past the end has dO = 0 and so dq = 0."""
-    block, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks)
-    head = tl.program_id(1)
+    block, head, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks, heads)
     width = heads * HEAD_DIM
     row_stride = 3 * width
     first = block * BLOCK_M
@@ -274,7 +281,7 @@ def _attention_bwd_dq_kernel(
         _store_zeros(grad_qkv_ptr + q_offset, row_stride, first, length, blocks * BLOCK_M, HEAD_DIM, BLOCK_M, BLOCK_D)
     if is_tail | (first >= length):
         if HAS_BIAS:
-            _store_sum(partial_ptr, width, head, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, BLOCK_D)
+            _store_sum(partial_ptr, blocks, heads, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, BLOCK_D)
         return
 
     rows = length - first
@@ -304,7 +311,7 @@ def _attention_bwd_dq_kernel(
     )  # fmt: skip
     dq *= grad_scale
     if HAS_BIAS:
-        _store_sum(partial_ptr, width, head, dq, HEAD_DIM, BLOCK_D)
+        _store_sum(partial_ptr, blocks, heads, dq, HEAD_DIM, BLOCK_D)
     _store(grad_qkv_ptr + q_offset + q_first, row_stride, rows, dq, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
@@ -320,8 +327,7 @@ def _attention_bwd_dkv_kernel(
     No bounds on scores: a query past the end has dO = 0 and delta = 0, so it adds nothing; a key past the end
     is a column of its own, whose row of dk and dv is neither stored nor summed.
     """
-    block, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks)
-    head = tl.program_id(1)
+    block, head, start, length, is_tail = _sequence(cu_seqlens_ptr, tokens, sequences, blocks, heads)
     width = heads * HEAD_DIM
     row_stride = 3 * width
     key = block * BLOCK_N
@@ -332,7 +338,7 @@ def _attention_bwd_dkv_kernel(
         _store_zeros(dv_ptr, row_stride, key, length, blocks * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D)
     if is_tail | (key >= length):
         if HAS_BIAS:
-            _store_sum(partial_ptr, width, head, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, BLOCK_D)
+            _store_sum(partial_ptr, blocks, heads, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, BLOCK_D)
         return
 
     q_ptr = qkv_ptr + offset
@@ -370,7 +376,7 @@ def _attention_bwd_dkv_kernel(
     _store(dv_ptr + k_first, row_stride, length - key, dv, HEAD_DIM, BLOCK_N, BLOCK_D)
     if HAS_BIAS:
         is_key = (key + tl.arange(0, BLOCK_N) < length)[:, None]
-        _store_sum(partial_ptr, width, head, tl.where(is_key, dv, 0.0), HEAD_DIM, BLOCK_D)
+        _store_sum(partial_ptr, blocks, heads, tl.where(is_key, dv, 0.0), HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["dq_programs", "dkv_programs"])
@@ -403,7 +409,7 @@ def _launch(kernel, name, qkv, max_seqlen, arguments) -> None:
     tokens, _, heads, head_dim = qkv.shape
     cu_seqlens = arguments["cu_seqlens_ptr"]
     config, blocks, programs = _programs(name, qkv, cu_seqlens, max_seqlen)
-    kernel[programs, heads](
+    kernel[(programs * heads,)](
         **arguments, tokens=tokens, sequences=cu_seqlens.numel() - 1, blocks=blocks, heads=heads, HEAD_DIM=head_dim,
         **config,
     )  # fmt: skip

@@ -107,7 +107,8 @@ def plan_batches(
 def deal(lengths: np.ndarray, bins: int) -> list[np.ndarray]:
     """Deals sequences of ``lengths`` into ``bins`` of nearly equal sums: longest first, each to the emptiest bin.
 
-    Returns the numbers of each bin's sequences, ascending. Source: Graham, "Bounds on multiprocessing timing
+    Returns the numbers of each bin's sequences, the longest first: kernels that start them in this order end with short
+    ones. Source: Graham, "Bounds on multiprocessing timing
     anomalies", 1969 (at most a third above the best possible; far less for many sequences).
     """
     heap = [(0, number) for number in range(bins)]
@@ -116,7 +117,7 @@ def deal(lengths: np.ndarray, bins: int) -> list[np.ndarray]:
         total, number = heap[0]
         members[number].append(sequence)
         heapq.heapreplace(heap, (total + int(lengths[sequence]), number))
-    return [np.sort(np.array(part, dtype=np.int64)) for part in members]
+    return [np.array(part, dtype=np.int64) for part in members]
 
 
 def micro_batches(lengths: np.ndarray, members: np.ndarray, tokens: int) -> list[np.ndarray]:

@@ -149,13 +149,22 @@ def _copy_in(tile, ptr, row_stride, first, length, ROWS: gl.constexpr, COPY: gl.
 @gluon.jit
 def _load(ptr, row_stride, first, length, ROWS: gl.constexpr, COPY: gl.constexpr):
     pointers, mask = _tile(ptr, row_stride, first, length, ROWS, COPY)
-    return gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
+    return gl.load(pointers, mask=mask, other=0.0)
 
 
 @gluon.jit
 def _store(ptr, row_stride, first, length, values, ROWS: gl.constexpr, COPY: gl.constexpr):
     pointers, mask = _tile(ptr, row_stride, first, length, ROWS, COPY)
     gl.store(pointers, values, mask=mask)
+
+
+@gluon.jit
+def _rows_of_delta(grad_out_ptr, out_ptr, lse_ptr, width, first, length, COPY: gl.constexpr):
+    """dO, out and lse of a tile of queries, for the next round: 16-bit values as they come, nothing waits for them."""
+    grad_out = _load(grad_out_ptr, width, first, length, QUERIES, COPY)
+    out = _load(out_ptr, width, first, length, QUERIES, COPY)
+    query = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, COPY))
+    return grad_out, out, gl.load(lse_ptr + query, mask=query < length, other=0.0)
 
 
 @gluon.jit
@@ -293,14 +302,14 @@ def _attention_bwd_one_pass_kernel(
     BITS_SHARED: gl.constexpr = gl.SharedLinearLayout(_drawn_bits(GROUPS))
     READ: gl.constexpr = _read_bits(GROUPS)
 
-    program = gl.program_id(0)
-    head = gl.program_id(1)
+    program = gl.program_id(0) // heads
+    head = gl.program_id(0) % heads
     width = heads * SIZE
     row_stride = 3 * width
     start, length = _span(cu_seqlens_ptr, program, tokens, sequences)
     grad_qkv_ptr += gl.cast(start, gl.int64) * row_stride + head * SIZE
     if program >= sequences:
-        programs = gl.num_programs(0) - sequences
+        programs = gl.num_programs(0) // heads - sequences
         for first in range((program - sequences) * QUERIES, length, programs * QUERIES):
             zeros = gl.zeros([QUERIES, SIZE], KIND, COPY)
             rows = grad_qkv_ptr + gl.cast(first, gl.int64) * row_stride
@@ -336,13 +345,12 @@ def _attention_bwd_one_pass_kernel(
     async_copy.commit_group()
 
     blocks = (length + QUERIES - 1) // QUERIES
+    ahead = _rows_of_delta(grad_out_ptr, out_ptr, lse_ptr, width, 0, length, COPY)
     for block in range(0, blocks):
-        first = block * QUERIES
-        grad_out = _load(grad_out_ptr, width, first, length, QUERIES, COPY)
-        out = _load(out_ptr, width, first, length, QUERIES, COPY)
-        delta_s.index(block).store(keep * gl.sum(grad_out * out, 1))
-        query = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, COPY))
-        lse_s.index(block).store(gl.load(lse_ptr + query, mask=query < length, other=0.0) * _LOG2_E)
+        grad_out, out, lse = ahead
+        ahead = _rows_of_delta(grad_out_ptr, out_ptr, lse_ptr, width, (block + 1) * QUERIES, length, COPY)
+        delta_s.index(block).store(keep * gl.sum(grad_out.to(gl.float32) * out.to(gl.float32), 1))
+        lse_s.index(block).store(lse * _LOG2_E)
 
     sample = 0
     rng_key = gl.cast(0, gl.int64)
@@ -387,7 +395,8 @@ def _attention_bwd_one_pass_kernel(
             if HAS_DROPOUT:
                 word = _read_word(bits_s, READ, KEYS)  # no earlier: registers are short
                 dropped = gl.where(_kept(word, KEYS, SCORES), p, 0.0)
-            dv = hopper.warpgroup_mma(gl.convert_layout(dropped.to(KIND), LEFT), grad_out, dv, is_async=True)
+            of_dv = gl.convert_layout(dropped.to(KIND), LEFT)
+            dv = hopper.warpgroup_mma(of_dv, grad_out, dv, is_async=True)
 
             grad_p = hopper.warpgroup_mma_wait(1, (grad_p,))
             delta = delta_s.index(block).load(OF_QUERY)  # no earlier, likewise
@@ -396,7 +405,8 @@ def _attention_bwd_one_pass_kernel(
             else:
                 grad_scores = (p * (grad_p - delta[None, :])).to(KIND)
             grad_scores_s.store(grad_scores)
-            dk = hopper.warpgroup_mma(gl.convert_layout(grad_scores, LEFT), q, dk, is_async=True)
+            of_dk = gl.convert_layout(grad_scores, LEFT)
+            dk = hopper.warpgroup_mma(of_dk, q, dk, is_async=True)
             dq = dq_s.index(block).load(SUMS)  # what this thread itself stored; unused with the first keys
             hopper.fence_async_shared()
             _barrier()  # every thread has fenced its part of grad_scores_s; every thread has read its word
@@ -405,7 +415,8 @@ def _attention_bwd_one_pass_kernel(
                 _draw(
                     first_s, bits_s, 0, rng_key, sample, head, next_query, next_key, threshold, site, KEYS, DRAW
                 )  # fmt: skip
-            dv, dk, dq = hopper.warpgroup_mma_wait(0, (dv, dk, dq))
+            # The products of dV and dK may read their left operands' registers until here.
+            dv, dk, dq, of_dv, of_dk = hopper.warpgroup_mma_wait(0, (dv, dk, dq, of_dv, of_dk))
             dq_s.index(block).store(dq)
             stage ^= 1
 
@@ -564,9 +575,9 @@ def _attention_fwd_asynchronous_kernel(
     OPERAND: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
-    sequence = gl.program_id(0) // blocks
     first = gl.program_id(0) % blocks * BLOCK
-    head = gl.program_id(1)
+    head = gl.program_id(0) // blocks % heads
+    sequence = gl.program_id(0) // blocks // heads
     width = heads * SIZE
     row_stride = 3 * width
     start, length = _span(cu_seqlens_ptr, sequence, tokens, sequences)
@@ -682,7 +693,7 @@ def attention_fwd(qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site,
     if tokens:
         blocks = max(1, cdiv(max_seqlen, BLOCK.value))
         with torch.cuda.device_of(qkv):
-            _attention_fwd_asynchronous_kernel[blocks * cu_seqlens.numel(), heads](
+            _attention_fwd_asynchronous_kernel[(blocks * cu_seqlens.numel() * heads,)](
                 qkv_ptr=qkv, cu_seqlens_ptr=cu_seqlens, row_key_ptr=row_key, rng_key_ptr=rng_key, out_ptr=out,
                 lse_ptr=lse, tokens=tokens, sequences=cu_seqlens.numel() - 1, blocks=blocks, heads=heads,
                 scale_log2=scale * _LOG2_E.value, keep_scale=dropout_scale(p), threshold=dropout_threshold(p),
@@ -711,7 +722,7 @@ def attention_bwd(
         keep_scale = dropout_scale(p)
         sequences = cu_seqlens.numel() - 1
         with torch.cuda.device_of(qkv):
-            _attention_bwd_one_pass_kernel[sequences + _TAIL_PROGRAMS, heads](
+            _attention_bwd_one_pass_kernel[((sequences + _TAIL_PROGRAMS) * heads,)](
                 grad_out_ptr=grad_out, qkv_ptr=qkv, out_ptr=out, lse_ptr=lse, cu_seqlens_ptr=cu_seqlens,
                 row_key_ptr=row_key, rng_key_ptr=rng_key, grad_qkv_ptr=grad_qkv, tokens=tokens, sequences=sequences,
                 heads=heads, scale_log2=scale * _LOG2_E.value, grad_scale=scale * keep_scale, keep_scale=keep_scale,

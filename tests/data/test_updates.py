@@ -113,8 +113,9 @@ def test_dealing_loses_nothing_and_balances(lengths, ranks, tokens):
     assert max(sums) - min(sums) <= lengths.max()
     for part in filter(len, parts):
         batches = micro_batches(lengths, part, tokens)
-        assert sorted(np.concatenate(batches).tolist()) == part.tolist()
+        assert sorted(np.concatenate(batches).tolist()) == sorted(part.tolist())
         assert all(len(batch) and lengths[batch].sum() <= tokens for batch in batches)
+        assert all((np.diff(lengths[batch]) <= 0).all() for batch in batches)  # attention begins with the longest
 
 
 def test_many_sequences_balance_to_a_token_in_a_thousand():

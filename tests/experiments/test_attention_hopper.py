@@ -396,7 +396,7 @@ def test_without_a_barrier_a_fence_or_a_wait_there_is_a_race(number):
         ("_copy_block(v_s.index(stage), v_ptr", "_copy_block(v_s.index(stage ^ 1), v_ptr"),
         ("warpgroup_mma_wait(1, (scores,))\n            lse", "warpgroup_mma_wait(2, (scores,))\n            lse"),
         ("warpgroup_mma_wait(1, (grad_p,))", "warpgroup_mma_wait(2, (grad_p,))"),
-        ("warpgroup_mma_wait(0, (dv, dk, dq))", "warpgroup_mma_wait(1, (dv, dk, dq))"),
+        ("warpgroup_mma_wait(0, (dv, dk, dq, of_dv, of_dk))", "warpgroup_mma_wait(1, (dv, dk, dq, of_dv, of_dk))"),
         ("q_s.index(stage ^ 1), q_ptr", "q_s.index(stage), q_ptr"),
         ("            grad_scores_s.store(grad_scores)\n", ""),
     ],

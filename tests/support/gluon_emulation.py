@@ -136,8 +136,8 @@ class Pointer:
 class Program:
     """One program: its place in the grid, its barriers so far, what it has under way."""
 
-    ids: tuple[int, int]
-    grid: tuple[int, int]
+    ids: tuple[int, ...]
+    grid: tuple[int, ...]
     warps: int
     epoch: int = 0  # barriers so far
     shared_bytes: int = 0
