@@ -95,7 +95,7 @@ class Worker:
         command = [sys.executable, "-m", "bert_fast.supervised", self.function, str(theirs), str(back)]
         self._process = subprocess.Popen(
             command, pass_fds=(theirs, back), env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,  # a Ctrl-C is for its parent, which ends it
         )  # fmt: skip
         os.close(theirs)
         os.close(back)

@@ -239,6 +239,7 @@ class Run:
             self.ranks.device, torch.bfloat16 if self.bf16 else torch.float32
         )
         self.meter = Meter()
+        self.tuner.stopped = lambda: asked_to_stop.signal is not None
         self.report.introduce(
             self.model, self.dataset, precision=self.precision, peak=self.peak, validates=self.validation is not None
         )

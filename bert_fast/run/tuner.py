@@ -1,6 +1,7 @@
 """What serves in each phase of a run: as the run has recorded it, as this machine knows it already, or decided now."""
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Tuner:
         self.config, self.ranks, self.output, self.model = config, ranks, output, model
         self.dtype, self.tokens = "bfloat16" if bf16 else "float32", tokens
         self.recorded, self.state, self.decides = recorded, dict(recorded), decides
+        self.stopped: Callable[[], bool] = lambda: False  # whether the run is asked to stop
         self._settled: set[str] = set()  # phases that this process has asked for already
         self.masks_by_place = config.attention == "library" and model.attention_probs_dropout_prob > 0
         if config.attention == "library":
@@ -71,10 +73,10 @@ class Tuner:
     def _found(self, name: str, sizes: Sizes) -> dict:
         key, recorded = key_of(sizes, self.ranks.device), self.recorded.get(name)
         if self.config.tune == "auto" or not self.decides:
-            if recorded and store.same(recorded["key"], key):
+            if recorded and recorded["key"] and store.same(recorded["key"], key):
                 chosen, wrong = store.decided(recorded["chosen"]), recorded.get("wrong")
                 return self._told(sizes, key, chosen, "as the run has them recorded", wrong)
-            if recorded:
+            if recorded and recorded["key"]:
                 self.output.note(
                     f"the kernels recorded for {name} were chosen on another device, with other versions or for other "
                     "sizes: they are chosen anew, and the run's last bits may differ"
@@ -84,10 +86,12 @@ class Tuner:
         if not self.decides:
             return {"key": key, "chosen": [], "wrong": None}
         self.output.note(f"choosing kernels for {sizes.longest} tokens (--tune off does not)")
-        found = decide_now(sizes, self.ranks.device)
+        found = decide_now(sizes, self.ranks.device, stopped=self.stopped)
         if not found.tried:
             reasons = [row["why"] for row in found.rows if "why" in row]
             self.output.note(f"no kernel could be tried: {reasons[0] if reasons else 'the time was up'}")
+        if self.stopped():  # cut short: nothing that a run which goes on should have to keep
+            return {"key": None, "chosen": found.chosen, "wrong": found.wrong}
         return self._told(sizes, key, found.chosen, "chosen now", found.wrong)
 
     def _told(self, sizes: Sizes, key: dict, chosen: store.Decided, how: str, wrong: str | None = None) -> dict:

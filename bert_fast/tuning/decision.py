@@ -62,7 +62,7 @@ class Tried:
             if how in found:
                 raise Lost(how, found[how])
         first, second = ((list(a), list(b)) for a, b in found["times"])
-        return Times(first, second, {name: store._table(default) for name, default in found["replaced"].items()})
+        return Times(first, second, {name: store.table(default) for name, default in found["replaced"].items()})
 
 
 def named(subject: str, choices: Choices) -> str:
@@ -99,19 +99,22 @@ def processes() -> int:
 
 def tried(
     asked: Sequence[Question], sizes: Sizes, device: str, *, seconds: float = SECONDS,
-    tell: Callable[[dict], None] = lambda row: None,
+    tell: Callable[[dict], None] = lambda row: None, stopped: Callable[[], bool] = lambda: False,
 ) -> Decision:  # fmt: skip
     """The decision about what is ``asked``, on the current device of that type: compiled, then compared."""
     judged = compile_all(asked, sizes, device, processes())
     with Worker(TRIALS, start=START) as worker:
-        return decide(asked, Tried(worker, sizes, device, judged), seconds=seconds, tell=tell)
+        return decide(asked, Tried(worker, sizes, device, judged), seconds=seconds, tell=tell, stopped=stopped)
 
 
-def decide_now(sizes: Sizes, device: torch.device, tell: Callable[[dict], None] = lambda row: None) -> Decision:
+def decide_now(
+    sizes: Sizes, device: torch.device, tell: Callable[[dict], None] = lambda row: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Decision:  # fmt: skip
     """Tries all candidates for ``sizes`` on ``device``, and keeps the decision where other runs find it; but one that
-    found a default wrong, or could try nothing, is made again each time, and said again."""
+    found a default wrong, could try nothing, or was ``stopped``, is made again each time."""
     key = key_of(sizes, device)
-    found = tried(questions(sizes, key["machine"]["capability"]), sizes, device.type, tell=tell)
-    if found.tried and not found.wrong:
+    found = tried(questions(sizes, key["machine"]["capability"]), sizes, device.type, tell=tell, stopped=stopped)
+    if found.tried and not found.wrong and not stopped():
         store.write(key, found.chosen, found.rows)
     return found

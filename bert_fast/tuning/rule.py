@@ -76,12 +76,14 @@ def decide(
     *,
     seconds: float = float("inf"),
     clock: Callable[[], float] = time.monotonic,
+    stopped: Callable[[], bool] = lambda: False,
     tell: Callable[[dict], None] = lambda row: None,
 ) -> Decision:
     """Asks one question after the other, each with what the ones before have decided about the same subject in use.
 
     ``compare(subject, incumbent, challenger)`` measures, or raises Lost. Candidates go in their order; the first of
-    equals stays. What ``seconds`` (of ``clock``) leave no room for is left out, and said. ``tell`` gets each row.
+    equals stays. What ``seconds`` (of ``clock``) leave no room for is left out, and said, and so is all that
+    comes after ``stopped``. ``tell`` gets each row.
     """
     until, chosen, rows = clock() + seconds, [], []
     decided: dict[str, Choices] = {}
@@ -91,7 +93,7 @@ def decide(
         for candidate in question.candidates:
             row: dict = {"question": question.name, "candidate": candidate, "outcome": "left out"}
             rows.append(row)
-            if clock() < until:
+            if clock() < until and not stopped():
                 try:
                     times = compare(question.subject, best, before | candidate)
                     row |= {"ratios": list(times.ratios()), "seconds": statistics.median(times.challenger_first[1])}

@@ -117,11 +117,12 @@ def decided(values) -> Decided:
     for name, default, instead in values:
         if not isinstance(name, str):
             raise TypeError(f"{name!r} is no name of a choice")
-        found.append((name, _table(default), _table(instead)))
+        found.append((name, table(default), table(instead)))
     return found
 
 
-def _table(values: dict) -> dict:
+def table(values: dict) -> dict:
+    """A choice as JSON has it, whose numbers are numbers again."""
     return {int(key) if str(key).isdigit() else key: value for key, value in values.items()}
 
 

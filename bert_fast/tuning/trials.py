@@ -24,7 +24,7 @@ import torch
 from bert_fast import choice, compilers, dispatch, ops
 from bert_fast.dropout_mask import row_keys
 from bert_fast.supervised import raise_if_device_lost
-from bert_fast.tuning import sass
+from bert_fast.tuning import sass, store
 from bert_fast.tuning.candidates import Sizes, dtype_of
 from bert_fast.tuning.rule import DEFAULT_WRONG, Choices
 
@@ -417,4 +417,4 @@ def compiled(message: dict) -> dict:
 
 def choices_of(values: dict) -> Choices:
     """Choices as JSON has them, whose tables have numbers as keys."""
-    return {name: {int(key) if key.isdigit() else key: x for key, x in table.items()} for name, table in values.items()}
+    return {name: store.table(found) for name, found in values.items()}

@@ -35,10 +35,10 @@ class Made:
         monkeypatch.setattr(tuner, "decide_now", self.decide)
         monkeypatch.setattr(tuner.Tuner, "tunes", lambda run: run.config.tune != "off")
 
-    def decide(self, sizes, device) -> Decision:
+    def decide(self, sizes, device, stopped=lambda: False) -> Decision:
         self.asked.append(sizes)
         found = Decision(self.chosen, self.rows)
-        if not found.wrong:
+        if not found.wrong and not stopped():
             store.write(tuner.key_of(sizes, device), self.chosen, self.rows)
         return Decision(self.chosen, self.rows)
 
@@ -152,6 +152,18 @@ def test_a_default_that_is_wrong_is_said_loudly_and_again_at_each_start(configur
         again.settle(phases(found.config)[0], torch.tensor([5, 9]).numpy())
     assert "WRONG on this device" in capsys.readouterr().err
     assert len(made.asked) == 1
+
+
+def test_a_choice_that_a_signal_cut_short_is_made_again(configure, made, capsys):
+    found, _ = of_tuner(configure, capsys)
+    found.stopped = lambda: True
+    with choice.held():
+        found.settle(phases(found.config)[0], torch.tensor([5, 9]).numpy())
+        again, _ = of_tuner(configure, capsys, recorded=found.state)
+        again.settle(phases(found.config)[0], torch.tensor([5, 9]).numpy())
+    assert len(made.asked) == 2
+    assert again.state["32:8"]["key"] is not None
+    assert "another device" not in capsys.readouterr().err
 
 
 def test_where_nothing_could_be_tried_the_reason_is_said(configure, made, capsys):

@@ -17,7 +17,7 @@ from bert_fast.tuning.rule import Decision
 def main() -> None:
     with started("cpu") as ranks:
         mine = Decision([("made", {"tile": 64}, {"tile": 100 + ranks.rank})], [])
-        tuner.decide_now = lambda sizes, device: mine
+        tuner.decide_now = lambda sizes, device, **how: mine
         tuner.Tuner.tunes = lambda run: True
         store.machine = lambda device: {"device": f"that of rank {ranks.rank}"}
         config = PretrainConfig(data="none", out="none", seq=32, steps=2, device="cpu")

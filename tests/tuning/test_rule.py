@@ -93,6 +93,13 @@ def test_what_the_time_does_not_allow_is_left_out_and_said():
     assert found.chosen[0][2] == {"tile": 0}
 
 
+def test_once_stopped_nothing_more_is_tried():
+    question, table = asked(0.9, 0.5, 0.4)
+    told = []
+    found = decide([question], compare_by(table), tell=told.append, stopped=lambda: len(told) == 2)
+    assert [row["outcome"] for row in found.rows] == ["won", "won", "left out"]
+
+
 def test_a_candidate_that_is_wrong_raises_dies_or_hangs_loses_itself_alone():
     does = [{"does": word} for word in ("wrong", "raise", "die", "hang", "chatter")]
     candidates = [{"made": made} for made in (*does[:4], {"ratio": 0.9}, does[4])]
