@@ -34,7 +34,7 @@ from benchmarks.supervise import Case, supervise, work
 from benchmarks.workload import TOKENS, lengths_of, masked_positions, model_config, random_batch, wikipedia_quantiles
 from bert_fast import choice, dispatch
 from bert_fast.tuning.candidates import Sizes, questions
-from bert_fast.tuning.decision import tried
+from bert_fast.tuning.decision import SECONDS, tried
 from bert_fast.tuning.rule import Question
 
 BF16 = torch.bfloat16
@@ -284,7 +284,7 @@ class Run:
             asked = [Question("mlm_loss chunk", "mlm_loss", [{"mlm_loss.chunk": {"cpu": 4}}])]
         about = {"what": f"{model} {seq}, dropout {dropout}"}
         tried(asked, sizes, self.device, tell=lambda row: found.add("choices", about | row),
-              seconds=min(600.0, self.until - time.time()))  # fmt: skip
+              seconds=min(SECONDS, self.until - time.time()))  # fmt: skip
 
     def products(self, model: str, found: Results) -> None:
         tokens, repeat = (64, 1) if self.smoke else (TOKENS, 10)
