@@ -32,6 +32,11 @@ def triton_version() -> str | None:
         return None
 
 
+def since(*release: int) -> bool:
+    """Whether the installed Triton is ``release`` (3, 9) or a later one."""
+    return _numbers(triton_version() or "0") >= release
+
+
 @functools.cache
 def ptxas_version(capability: int) -> str | None:
     """Of the assembler that Triton takes for a compute capability (90 is 9.0), as "12.8.93"; None where none runs."""

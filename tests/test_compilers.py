@@ -4,6 +4,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bert_fast import compilers, env
 
@@ -55,6 +56,28 @@ def test_the_environment_names_the_assemblers_and_warns_of_the_devices_present(i
         said = capsys.readouterr().out
         assert said.count("warning: triton 3.6.0 with ptxas 13.1.80 on 9.0: ") == warned
     assert any("never use it" in line for line in compilers.warnings_for([90]))
+
+
+@pytest.mark.parametrize(
+    ("triton", "later"), [("3.8.0", False), ("3.9.0", True), ("3.10.0+git1234", True), (None, False)]
+)
+def test_which_release_of_triton_is_installed(installed, triton, later):
+    installed(triton, {})
+    assert compilers.since(3, 9) is later
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_attention_copies_nothing_ahead_where_it_would_spill(monkeypatch, later):
+    """By Triton 3.9 on compute capability 10.0 the forward of heads of 64 spills with two stages, and no other."""
+    attention = pytest.importorskip("bert_fast.kernels.attention")
+    monkeypatch.setattr(attention, "_SINCE_3_9", later)
+    stages = {
+        (capability, size): attention._launch_config("fwd", capability, size, torch.bfloat16, 512)["num_stages"]
+        for capability in (80, 90, 100)
+        for size in (32, 64)
+    }
+    expected = {(80, 32): 2, (80, 64): 2, (90, 32): 3, (90, 64): 3, (100, 32): 2, (100, 64): 1 if later else 2}
+    assert stages == expected
 
 
 def test_without_triton_nothing_is_known(installed):
