@@ -24,9 +24,9 @@ def expand_paths(paths: str | Path | Iterable[str | Path], *, without: Iterable[
     Links to folders are followed; a file that is reached by several ways is there by one, without a link where it can
     be. A folder that a pattern matches stands for what is in it. Of folders and patterns, hidden files and folders,
     pipes and devices are left out, and the files and folders ``without``: results made within the corpus; so is what
-    only describes a data set of the package `datasets`. ``-`` is standard input, and hf://NAME[:CONFIG][@SPLIT] a data
-    set on the Hugging Face Hub. Raises FileNotFoundError for a path or pattern that matches nothing else and for a link
-    to nothing, PermissionError for a folder that may not be read, ValueError for a folder with several splits.
+    only describes a data set of the package `datasets`. ``-`` is standard input, and ``hf://NAME[:CONFIG][@SPLIT]`` a
+    data set on the Hugging Face Hub. Raises FileNotFoundError for a path or pattern that matches nothing else and for a
+    link to nothing, PermissionError for a folder that may not be read, ValueError for a folder with several splits.
     """
     files: dict[str, Path] = {}
     without = {left_out.resolve() for left_out in without}
