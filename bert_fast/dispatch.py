@@ -137,13 +137,18 @@ def use_backend(backend: str | None = None, **operators: str | None):
         _functions.clear()
 
 
-def choose(operator: str, device_type: str, float64: bool = False) -> str:
-    """The backend that runs ``operator`` on tensors of ``device_type``; ``float64``: whether these are."""
+def _asked_for(operator: str) -> str | None:
+    """The backend that was asked for by name, where it has ``operator``."""
     named = _override.get(operator) or _override.get("*")
     if named is None and os.environ.get("BERT_FAST_BACKEND"):
         named = os.environ["BERT_FAST_BACKEND"]
         _validate("*", named)
-    if named is not None and named in TABLE[operator]:
+    return named if named in TABLE[operator] else None
+
+
+def choose(operator: str, device_type: str, float64: bool = False) -> str:
+    """The backend that runs ``operator`` on tensors of ``device_type``; ``float64``: whether these are."""
+    if (named := _asked_for(operator)) is not None:
         return named
     preferred = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
     if preferred not in TABLE[operator] or (preferred == "triton" and float64):  # which the kernels do not have
@@ -207,9 +212,9 @@ def _from(capabilities: dict[int, int], device: torch.device, count: int) -> boo
     return count >= capabilities.get(10 * major + minor, math.inf)
 
 
-def attention_by_library(device_type: str) -> bool:
-    """Whether attention on tensors of ``device_type`` is PyTorch's, which has dropout as an operator of its own."""
-    return choose("attention", device_type) == "torch"
+def attention_by_library() -> bool:
+    """Whether attention is PyTorch's, which has dropout as an operator of its own and is so only where asked for."""
+    return _asked_for("attention") == "torch"
 
 
 def why_no_library(device_type: str, dtype: torch.dtype, head_size: int, p: float) -> str | None:

@@ -117,7 +117,7 @@ def require_masks_again(x: Tensor, p: float, checkpoint) -> None:
     """Raises NotImplementedError where ``checkpoint`` (a partial of PyTorch's) would compute a layer of ``x`` again
     with other masks than it had: attention's are a library's, and its generator is not put back."""
     again = getattr(checkpoint, "keywords", {}).get("preserve_rng_state", True)
-    if p > 0.0 and not again and dispatch.attention_by_library(x.device.type):
+    if p > 0.0 and not again and dispatch.attention_by_library():
         raise NotImplementedError(
             'bert_fast.attention: recompute("layers") does not put torch\'s generator back, from which the torch '
             'backend draws its masks. Use another backend of attention, or recompute "gelu" or "nothing"'
@@ -165,6 +165,6 @@ def attention(
         qkv = qkv + (bias - bias.detach())  # nothing, with the bias's gradient
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     qkv, cu_seqlens, bias = qkv.contiguous(), cu_seqlens.contiguous(), contiguous(bias)
-    if p > 0.0 and dispatch.attention_by_library(qkv.device.type) and not transformed():
+    if p > 0.0 and dispatch.attention_by_library() and not transformed():
         return first_output("library_attention", qkv, cu_seqlens, max_seqlen, scale, p, bias)
     return first_output(name, qkv, cu_seqlens, max_seqlen, row_key, rng_key, scale, p, site, bias)

@@ -78,13 +78,6 @@ def test_a_whole_run(tmp_path):
     assert "flash-attn is not installed" in done.stdout or torch.cuda.is_available()
 
 
-@pytest.fixture(autouse=True)
-def _interpreter_kept(monkeypatch):
-    """A run switches it off in its process, and tests that follow need it."""
-    if "TRITON_INTERPRET" in os.environ:
-        monkeypatch.setenv("TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Batches without a corpus and its tokenizer, limits that are not measured."""

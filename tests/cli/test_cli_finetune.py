@@ -42,7 +42,7 @@ def files(tmp_path):
 def test_finetune_learns_saves_and_is_repeatable(run, folder, files, tmp_path):
     train, dev = files
     argv = ("finetune", folder / "model", "--train", train, "--validation", dev, "--lr", "1e-2", "--batch-size", 16,
-            "--epochs", 4, "--device", "cpu", "--seed", 7)  # fmt: skip
+            "--epochs", 10, "--device", "cpu", "--seed", 7)  # fmt: skip
     done = run(*argv, "--out", tmp_path / "clf", "--json")
     assert done.code == 0
     found = done.result
@@ -51,7 +51,7 @@ def test_finetune_learns_saves_and_is_repeatable(run, folder, files, tmp_path):
     assert found["examples"] == 60
     assert 0.3 < found["majority"] < 0.7
     progress = [line for line in done.lines if line["kind"] == "progress"]
-    assert progress[-1]["done"] == progress[-1]["total"] == 40
+    assert progress[-1]["done"] == progress[-1]["total"] == 100
 
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "clf").eval()
     tokenizer = transformers.BertTokenizerFast.from_pretrained(tmp_path / "clf")
@@ -356,7 +356,7 @@ def test_the_task_is_guessed_and_said(run, folder, tmp_path):
     argv = ("finetune", folder / "model", "--train", path, "--validation", path, "--epochs", 1)
     done = run(*argv)
     assert done.code == 0
-    assert "the task is regress, by the labels" in done.err
+    assert "the task is regress, by the examples" in done.err
     assert done.out.startswith("Pearson ")
     found = run(*argv, "--task", "classify", "--json")
     assert found.code == 1
