@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -135,13 +136,13 @@ class BertPreTrainedModel(hf.BertPreTrainedModel):
         hooks.update((handle.id, fusable.requires_grad) for handle in self._require_grads_hooks if handle.id in hooks)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args, **kwargs) -> Self:
         """As transformers', for the Auto classes too (bert_fast.register)."""
         swap.refuse_other_code(cls, kwargs.get("config"), kwargs.get("trust_remote_code"))
         return super().from_pretrained(*args, **kwargs)
 
     @classmethod
-    def _from_config(cls, config, **kwargs):
+    def _from_config(cls, config, **kwargs) -> Self:
         swap.refuse_other_code(cls, config, None)
         return super()._from_config(config, **kwargs)
 
