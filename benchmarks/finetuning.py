@@ -254,10 +254,14 @@ def compare(asked, file: Results) -> int:
 
 def parity_rows(work: Work, model: str, device: str, seq: int) -> list[dict]:
     """Rows of parity, in float32 without dropout: the loss of a batch, ours packed, transformers' padded, and the norm
-    of its gradients. Weights are ten times as large as BERT's at first, so that every token counts."""
+    of its gradients. For labels of texts weights are ten times as large as BERT's at first, so that every token counts;
+    for answers every token does, and such weights make gradients that are noise."""
     config = model_config(model, dropout=0.0)
-    config.initializer_range *= 10
     items = work.items(config.vocab_size, seq)[: work.batch]
+    if work.task == "qa":  # beside padding, transformers' softmax reads the padding's scores, too
+        items = cut_alike(items)
+    else:
+        config.initializer_range *= 10
     ours = Ours(work, config, items, device, bf16=False)
     theirs = Trainers("trainer", work, config, items, device, bf16=False, seq=seq)
     theirs.network.load_state_dict(ours.training.model.state_dict())
@@ -267,6 +271,18 @@ def parity_rows(work: Work, model: str, device: str, seq: int) -> list[dict]:
     release()
     pairs = {f"loss, {work.name}": (loss, expected), f"norm of gradients, {work.name}": (norm, norms)}
     return [parity.row(what, abs(a - b) / abs(b), 0.0, BOUND, contender="bert_fast") for what, (a, b) in pairs.items()]
+
+
+def cut_alike(items: list[Item]) -> list[Item]:
+    """Questions' ``items``, each as long as the shortest."""
+    length = min(item.length for item in items)
+    return [
+        item._replace(
+            sequences=[(ids[:length], segments[:length]) for ids, segments in item.sequences],
+            target=tuple(min(place, length - 1) for place in item.target),
+        )
+        for item in items
+    ]
 
 
 def measured(asked, work: Work, config, seq: int, group: tuple[bool, bool], limits: dict) -> Iterator[list[dict]]:
