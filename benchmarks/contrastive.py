@@ -24,12 +24,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 
 import bert_fast
-from benchmarks import clock, limits, results, tables
+from benchmarks import clock, results, tables
+from benchmarks.options import DTYPES
 from benchmarks.steps import DROPOUT
 from benchmarks.workload import MODELS, VOCABULARY, model_config
 from bert_fast import data
 
-DTYPES = {name: dtype for dtype, name in limits.NAMES.items()}
 CONTENDERS = {"bert_fast": "sdpa", "hf-sdpa": "sdpa", "hf-eager": "eager"}  # with transformers' attention
 BOUND = 1e-4  # relative L2 of the gradient, and of the loss, in float32
 

@@ -9,7 +9,6 @@ from bert_fast.cli.model import add_model_argument
 from bert_fast.output import Output, add_command
 
 WHAT = ("auto", "encoder", "vectors", "classifier", "tokens", "answers", "words")  # auto, and onnx_export.KINDS
-TABLES = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
 
 
 def add_parser(subparsers) -> None:
@@ -99,8 +98,10 @@ def _data(options: argparse.Namespace, source: Path, what: str, out: Output) -> 
         if named:
             raise ValueError(f"{named[0]} is for --data, which is missing")
         return None, None
+    from bert_fast.tasks.tables import KINDS
+
     path = Path(options.data)
-    if what == "classifier" and path.suffix.lower() in TABLES:
+    if what == "classifier" and path.suffix.lower() in KINDS:
         return _labelled(options, source, path)
     if named:
         raise ValueError(f"{named[0]} is for a classifier's labelled examples; {path} is read a text a line")

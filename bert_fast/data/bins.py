@@ -104,6 +104,21 @@ def plan_batches(
         batches.append(np.array(members))
 
 
+def batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """The numbers of sequences of ``lengths``, those of like lengths together, shortest first: batches of at most
+    ``tokens`` tokens, or of one sequence that has more."""
+    members: list[int] = []
+    size = 0
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if members and size + lengths[number] > tokens:
+            yield members
+            members, size = [], 0
+        members.append(number)
+        size += lengths[number]
+    if members:
+        yield members
+
+
 def deal(lengths: np.ndarray, bins: int) -> list[np.ndarray]:
     """Deals sequences of ``lengths`` into ``bins`` of nearly equal sums: longest first, each to the emptiest bin.
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -51,6 +52,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes aside, flushes to the disk and renames: ``path`` is whole or not there."""
     with written_aside(path) as file:
         file.write(data)
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file's content, 32 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from bert_fast.data.files import write_atomically, written_aside
+from bert_fast.data.files import checksum, write_atomically, written_aside
 from bert_fast.data.losses import Tally
 from bert_fast.data.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -345,17 +345,12 @@ def _require_whole(path: Path, entry: dict, verify: bool) -> None:
         raise ValueError(
             f"{what} has {size} bytes, the manifest says {entry['bytes']}: delete it and run prepare again"
         )
-    if verify and _checksum(path) != entry["blake2b"]:
+    if verify and checksum(path) != entry["blake2b"]:
         raise ValueError(f"{what} is damaged (checksum): delete it and run prepare again")
 
 
 def _size_and_sum(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "blake2b": _checksum(path)}
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"bytes": path.stat().st_size, "blake2b": checksum(path)}
 
 
 def damages(folder: str | Path, progress: Callable[[int], None] = lambda size: None) -> list[str]:

@@ -40,6 +40,14 @@ def bare_tokenizer(tokenizer) -> Tokenizer:
     return bare
 
 
+def own_tokenizer(tokenizer) -> Tokenizer:
+    """A copy of :func:`bare_tokenizer` that the caller may change, without padding and truncation."""
+    own = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
+    own.no_padding()
+    own.no_truncation()
+    return own
+
+
 def berts_tokenizer(
     vocabulary: dict[str, int],
     lowercase: bool,

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bert_fast.model import BertForMultipleChoice
-from bert_fast.tasks.records import names_of, records, records_of, refuse_columns
+from bert_fast.tasks.records import first_key, names_of, records, records_of, refuse_columns
 from bert_fast.tasks.tables import Source
 from bert_fast.tasks.task import Item, Task
 from bert_fast.text import well_formed
@@ -84,14 +84,10 @@ def _text(value: Any, where: str, name: str) -> str:
 
 def _texts(record: dict, where: str) -> tuple[list[str], list[str] | None]:
     """The choices of ``record``, and what names them, where something does."""
-    key = next((name for name in CHOICES if name in record), None)
-    if key is None:
-        numbered = [f"ending{number}" for number in range(sum(name.startswith("ending") for name in record))]
-        if not numbered or any(name not in record for name in numbered):
-            raise ValueError(
-                f"{where}: no choices ({' or '.join(map(repr, CHOICES))}), but {', '.join(map(repr, record))}"
-            )
+    numbered = [f"ending{number}" for number in range(sum(name.startswith("ending") for name in record))]
+    if numbered and record.keys() >= {*numbered} and not record.keys() & {*CHOICES}:
         return [_text(record[name], where, name) for name in numbered], None
+    key = first_key(record, CHOICES, where, "choices")
     value, names = record[key], None
     if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
         if len(value["text"]) != len(value["label"]):
@@ -106,9 +102,7 @@ def _texts(record: dict, where: str) -> tuple[list[str], list[str] | None]:
 
 
 def _label(record: dict, count: int, names: list[str] | None, where: str) -> int:
-    key = next((name for name in LABELS if name in record), None)
-    if key is None:
-        raise ValueError(f"{where}: no label ({' or '.join(map(repr, LABELS))}), but {', '.join(map(repr, record))}")
+    key = first_key(record, LABELS, where, "label")
     value = record[key]
     text = str(value).strip() if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
     if names is not None and text in names:

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from bert_fast.data.files import write_atomically
-from bert_fast.data.tokenizer import save_tokenizer
+from bert_fast.data.tokenizer import own_tokenizer, save_tokenizer
 from bert_fast.devices import in_bfloat16
 from bert_fast.run.process import Stop, locked, stop_on_signals
 from bert_fast.run.weights import silent_transformers
 from bert_fast.tasks.choice import Choice
 from bert_fast.tasks.examples import fractions
 from bert_fast.tasks.network import Network, make_network
-from bert_fast.tasks.prediction import own_tokenizer
+from bert_fast.tasks.prediction import require_length
 from bert_fast.tasks.questions import Question
 from bert_fast.tasks.task import TASKS, Task, make_task, task_class
 from bert_fast.tasks.training import Parts, Settings, State, Training, rank, require_same
@@ -255,8 +255,7 @@ def _one_seed(plan: _Plan, seed: int, hooks: _Hooks, asked_to_stop: Stop | None)
     hooks.tell(network.head)
     positions = network.model.config.max_position_embeddings
     length = min(task.max_length, positions) if plan.max_length is None else plan.max_length
-    if not 8 <= length <= positions:
-        raise ValueError(f"sequences of {length} tokens: it must be 8 to the model's {positions} positions")
+    require_length(length, positions)
     counts: dict[str, Counter] = {"train": Counter(cut=0), "validation": Counter(cut=0)}
     train, validation = (
         task.encode(part, own_tokenizer(network.tokenizer), length, counts[name])

@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from bert_fast import extras
-from bert_fast.data.files import write_atomically
+from bert_fast.data.files import checksum, write_atomically
 from bert_fast.output import Output
 from bert_fast.tasks.examples import Example
 from bert_fast.tasks.finetuning import finetune
@@ -143,7 +143,7 @@ def model_digest(folder: Path) -> str:
     """What tells the model in a Hugging Face folder from another, wherever it lies."""
     parts = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
     parts += [folder / name for name in ("config.json", "tokenizer.json", "vocab.txt") if (folder / name).is_file()]
-    return hashlib.blake2b("".join(map(_digest, parts)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b("".join(map(checksum, parts)).encode(), digest_size=16).hexdigest()
 
 
 def _task_runs(
@@ -165,7 +165,7 @@ def _task_runs(
             notes.append(f"{path.name} has {len(examples[name]):,} examples, GLUE's {of.parts[name].examples:,}")
     for note in notes:
         output.warn(f"{task.name}: {note}")
-    made_by = {**settings, **{f"file {path.name}": _digest(path) for _, path in files.values()}}
+    made_by = {**settings, **{f"file {path.name}": checksum(path) for _, path in files.values()}}
     train = examples.pop("train")
     gold = {name: [example.label for example in part] for name, part in examples.items()}
     runs: dict[float, list[Run]] = {}
@@ -208,11 +208,6 @@ def _kept(path: Path, made_by: dict, rate: float, seed: int) -> Run | None:
             "--out"
         )
     return Run(**found)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _worth(runs: list[Run], task: GlueTask) -> float:

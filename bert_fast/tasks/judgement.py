@@ -79,12 +79,8 @@ class Judgement:
         if self.by_label:
             lines += ["", *_label_lines(self.by_label)]
         if self.worst:
-            lines += [
-                "",
-                "largest errors:"
-                if self.scores is not None
-                else f"worst of {self.wrong:,} errors, the number says how bad:",
-            ]
+            worst = f"worst of {self.wrong:,} errors, the number says how bad:"
+            lines += ["", worst if self.scores is None else "largest errors:"]
             for verdict in self.worst:
                 lines.append(f"  {verdict.where}: {_brief(verdict.truth)} taken for {_brief(verdict.said)} "
                              f"({verdict.badness:.2f}): {_brief(verdict.text)}")  # fmt: skip

@@ -1,23 +1,20 @@
 """What a model says of items, packed by length, without padding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
-from bert_fast.data.tokenizer import bare_tokenizer
+from bert_fast.data.bins import batches_by_length
 from bert_fast.tasks.task import Item, Task, packed
 from bert_fast.train.step import moved
 
 
-def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that :meth:`Task.encode` may change, without padding and truncation."""
-    tokenizer = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+def require_length(length: int, positions: int) -> None:
+    """ValueError where sequences of ``length`` tokens are none, or more than a model has ``positions`` for."""
+    if not 8 <= length <= positions:
+        raise ValueError(f"sequences of {length} tokens: it must be 8 to the model's {positions} positions")
 
 
 def scored(
@@ -35,7 +32,7 @@ def scored(
     count = torch.tensor(task.weight(items) if labelled else 1.0, device=device)
     found: list[np.ndarray | None] = [None] * len(items)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for members in batches_by_length(items, tokens):
+    for members in batches_by_length([item.length for item in items], tokens):
         some = [items[i] for i in members]
         batch = packed(some, range(len(some))) | (task.targets(some) if labelled else {})
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -47,17 +44,3 @@ def scored(
             found[i] = scores
         on_items(len(some))
     return [scores for scores in found if scores is not None], loss.item() if labelled else None
-
-
-def batches_by_length(items: Sequence[Item], tokens: int) -> Iterator[list[int]]:
-    """The numbers of ``items``, those of like lengths together, about ``tokens`` tokens at a time."""
-    members: list[int] = []
-    size = 0
-    for number in sorted(range(len(items)), key=lambda i: items[i].length):
-        if members and size + items[number].length > tokens:
-            yield members
-            members, size = [], 0
-        members.append(number)
-        size += items[number].length
-    if members:
-        yield members

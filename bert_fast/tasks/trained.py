@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import BertConfig
 
+from bert_fast.data.tokenizer import own_tokenizer
 from bert_fast.output import Output
 from bert_fast.tasks.finetuning import RECORD
-from bert_fast.tasks.prediction import own_tokenizer, scored
+from bert_fast.tasks.prediction import require_length, scored
 from bert_fast.tasks.task import TASKS, Task, make_task, task_class
 from bert_fast.use.inference import load_model, model_folder
 
@@ -74,8 +75,7 @@ def load_trained(
     task.restore(model.config)
     positions = model.config.max_position_embeddings
     length = (_learnt_length(folder) or positions) if max_length is None else max_length
-    if not 8 <= length <= positions:
-        raise ValueError(f"sequences of {length} tokens: it must be 8 to the model's {positions} positions")
+    require_length(length, positions)
     return Trained(task, model, own_tokenizer(tokenizer), length)
 
 

@@ -13,7 +13,15 @@ import torch
 from tokenizers import Encoding, Tokenizer, normalizers
 from torch import Tensor
 
-from bert_fast.data.tokenizer import bare_tokenizer, load_tokenizer, special_ids, token_ids, vocabulary_rows
+from bert_fast.data.bins import batches_by_length
+from bert_fast.data.tokenizer import (
+    bare_tokenizer,
+    load_tokenizer,
+    own_tokenizer,
+    special_ids,
+    token_ids,
+    vocabulary_rows,
+)
 from bert_fast.output import Output
 from bert_fast.run import checkpoint
 from bert_fast.run.weights import read_weights
@@ -186,13 +194,7 @@ def encode_sentences(
         parts = [windows_of(encoding) for encoding in encodings]
         encoded = [ids for windows in parts for ids in windows]
         vectors = np.empty((len(encoded), len(recipe.pooling) * model.config.hidden_size), dtype=np.float32)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        while order:
-            count, size = 0, 0
-            while count < len(order) and (count == 0 or size + len(encoded[order[count]]) <= tokens):
-                size += len(encoded[order[count]])
-                count += 1
-            batch, order = order[:count], order[count:]
+        for batch in batches_by_length([len(ids) for ids in encoded], tokens):
             vectors[batch] = _vectors(model, [encoded[i] for i in batch], recipe, in_front).cpu().numpy()
         vectors = _joined(vectors, parts, in_front)
         if recipe.normalize:
@@ -222,9 +224,7 @@ def cutting(
 ) -> tuple[Tokenizer, int, Callable[[Encoding], list[list[int]]]]:
     """(a tokenizer that lower-cases as ``recipe`` says, how many tokens in front of each are not pooled, and what makes
     the windows of an encoding: one, but where ``long`` is "mean")."""
-    tokenizer = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer = own_tokenizer(tokenizer)
     if recipe.lowercase:
         own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])

@@ -25,7 +25,7 @@ import bert_fast.model
 from bert_fast import extras
 from bert_fast.data import read_documents
 from bert_fast.data.files import new_folder
-from bert_fast.data.tokenizer import bare_tokenizer, save_tokenizer, special_ids
+from bert_fast.data.tokenizer import own_tokenizer, save_tokenizer, special_ids
 from bert_fast.output import Output
 from bert_fast.run.weights import read_weights
 from bert_fast.use.inference import cutting, encode_sentences, load_model, model_folder, prompted, sentence_recipe
@@ -201,7 +201,7 @@ def _readings(ours: Any, tokenizer: Tokenizer, what: str, texts: Sequence, given
         raise ValueError(f"pooling, scaling and prompts are for vectors, not for {what}")
     if not 3 <= length <= positions:
         raise ValueError(f"max_length must be between 3 and the model's {positions} positions, got {length}")
-    cut = Tokenizer.from_str(bare_tokenizer(tokenizer).to_str())
+    cut = own_tokenizer(tokenizer)
     cut.enable_truncation(length)
     encoded = _encoded(cut, texts)
     return _Readings(encoded, list(_ours(ours, kind, encoded, special_ids(tokenizer).pad)), length)
