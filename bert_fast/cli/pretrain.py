@@ -1,8 +1,10 @@
 """``bert-fast pretrain``: prepared data to a pre-trained BERT. Its flags are the options of bert_fast.run.config."""
 
 import argparse
+import gc
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from bert_fast.output import Output, add_command
 from bert_fast.run.config import ConfigError, fields, flag, resolve
@@ -77,13 +79,25 @@ def run(options: argparse.Namespace) -> int:
     try:
         config = resolve(flags, options.config)
         if options.dry_run:
-            from bert_fast.run.dry_run import dry_run
+            with collecting_no_garbage():
+                from bert_fast.run.dry_run import dry_run
 
             dry_run(config, Output.of(options))
             return 0
-        from bert_fast.run.pretrain import pretrain
+        with collecting_no_garbage():
+            from bert_fast.run.pretrain import pretrain
 
         return pretrain(config, Output.of(options))
     except ConfigError as error:
         print(f"bert-fast pretrain: error: {error} (see bert-fast pretrain --help)", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """While torch and transformers are imported: they make no garbage, and looking for it takes a sixth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -19,6 +19,7 @@ from bert_fast.train.distributed import Ranks
 from bert_fast.train.step import Step
 
 SKIPPED, TIMED = 2, 6  # updates: the first ones are slow
+LITTLE, SOME = 32, 512  # tokens of a process: of an update that is nearly all weights, and of the first with many
 DISK = 2e8  # bytes a second, until a checkpoint is timed
 
 
@@ -50,6 +51,7 @@ class Rehearsal:
 
     def __post_init__(self):
         self.few = of_few_documents(self.dataset)
+        self.least: tuple[float, float] | None = None  # an update of few tokens: seconds without the optimiser, tokens
 
     def timed(
         self, phase: Phase, number: int, skipped: int, timed: int, most: float = math.inf
@@ -59,7 +61,7 @@ class Rehearsal:
         short = dataclasses.replace(phase, first=0, last=skipped + timed, batch_size=number)
         sizes, cpu = self.sizes, self.ranks.device.type == "cpu"
         if sizes is not None:
-            if number != phase.batch_size:
+            if (phase.seq, number) not in sizes:
                 sizes = sizes_of_phases(self.dataset, [short], self.tokens)
             self.step.prepare(examples(self.dataset, sizes[phase.seq, number], phase.seq))
         taken = []  # by update
@@ -88,15 +90,37 @@ class Rehearsal:
         if seconds is None:
             took, costs.optimizer, had = self.timed(phase, phase.batch_size, SKIPPED, TIMED, most)
         else:
-            number, skipped = min(phase.batch_size, self.ranks.world), 1
-            while True:
-                took, costs.optimizer, had = self.timed(phase, number, skipped, 1)
-                if number == phase.batch_size or took >= seconds or had >= self.tokens * self.ranks.world:
-                    break
-                number, skipped = min(phase.batch_size, max(2 * number, int(number * seconds / took))), 0
-            whole = phase.batch_size * sample_lengths(self.dataset, phase.seq).mean()
-            took = costs.optimizer + (took - costs.optimizer) * (1 if number == phase.batch_size else whole / had)
+            took, costs.optimizer, had = self.extrapolated(phase, seconds)
         costs.update[phase.seq, phase.batch_size], costs.tokens = took, int(had)
+
+    def extrapolated(self, phase: Phase, seconds: float) -> tuple[float, float, float]:
+        """(seconds of an update, those of the optimiser, tokens of the largest that was done), within some ``seconds``.
+
+        A line through two updates gives what a micro-batch takes whatever it holds, weights being read and their
+        gradients written, and what a token does.
+        """
+        ranks, length = self.ranks.world, float(sample_lengths(self.dataset, phase.seq).mean())
+        full = min(
+            phase.batch_size, math.ceil(self.tokens * ranks / length)
+        )  # sequences: a micro-batch of each process
+        if self.least is None:
+            took, of_optimizer, had = self.timed(dataclasses.replace(phase, seq=min(phase.seq, LITTLE)), ranks, 1, 1)
+            self.least = took - of_optimizer, had
+        number = min(full, max(ranks, round(SOME * ranks / length)))
+        while True:
+            took, of_optimizer, had = self.timed(phase, number, 0, 1)
+            if number == full or took >= seconds / 2:
+                break
+            number = min(full, max(2 * number, int(number * seconds / took)))
+        if number == phase.batch_size:
+            return took, of_optimizer, had
+        took -= of_optimizer
+        token = (took - self.least[0]) / max(had - self.least[1], 1.0)
+        if not 0 <= token * had <= took:  # noise is all that the two differ by
+            token = took / had
+        whole = phase.batch_size * length
+        fixed = math.ceil(whole / (self.tokens * ranks)) * (took - token * had)
+        return of_optimizer + fixed + token * whole, of_optimizer, had
 
 
 def rehearsed(
@@ -106,7 +130,7 @@ def rehearsed(
     """The costs of the phases ``found``. The model of the rehearsal's step gets an optimiser's state and no update.
 
     The batches are samples of a few documents, and making them is not timed: a run makes them ahead. With ``seconds``
-    an update that takes longer is done in part and the rest is in proportion to its tokens. After ``most`` seconds no
+    an update that takes longer is done in part (see :meth:`Rehearsal.extrapolated`). After ``most`` seconds no
     more updates of a phase are done. Every process calls it.
     """
     model = rehearsal.step.model
