@@ -51,7 +51,7 @@ from bert_fast import compilers
 from bert_fast.tuning import sass
 
 ROOT = Path(__file__).resolve().parent.parent
-OCCUPANCY = ROOT / "dev" / "occupancy.json"  # kernel -> compute capability -> programs a multiprocessor
+OCCUPANCY = ROOT / "dev" / "occupancy.json"  # kernel -> compute capability (by a release) -> programs a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,11 @@ def judge_code(row: Row, listing: sass.Listing, faults: list[compilers.Fault]) -
                 row.broken.append(line)
 
 
-def judge_occupancy(row: Row, stated: dict[str, dict[str, int]]) -> None:
-    """Adds to ``row.broken`` where fewer programs fit a multiprocessor than ``stated``, or where none are."""
-    least = stated.get(row.kernel, {}).get(str(row.target))
+def judge_occupancy(row: Row, stated: dict[str, dict[str, int]], triton: str) -> None:
+    """Adds to ``row.broken`` where fewer programs fit a multiprocessor than ``stated``, or where none are. What is
+    stated of "90 by Triton 3.6" holds for that release, what is stated of "90" for all others."""
+    release, of_kernel = ".".join(triton.split(".")[:2]), stated.get(row.kernel, {})
+    least = of_kernel.get(f"{row.target} by Triton {release}", of_kernel.get(str(row.target)))
     if least is None:
         row.broken.append(f"{OCCUPANCY.name} does not state how many programs fit a multiprocessor: {row.programs}")
     elif row.programs < least:
@@ -286,7 +288,7 @@ def compile_case(case: dict, capability: int, stated: dict | None) -> Row:
     ptxas = compilers.ptxas_version(capability)
     judge_code(row, listing, compilers.known_faults(triton.__version__, ptxas, capability))
     if stated is not None:
-        judge_occupancy(row, stated)
+        judge_occupancy(row, stated, triton.__version__)
     return row
 
 

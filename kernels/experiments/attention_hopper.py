@@ -433,9 +433,9 @@ def _attention_bwd_one_pass_kernel(
         _barrier()
         _store(grad_qkv_ptr + width, row_stride, key, length, grad_scores_s.load(COPY), KEYS, COPY)
 
-    for block in range(0, blocks):
-        dq = (dq_s.index(block).load(COPY) * grad_scale).to(KIND)
-        _store(grad_qkv_ptr, row_stride, block * QUERIES, length, dq, QUERIES, COPY)
+    for query in range(0, length, QUERIES):  # not of ``blocks``, which Triton 3.6 would spill to keep it until here
+        dq = (dq_s.index(query // QUERIES).load(COPY) * grad_scale).to(KIND)
+        _store(grad_qkv_ptr, row_stride, query, length, dq, QUERIES, COPY)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -286,11 +286,13 @@ def test_what_the_instructions_break_is_reported(code, rule, said):
     ({"attention one_pass": {"90": 2}}, "1 programs fit a multiprocessor, occupancy.json states 2"),
     ({"attention one_pass": {"90": 1, "100": 2}}, None), ({"attention one_pass": {"90": 0}}, None),
     ({"attention one_pass": {"100": 1}}, "does not state how many programs fit a multiprocessor: 1"),
-    ({}, "does not state"),
+    ({"attention one_pass": {"90": 2, "90 by Triton 3.6": 1}}, "states 2"),
+    ({"attention one_pass": {"90": 1, "90 by Triton 3.7": 2}}, "states 2"),
+    ({"attention one_pass": {"90": 2, "90 by Triton 3.7": 1}}, None), ({}, "does not state"),
 ])  # fmt: skip
 def test_a_lost_occupancy_step_is_reported(stated, said):
     row = _row()
-    compile_report.judge_occupancy(row, stated)
+    compile_report.judge_occupancy(row, stated, "3.7.1")
     assert [said in line for line in row.broken] == ([True] if said else [])
 
 
