@@ -26,6 +26,7 @@ from benchmarks.workload import model_config
 from bert_fast.data.tokenizer import SPECIAL_NAMES, SPECIAL_TOKENS, berts_tokenizer
 from bert_fast.devices import has_matrix_unit
 from bert_fast.flops import step_flops
+from bert_fast.optim.reference import optimizer_norm
 from bert_fast.tasks.finetuning import TOKENS
 from bert_fast.tasks.prediction import scored
 from bert_fast.tasks.task import Item, make_task
@@ -267,7 +268,8 @@ def parity_rows(work: Work, model: str, device: str, seq: int) -> list[dict]:
     theirs.network.load_state_dict(ours.training.model.state_dict())
     loss, _, _, norm = ours.training.one(0).scalars.tolist()
     expected = theirs.trainer.training_step(theirs.network, *theirs.next_batch()).item()
-    norms = torch.nn.utils.get_total_norm([p.grad for p in theirs.network.parameters() if p.grad is not None]).item()
+    # by float64: PyTorch's own norm on a CPU adds float32's squares, and loses up to a thousandth of such a model's
+    norms = optimizer_norm([p.grad for p in theirs.network.parameters() if p.grad is not None]).item()
     release()
     pairs = {f"loss, {work.name}": (loss, expected), f"norm of gradients, {work.name}": (norm, norms)}
     return [parity.row(what, abs(a - b) / abs(b), 0.0, BOUND, contender="bert_fast") for what, (a, b) in pairs.items()]
