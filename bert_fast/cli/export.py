@@ -116,19 +116,12 @@ def _labelled(options: argparse.Namespace, source: Path, path: Path) -> tuple[li
     """The examples of a file; of a model of single labels each has to be one that it knows."""
     from transformers import BertConfig
 
-    from bert_fast.tasks.examples import label_value, located_examples, single_label
+    from bert_fast.tasks.task import make_task
+    from bert_fast.tasks.trained import known_examples, task_of
 
-    examples = located_examples(path, text=options.text, pair=options.pair, label=options.label)
-    texts = [one.text if one.pair is None else (one.text, one.pair) for _, one in examples]
-    config: Any = BertConfig.from_pretrained(source)
-    if config.num_labels == 1 or config.problem_type in ("multi_label_classification", "regression"):
-        return texts, None
-    rows = {label_value(name): row for row, name in config.id2label.items()}
-    labels = []
-    for where, example in examples:
-        value = label_value(single_label(example))
-        if value not in rows:
-            known = ", ".join(config.id2label.values())
-            raise ValueError(f"{where}: the model has no label {example.label!r}; it has {known}")
-        labels.append(rows[value])
-    return texts, labels
+    task = make_task(task_of(source) or "classify")
+    task.restore(BertConfig.from_pretrained(source))
+    columns = {name: value for name in ("text", "pair", "label") if (value := getattr(options, name)) is not None}
+    examples, _ = known_examples(task, path, **columns)
+    texts = [one.text if one.pair is None else (one.text, one.pair) for one in examples]
+    return texts, [task.target(one) for one in examples] if task.name == "classify" else None

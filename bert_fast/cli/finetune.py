@@ -184,6 +184,8 @@ def _text(task: Any, found: dict, options: argparse.Namespace) -> str:
             f"{seeds['metric']} of {len(seeds['values'])} seeds: {seeds['mean']:.4f}, deviation "
             f"{seeds['deviation']:.4f}; the best one is kept"
         )
+    if found["precision"] == "bf16":
+        lines.append("trained and measured in bfloat16; predict and evaluate are in float32 unless --precision bf16")
     if told := _of_the_examples(task, found):
         lines.append(told)
     if options.out is not None:

@@ -110,6 +110,11 @@ def label_value(label: str) -> Decimal | str:
     return Decimal(label) if NUMBER.fullmatch(label) else label
 
 
+def unnamed(rows: int) -> list[str]:
+    """The labels that transformers gives a head's ``rows`` where they have no names."""
+    return [f"LABEL_{row}" for row in range(rows)]
+
+
 def _spellings(examples: Iterable[Example]) -> dict[Decimal | str, list[str]]:
     """How each value is written, trimmed, the shortest first."""
     found = defaultdict(set)

@@ -7,13 +7,13 @@ download_glue_data.py), measures those of Wang et al., arXiv 1804.07461.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from bert_fast import extras
 from bert_fast.tasks.examples import Example
+from bert_fast.tasks.sentences import correlation
 from bert_fast.tasks.tables import decoded, lines, tsv_rows
 
 # Where the columns of published scores are from. Labels of GLUE's test sets are with its server alone.
@@ -219,20 +219,9 @@ def _is_label(label: str, task: GlueTask) -> bool:
 def measured(task: GlueTask, part: str, gold: Sequence[str], said: Sequence[str | float]) -> dict[str, float]:
     """The measures of ``task`` on its development set ``part``, from 0 to 1 (correlations and Matthews from -1).
 
-    ``gold`` are labels as its file has them, ``said`` the model's: labels, or scores for STS-B. A correlation with a
-    constant is 0, as Matthews' is: it says nothing.
+    ``gold`` are labels as its file has them, ``said`` the model's: labels, or scores for STS-B.
     """
     return {m.metric: METRICS[m.metric](gold, said) for m in task.measures if m.part == part}
-
-
-def _correlation(kind: str):
-    def correlation(gold: Sequence, said: Sequence) -> float:
-        x, y = np.asarray(gold, dtype=np.float64), np.asarray(said, dtype=np.float64)
-        if np.ptp(x) == 0 or np.ptp(y) == 0:
-            return 0.0
-        return float(getattr(extras.load("scipy.stats"), kind)(x, y).statistic)
-
-    return correlation
 
 
 def _metrics():
@@ -244,6 +233,6 @@ METRICS = {
     "accuracy": lambda gold, said: float(_metrics().accuracy_score(gold, said)),
     "f1": lambda gold, said: float(_metrics().f1_score(gold, said, pos_label="1", zero_division=0.0)),
     "matthews": lambda gold, said: float(_metrics().matthews_corrcoef(gold, said)),
-    "pearson": _correlation("pearsonr"),
-    "spearman": _correlation("spearmanr"),
+    "pearson": partial(correlation, "pearsonr"),
+    "spearman": partial(correlation, "spearmanr"),
 }

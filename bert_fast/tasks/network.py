@@ -11,7 +11,7 @@ from transformers import BertConfig
 
 from bert_fast import optim
 from bert_fast.run.weights import read_weights
-from bert_fast.tasks.examples import label_value
+from bert_fast.tasks.examples import label_value, unnamed
 from bert_fast.tasks.task import Task
 from bert_fast.use.inference import load_model
 
@@ -104,8 +104,7 @@ def _rows_of_labels(names: list[str], labels: list[str]) -> dict[int, int]:
     The names that transformers gives where there are none, LABEL_0 and so on, stand for 0 and so on where these are
     all the labels.
     """
-    numbers = [f"LABEL_{row}" for row in range(len(names))]
-    if names == numbers and {label_value(label) for label in labels} == set(range(len(names))):
+    if names == unnamed(len(names)) and {label_value(label) for label in labels} == set(range(len(names))):
         names = list(map(str, range(len(names))))
     rows = {label_value(name): row for row, name in enumerate(names)}
     return {place: rows[value] for place, value in enumerate(map(label_value, labels)) if value in rows}

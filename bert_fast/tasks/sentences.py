@@ -314,13 +314,11 @@ class Regress(SentenceTask):
         return [float(score[0]) for score in scores]
 
     def metrics(self, examples: list, predictions: list) -> dict[str, Any]:
-        """pearson, spearman (NaN where all numbers are one), mse."""
-        stats = extras.load("scipy.stats")
+        """pearson, spearman (see :func:`correlation`), mse."""
         true, found = np.array([self.target(e) for e in examples]), np.array(predictions)
-        defined = len(true) > 1 and true.std() > 0 and found.std() > 0
         return {
-            "pearson": float(stats.pearsonr(true, found).statistic) if defined else math.nan,
-            "spearman": float(stats.spearmanr(true, found).statistic) if defined else math.nan,
+            "pearson": correlation("pearsonr", true, found),
+            "spearman": correlation("spearmanr", true, found),
             "mse": float(((true - found) ** 2).mean()),
         }
 
@@ -335,3 +333,12 @@ class Regress(SentenceTask):
 
     def line(self, example, prediction) -> dict[str, Any]:
         return {"number": prediction}
+
+
+def correlation(kind: str, true: Sequence, found: Sequence) -> float:
+    """scipy's ``kind``, "pearsonr" or "spearmanr". It is 0 where what is ``found`` is constant: it says nothing, and so
+    scikit-learn has Matthews' correlation. It is NaN where the truth is: nothing could be said of it."""
+    x, y = np.asarray(true, dtype=np.float64), np.asarray(found, dtype=np.float64)
+    if np.ptp(x) == 0:
+        return math.nan
+    return 0.0 if np.ptp(y) == 0 else float(getattr(extras.load("scipy.stats"), kind)(x, y).statistic)

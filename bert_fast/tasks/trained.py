@@ -12,6 +12,7 @@ from transformers import BertConfig
 
 from bert_fast.data.tokenizer import own_tokenizer
 from bert_fast.output import Output
+from bert_fast.tasks.examples import unnamed
 from bert_fast.tasks.finetuning import RECORD
 from bert_fast.tasks.prediction import require_length, scored
 from bert_fast.tasks.task import TASKS, Task, make_task, task_class
@@ -123,15 +124,21 @@ def _windows(examples: Iterable) -> Iterator[list]:
 
 
 def labelled(trained: Trained, path: str | Path, **columns) -> tuple[list, list[str]]:
-    """(the labelled examples of a file, where each stands); ValueError naming one whose label the model does not know.
+    """(the labelled examples of a file, where each stands); see :func:`known_examples`."""
+    return known_examples(trained.task, path, **columns)
 
-    Where the model's labels have the names that transformers gives, LABEL_0 and so on, those of a file that are numbers
-    are its rows.
+
+def known_examples(task: Task, path: str | Path, **columns) -> tuple[list, list[str]]:
+    """(the labelled examples of a file, where each stands) for a ``task`` that is restored from a model; ValueError
+    naming one whose label the model does not know.
+
+    Where the model's labels have the names that transformers gives, LABEL_0 and so on, and the file others, numbers in
+    it are the model's rows, and the task's ``labels`` are these.
     """
-    task, config = trained.task, trained.model.config
     located = task.located(path, **columns)
-    if task.named and task.labels == [f"LABEL_{row}" for row in range(config.num_labels)]:
-        task.labels = list(map(str, range(config.num_labels)))
+    without_names = task.named and task.labels == unnamed(len(task.labels))
+    if without_names and any(task.unknown(example) is not None for _, example in located):
+        task.labels = list(map(str, range(len(task.labels))))
     for place, example in located:
         if (label := task.unknown(example)) is not None:
             raise ValueError(f"{place}: the label {label!r} is none of the model's: {', '.join(task.labels)}")

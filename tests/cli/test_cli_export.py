@@ -161,6 +161,23 @@ def test_the_accuracy_on_labelled_pairs_is_told_also_of_int8(run, classifier, tm
     assert saved.model_max_length == found["max_length"] == 64
 
 
+@pytest.mark.parametrize("written", [["1", "0.0", " 2"], ["LABEL_1", "LABEL_0", "LABEL_2"]])
+def test_rows_without_names_are_those_of_numbers(run, folder, tmp_path, monkeypatch, written):
+    """As in evaluate: transformers' LABEL_1, and 1 in a file."""
+    model = model_of(folder, HEADS["classifier"], tmp_path / "model", num_labels=3)
+    (tmp_path / "dev.tsv").write_text("".join(f"a text\t{label}\n" for label in written))
+    given = {}
+    monkeypatch.setattr(
+        onnx_export, "export_onnx", lambda *_, **more: given.update(more) or {"difference": 0.0, "texts": 3}
+    )
+    done = run("export", model, "--onnx", tmp_path / "made", "--data", tmp_path / "dev.tsv")
+    assert done.code == 0, done.err
+    assert (given["labels"], given["texts"]) == ([1, 0, 2], ["a text"] * 3)
+    (tmp_path / "dev.tsv").write_text("a text\t3\n")
+    done = run("export", model, "--onnx", tmp_path / "made", "--data", tmp_path / "dev.tsv")
+    assert "line 1: the label '3' is none of the model's: 0, 1, 2" in done.err
+
+
 @pytest.mark.slow
 def test_a_graph_that_says_something_else_is_not_kept(run, classifier, tmp_path, monkeypatch):
     theirs = onnx_export._theirs
@@ -182,7 +199,7 @@ def test_a_graph_that_says_something_else_is_not_kept(run, classifier, tmp_path,
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--data", "dev.tsv"), "dev.tsv, line 2: the model has no label 'awful'; it has bad, good, neither"),
+        (("--data", "dev.tsv"), "dev.tsv, line 2: the label 'awful' is none of the model's: bad, good, neither"),
         (("--text", "0"), "--text is for --data, which is missing"),
         (("--data", "lines.txt", "--label", "1"), "--label is for a classifier's labelled examples"),
         (("--data", "empty.txt"), "empty.txt holds no text"),

@@ -68,6 +68,14 @@ def test_finetune_learns_saves_and_is_repeatable(run, folder, files, tmp_path):
     assert run(*argv, "--json").result["loss"] == found["loss"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_measure_in_bfloat16_is_said(run, folder, files, precision):
+    train, dev = files
+    argv = ("--train", train, "--validation", dev, "--epochs", 0.2, "--precision", precision, "--quiet")
+    said = "trained and measured in bfloat16" in run("finetune", folder / "model", *argv).out
+    assert said == (precision == "bf16")
+
+
 def test_finetune_from_scratch_ignores_the_weights(run, folder, files, tmp_path, monkeypatch):
     train, dev = files
     losses = {}

@@ -175,11 +175,12 @@ def test_choices_are_judged_by_their_probabilities(run, folder, tmp_path):
     assert [verdict["badness"] for verdict in found["worst"]] == pytest.approx([losses[n] for n in expected], rel=1e-4)
 
 
-def test_the_names_that_transformers_gives_are_rows(run, folder, tmp_path):
+@pytest.mark.parametrize("prefix", ["", "LABEL_"])  # the second as predict writes them
+def test_the_names_that_transformers_gives_are_rows(run, folder, tmp_path, prefix):
     unnamed = save_head(folder / "model", tmp_path / "unnamed", num_labels=2)
     texts = sentences(10)
     said = logits_of(unnamed, texts).argmax(1).tolist()
-    data = write(tmp_path / "dev.tsv", [(t, str(n)) for t, n in zip(texts, said, strict=True)])
+    data = write(tmp_path / "dev.tsv", [(t, f"{prefix}{n}") for t, n in zip(texts, said, strict=True)])
     assert run("evaluate", unnamed, "--data", data, "--json").result["accuracy"] == 1
 
 

@@ -114,7 +114,11 @@ def test_metrics_are_those_of_the_libraries():
     true = [float(e.label) for e in examples]
     assert measured["pearson"] == pytest.approx(stats.pearsonr(true, found).statistic)
     assert measured["spearman"] == pytest.approx(stats.spearmanr(true, found).statistic)
-    assert np.isnan(task.metrics(examples, [1.0] * 40)["pearson"])
+    for number in (1.0, 0.1):  # the mean of forty 0.1 is another number
+        measured = task.metrics(examples, [number] * 40)
+        assert (measured["pearson"], measured["spearman"]) == (0.0, 0.0)
+        measured = task.metrics([Example("a", None, str(number))] * 40, list(found))
+        assert np.isnan([measured["pearson"], measured["spearman"]]).all()
 
 
 def test_a_prediction_as_json():
