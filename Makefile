@@ -55,7 +55,9 @@ figures: setup
 	@$(BIN)/python benchmarks/run.py --seq 512 --save $(ARGS)
 	@$(BIN)/python benchmarks/run.py --seq 128 --save $(ARGS)
 	@$(BIN)/python benchmarks/run.py --seq 512 --mode encode --batch 4 --rounds 5 --save $(ARGS)
-	@$(BIN)/python benchmarks/run.py --mode finetune --rounds 5 --save
+	@$(BIN)/python benchmarks/run.py --mode finetune --rounds 3 --save
+	@$(BIN)/python benchmarks/contrastive.py --batch 64 --save
+	@$(BIN)/python benchmarks/contrastive.py --batch 256 --cached 32 --save
 	@$(BIN)/python benchmarks/run.py --kernels --save $(ARGS)
 	@$(BIN)/python benchmarks/report.py
 
@@ -89,7 +91,7 @@ gpu-rehearsal:
 	@LD_PRELOAD=$(STAND_IN)/libcuda.so.1 LD_LIBRARY_PATH=$(STAND_IN)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
 		PYTHONPATH=$(CURDIR)/dev/cuda_stand_in$${PYTHONPATH:+:$$PYTHONPATH} CUDA_STAND_IN_LOG=$(STAND_IN)/log \
 		TRITON_CACHE_DIR=$(STAND_IN)/triton TORCHINDUCTOR_CACHE_DIR=$(STAND_IN)/inductor \
-		PYTHONUNBUFFERED=1 $(PYTHON) benchmarks/gpu.py $(ARGS) --out $(STAND_IN)/results
+		PYTEST_PLUGINS=tests_without_values PYTHONUNBUFFERED=1 $(PYTHON) benchmarks/gpu.py $(ARGS) --out $(STAND_IN)/results
 
 # The C++ operators' tests under AddressSanitizer and UBSan, then all of them on threads under ThreadSanitizer. What the
 # library links is tested on the ordinary build: a sanitizer brings a C++ runtime.

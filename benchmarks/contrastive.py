@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 
 import bert_fast
-from benchmarks import clock, results, tables
+from benchmarks import clock, limits, parity, results, tables
 from benchmarks.options import DTYPES
 from benchmarks.steps import DROPOUT
 from benchmarks.workload import MODELS, VOCABULARY, model_config
@@ -82,8 +82,8 @@ def step_of(loss: torch.nn.Module, texts: tuple[list[str], list[str]], dtype: to
     return step
 
 
-def differences(folder: Path, texts: tuple[list[str], list[str]], cached: int | None) -> dict[str, float]:
-    """Of the loss and of all gradients, ours beside transformers': relative, without dropout, in float32."""
+def parity_rows(folder: Path, texts: tuple[list[str], list[str]], cached: int | None) -> list[dict]:
+    """Rows of parity of the loss and of all gradients, ours beside transformers': without dropout, in float32."""
     values, gradients = [], []
     for name in ("bert_fast", "hf-sdpa"):
         loss = build(name, folder, cached, dropout=0.0)
@@ -91,26 +91,36 @@ def differences(folder: Path, texts: tuple[list[str], list[str]], cached: int | 
         found = {key: parameter.grad for key, parameter in loss.named_parameters()}
         gradients.append(torch.cat([g.flatten() for key, g in sorted(found.items()) if g is not None]))
     (ours, theirs), (own, other) = values, gradients
-    return {"loss": abs(ours - theirs) / abs(theirs), "gradient": float((own - other).norm() / other.norm())}
+    errors = {"loss": abs(ours - theirs) / abs(theirs), "gradients": float((own - other).norm() / other.norm())}
+    return [parity.row(what, error, 0.0, BOUND, contender="bert_fast") for what, error in errors.items()]
 
 
 def rows_of(options, folder: Path, texts: tuple[list[str], list[str]]) -> list[dict]:
     """A row for each contender, as steps.py has them."""
-    dtype = DTYPES[options.dtype]
-    steps = {name: step_of(build(name, folder, options.cached, DROPOUT), texts, dtype) for name in CONTENDERS}
+    steps = {name: step_of(build(name, folder, options.cached, DROPOUT), texts, DTYPES[options.dtype])
+             for name in CONTENDERS}  # fmt: skip
     for step in steps.values():
         step()
     times = clock.interleave(steps, options.rounds, clock.Clock("cpu").step)
     model = build("hf-sdpa", folder, options.cached, DROPOUT).model
-    real = sum(int(model.preprocess(column)["attention_mask"].sum()) for column in texts)
+    masks = [model.preprocess(column)["attention_mask"] for column in texts]
+    real, sequences = sum(int(mask.sum()) for mask in masks), 2 * options.batch
+    facts = {
+        "model": options.model, "seq": max(mask.shape[1] for mask in masks), "lengths": work_of(options),
+        "dtype": options.dtype, "sequences": sequences, "mode": "contrastive", "optimizer": "none", "real_tokens": real,
+        "share_of_peak": None,
+    }  # fmt: skip
     return [
-        {
-            "model": options.model, "contender": name, "dtype": options.dtype, "sequences": 2 * options.batch,
-            "real_tokens": real, "cached": options.cached, "step_s": (spread := clock.quantiles(seconds)),
-            "sequences_per_s": 2 * options.batch / spread["p50"], "real_tokens_per_s": real / spread["p50"],
+        facts | {
+            "contender": name, "step_s": (spread := clock.quantiles(seconds)),
+            "sequences_per_s": sequences / spread["p50"], "real_tokens_per_s": real / spread["p50"],
         } | ({} if name == "bert_fast" else {"ours_is": clock.paired_ratio(seconds, times["bert_fast"])})
         for name, seconds in times.items()
     ]  # fmt: skip
+
+
+def work_of(options) -> str:
+    return "pairs of sentences" + (f", cached in parts of {options.cached}" if options.cached else "")
 
 
 COLUMNS = ("contender", "step ms (p20-p80)", "sequences/s", "real tokens/s", "ours is")
@@ -129,27 +139,29 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    found = results.begun(
-        "contrastive", "cpu", ["benchmarks/contrastive.py", *(sys.argv[1:] if argv is None else argv)]
-    )
     try:
         texts = pairs(options.corpus, options.batch)
     except (OSError, ValueError) as error:
         print(f"benchmarks/contrastive.py: {error}", file=sys.stderr)
         return 2
+    found = results.begun("run", "cpu", ["benchmarks/contrastive.py", *(sys.argv[1:] if argv is None else argv)])
+    found["limits"] = limits.measure(clock.Clock("cpu"), {DTYPES[options.dtype], torch.float32})
     with tempfile.TemporaryDirectory() as made:
         folder = bert_folder(Path(made), [text for column in texts for text in column], options.model)
-        found["parity"] = differences(folder, texts, options.cached)
-        tables.console.print("parity     " + ", ".join(f"{key} {x:.1e}" for key, x in found["parity"].items()))
-        if max(found["parity"].values()) > BOUND:
-            print(f"benchmarks/contrastive.py: parity failed (bound {BOUND:.0e}): nothing is timed", file=sys.stderr)
+        found["parity"] = parity.summary(parity_rows(folder, texts, options.cached))
+        tables.parity(found["parity"]).show()
+        if not found["parity"]["passed"]:
+            print("benchmarks/contrastive.py: parity failed, so no speed is measured", file=sys.stderr)
             return 1
         found["steps"] = rows_of(options, folder, texts)
-    name = "in-batch negatives" + (f", cached in parts of {options.cached}" if options.cached else "")
-    title = f"{name}: {options.batch} pairs, {found['steps'][0]['real_tokens']} tokens, BERT-{options.model}"
+    facts = found["steps"][0]
+    found["work"] = {key: facts[key] for key in ("model", "seq", "lengths", "dtype", "mode")} | {
+        "batch": options.batch, "rounds": options.rounds, "dropout": DROPOUT,
+    }  # fmt: skip
+    title = f"{facts['lengths']}: {options.batch} pairs, {facts['real_tokens']} tokens, BERT-{options.model}"
     tables.steps(found["steps"], COLUMNS, f"{title}, {options.dtype}").show()
     if options.save:
-        results.Results(results.new_path(found, f"contrastive-{options.batch}"), found)
+        results.Results(results.new_path(found, f"contrastive-{options.cached or options.batch}"), found)
     return 0
 
 

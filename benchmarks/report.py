@@ -5,7 +5,7 @@
 docs/performance.md is made whole of performance_template.md. In README.md what stands between ``<!-- how-fast: made by
 benchmarks/report.py -->`` and ``<!-- end of how-fast -->`` is made here and nowhere by hand. With --check nothing is
 written: the exit status is 1 where a document is not what the files give. Of each device the newest file counts, of a
-GPU the newest with whole steps where there is one, of a CPU the newest of each mode, length and dtype; trials and files
+GPU the newest with whole steps where there is one, of a CPU the newest of each kind of work; trials and files
 without limits are left out.
 """
 
@@ -29,12 +29,13 @@ from benchmarks.tune import settings
 from benchmarks.workload import TOKENS, lengths_of, model_config
 
 TEMPLATE = Path(__file__).resolve().parent / "performance_template.md"
+WORK = ("mode", "seq", "lengths", "dtype")  # what is measured of its own on a CPU
 MOST_KERNELS = 25  # lines of a profile; the others in one
 
 
 def newest(kind: str, results: Path) -> list[tuple[Path, dict]]:
     """The files of ``kind`` ("run" on a CPU, "gpu") that count: of each folder the newest, of a CPU the newest of each
-    kind of work (mode, tokens, dtype). Training that is not the product's own step (README.md there) does not."""
+    kind of WORK. Training that is not the product's own step (README.md there) does not."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         files: dict[tuple, list[tuple[Path, dict]]] = {}
@@ -47,7 +48,7 @@ def newest(kind: str, results: Path) -> list[tuple[Path, dict]]:
                 and (kind == "gpu" or "work" in data)
                 and not ("step" in data and data["work"]["mode"] == "train")
             ):
-                work = tuple(data["work"][key] for key in ("mode", "seq", "dtype")) if kind == "run" else ()
+                work = tuple(data["work"][key] for key in WORK) if kind == "run" else ()
                 files.setdefault(work, []).append((path, data))
         for same in files.values():
             same.sort(key=lambda file: (bool(file[1].get("steps")), file[1].get("started", file[1].get("date", ""))))

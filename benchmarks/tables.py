@@ -157,21 +157,21 @@ def steps(rows: Sequence[dict], columns: Sequence[str] = RUN, title: str = "") -
 def compared(runs: Sequence[tuple[str, Sequence[dict]]]) -> Table:
     """A line for each table of steps of each run (its device, its rows): ours, and what it is beside each other.
 
-    A table begins with ours. Encoders have their precision beside them, as a peer's may be another than ours.
+    A table begins with ours. But for pre-training each has its precision beside it, as a peer's may be another.
     """
     lines = []
     for device, rows in runs:
         starts = [n for n, x in enumerate(rows) if x["contender"] == "bert_fast"]
         for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
             ours, *others = rows[start:end]
-            encode = ours.get("mode") == "encode"
+            mode = ours.get("mode", "train")
             memory = [x["peak_memory_mib"] for x in others if x.get("peak_memory_mib")]
             peak = STEP_COLUMNS["peak MiB"](ours) + (f" ({min(memory):.0f} to {max(memory):.0f})" if memory else "")
-            names = [f"{name_of(x)}, {x['dtype']}" if encode and x["dtype"] not in name_of(x) else name_of(x)
+            names = [f"{name_of(x)}, {x['dtype']}" if mode != "train" and x["dtype"] not in name_of(x) else name_of(x)
                      for x in others]  # fmt: skip
             ratios = [f"{name} {'failed' if 'failed' in x else times(x.get('ours_is'))}"
                       for name, x in zip(names, others, strict=True)]  # fmt: skip
-            work = f"{ours.get('mode', 'train')} {ours['model']}, {ours['sequences']} x {ours['seq']}"
+            work = f"{mode} {ours['model']}, {ours['sequences']} x {ours['seq']}"
             work += f", {ours['lengths']}, {ours['dtype']}"
             work += "" if ours["optimizer"] == "none" else f", {ours['optimizer']}"
             cells = [STEP_COLUMNS[c](ours) for c in ("sequences/s", "real tokens/s", "of the matrix rate")]

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("sentence_transformers")
 
-from benchmarks import contrastive, results
+from benchmarks import contrastive, report, results
 
 SMALL = ("--model", "micro", "--batch", "4", "--rounds", "2")
 
@@ -20,7 +20,10 @@ def test_it_runs_and_saves_what_it_measured(cached, tmp_path, monkeypatch, capsy
     found = json.loads(path.read_text())
     assert [row["contender"] for row in found["steps"]] == list(contrastive.CONTENDERS)
     assert all(row["sequences"] == 8 and row["real_tokens"] > 8 * 3 for row in found["steps"])
-    assert all(value < contrastive.BOUND for value in found["parity"].values())
+    assert found["parity"]["passed"]
+    assert found["parity"]["compared"] == 2
+    with_own_table = report.compared([(path, found)], tmp_path)
+    assert f"contrastive micro, 8 x {found['work']['seq']}, pairs of sentences" in with_own_table
     assert "ours is" in capsys.readouterr().out
 
 
