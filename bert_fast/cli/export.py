@@ -119,7 +119,7 @@ def _labelled(options: argparse.Namespace, source: Path, path: Path) -> tuple[li
     from bert_fast.tasks.task import make_task
     from bert_fast.tasks.trained import known_examples, task_of
 
-    task = make_task(task_of(source) or "classify")
+    task: Any = make_task(task_of(source) or "classify")
     task.restore(BertConfig.from_pretrained(source))
     columns = {name: value for name in ("text", "pair", "label") if (value := getattr(options, name)) is not None}
     examples, _ = known_examples(task, path, **columns)

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -115,8 +115,18 @@ def _source(options: argparse.Namespace, out: Output, stream: Any) -> Any:
     if kind in WHOLE:
         return Source(name, kind)
     name = "stdin" if name == "-" else name
-    lines = (decoded(line, f"{name}, line {number}") for number, line in numbered_lines(stream, name, out))
-    return Source(name, kind, lines)
+
+    def lines() -> Iterator[str]:
+        blank = 0
+        for number, line in numbered_lines(stream, name, out):
+            blank += not line
+            yield decoded(line, f"{name}, line {number}")
+        if blank and kind == ".tsv":
+            out.warn(
+                f"{name}: {blank:,} blank lines, which have no prediction in a table (with --read-as text they have)"
+            )
+
+    return Source(name, kind, lines())
 
 
 def _top(line: dict, count: int | None) -> dict:

@@ -21,7 +21,7 @@ from bert_fast.tasks.records import counted_in, names_of, refuse_columns
 from bert_fast.tasks.squad import best_threshold, measured
 from bert_fast.tasks.tables import Source
 from bert_fast.tasks.task import Item, Task
-from bert_fast.tasks.windows import OVERLAP, Window, windows
+from bert_fast.tasks.windows import OVERLAP, Window, windows, with_marks
 
 LONGEST_QUESTION = 64  # pieces, as in Google's run_squad.py
 LONGEST_ANSWER = 30  # pieces
@@ -45,13 +45,13 @@ def encode_questions(
     longest, found = min(LONGEST_QUESTION, max_length // 2), []
     pairs = [(question.text.lstrip(), question.context) for question in questions]
     some = (tokenizer.encode_batch(pairs[n : n + 1024]) for n in range(0, len(pairs), 1024))
-    for encoding in chain.from_iterable(some):
+    for question, encoding in zip(questions, chain.from_iterable(some), strict=True):
         texts = encoding.sequence_ids
         counts["cut"] += texts.count(0) > longest
         parts = windows(encoding, max_length, text=1, overlap=overlap, longest_other=longest)
         counts["windowed"] += len(parts) > 1
         offsets = [offset for offset, number in zip(encoding.offsets, texts, strict=True) if number == 1]
-        found.append(Encoded(parts, np.array(offsets, np.int32).reshape(-1, 2)))
+        found.append(Encoded(parts, np.array(with_marks(question.context, offsets), np.int32).reshape(-1, 2)))
     return found
 
 
@@ -172,8 +172,8 @@ class Answers(Task):
         return unlabelled_questions(source, text, pair)
 
     def settle(self, train: list, validation: list) -> tuple[list, list, list[str]]:
-        if not any(question.answers for question in train):
-            raise ValueError("no training question has an answer")
+        if not any(answer.begin is not None for question in train for answer in question.answers or ()):
+            raise ValueError("no training question has an answer that stands in its context")
         self.unanswerable = any(not question.answers for question in (*train, *validation))
         told = counted_in(self.odd)
         if self.unanswerable and all(question.answers for question in train):

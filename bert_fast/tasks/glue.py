@@ -5,7 +5,7 @@ download_glue_data.py), measures those of Wang et al., arXiv 1804.07461.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -229,7 +229,7 @@ def _metrics():
 
 
 # All from libraries; F1 is that of label "1".
-METRICS = {
+METRICS: dict[str, Callable[..., float]] = {
     "accuracy": lambda gold, said: float(_metrics().accuracy_score(gold, said)),
     "f1": lambda gold, said: float(_metrics().f1_score(gold, said, pos_label="1", zero_division=0.0)),
     "matthews": lambda gold, said: float(_metrics().matthews_corrcoef(gold, said)),

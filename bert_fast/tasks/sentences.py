@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -300,6 +301,8 @@ class Regress(SentenceTask):
                     raise ValueError(f"{what} example {number}: the label {example.label!r} is no finite number")
         if len({self.target(example) for example in train}) == 1:
             yield f"all training examples have the number {train[0].label}: nothing is learnt"
+        if len({self.target(example) for example in validation}) == 1:
+            yield f"all validation examples have the number {validation[0].label}: nothing correlates with it"
 
     def config(self) -> dict[str, Any]:
         return {"problem_type": "regression"}
@@ -335,7 +338,7 @@ class Regress(SentenceTask):
         return {"number": prediction}
 
 
-def correlation(kind: str, true: Sequence, found: Sequence) -> float:
+def correlation(kind: str, true: ArrayLike, found: ArrayLike) -> float:
     """scipy's ``kind``, "pearsonr" or "spearmanr". It is 0 where what is ``found`` is constant: it says nothing, and so
     scikit-learn has Matthews' correlation. It is NaN where the truth is: nothing could be said of it."""
     x, y = np.asarray(true, dtype=np.float64), np.asarray(found, dtype=np.float64)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from bert_fast.tasks.entities import TAG, broken, entities, is_iob1, scheme_of, 
 from bert_fast.tasks.records import counted_in, names_of, refuse_columns
 from bert_fast.tasks.tables import Source
 from bert_fast.tasks.task import Item, Task
-from bert_fast.tasks.windows import OVERLAP, Window, windows, with_most_context
+from bert_fast.tasks.windows import OVERLAP, Window, windows, with_marks, with_most_context
 from bert_fast.tasks.words import COLUMNS, TAGS, WORDS, Sentence, read_sentences, unlabelled_sentences
 
 IGNORED = -100  # a label that no loss reads
@@ -55,8 +55,9 @@ def encode_texts(
         pieces = [(word, offsets) for word, offsets, number in own if number == 0]
         first = {word: piece for piece, (word, _) in reversed(list(enumerate(pieces))) if word is not None}
         if given is None:
-            ends = {word: end for word, (_, end) in pieces}
-            spans = {word: (pieces[piece][1][0], ends[word]) for word, piece in first.items()}
+            offsets = with_marks(cast(str, text), [offset for _, offset in pieces])
+            ends = {word: end for (word, _), (_, end) in zip(pieces, offsets, strict=True)}
+            spans = {word: (offsets[piece][0], ends[word]) for word, piece in first.items()}
         else:
             begins = accumulate((len(word) + 1 for word in given), initial=0)
             spans = {n: (begin, begin + len(word)) for n, (begin, word) in enumerate(zip(begins, given, strict=False))}
@@ -214,6 +215,8 @@ class Tokens(Task):
         for sentence in validation:
             if unknown := sorted(set(sentence.tags) - set(self.labels)):
                 raise ValueError(f"{sentence.where}: the tag {unknown[0]!r}, which no training sentence has")
+        if self.scheme is not None and all(tag == OUTSIDE for sentence in validation for tag in sentence.tags):
+            told.append("validation has no entity: F1 is 0 whatever is said")
         return train, validation, told + counted_in(self.left_out)
 
     def config(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Texts longer than a model's sequences: overlapping windows of their pieces."""
 
+import unicodedata
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -58,6 +59,19 @@ def windows(
         # arrays take a tenth of the memory of lists, and SQuAD has twenty million pieces
         parts = array("i", [ids[p] for p in kept]), array("b", [segments[p] for p in kept])
         found.append(Window(*parts, len(before), begin, end))
+    return found
+
+
+def with_marks(text: str, offsets: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """The ``offsets`` of the pieces of ``text``, each up to the end of its last letter's marks: where accents are
+    stripped, one that is a character of its own is in no piece, and café would end before it."""
+    if text.isascii() or not offsets:
+        return offsets
+    found = []
+    for (begin, end), limit in zip(offsets, [*(begin for begin, _ in offsets[1:]), len(text)], strict=True):
+        while end < limit and unicodedata.category(text[end]) == "Mn":
+            end += 1
+        found.append((begin, end))
     return found
 
 

@@ -112,6 +112,15 @@ def test_a_file_and_a_table_of_predictions(run, classifier, tmp_path):
         assert list(json.loads(row["probabilities"]).items()) == best
 
 
+def test_a_blank_line_of_a_table_is_told(run, classifier, tmp_path):
+    (tmp_path / "a.tsv").write_text("one\n\ntwo\n")
+    done = run("predict", classifier, tmp_path / "a.tsv", "--quiet")
+    assert len(done.lines) == 2
+    assert "a.tsv: 1 blank lines, which have no prediction in a table" in done.err
+    done = run("predict", classifier, tmp_path / "a.tsv", "--read-as", "text", "--quiet")
+    assert (len(done.lines), done.err) == (3, "")
+
+
 def test_what_is_cut_is_counted(run, classifier):
     long = " ".join(WORDS * 20)
     done = run("predict", classifier, stdin=f"break\n{long}\n")

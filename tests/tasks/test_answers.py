@@ -34,6 +34,17 @@ def test_pieces_and_characters_of_an_answer():
     assert pieces_of(3, 7, offsets) == (2, 2)  # "  w4"
 
 
+def test_a_mark_of_a_stripped_accent_is_part_of_the_answer():
+    context = "w1 w2\u0301 w3s\u0302\u0327 w4."
+    for answer in ("w2\u0301", "w1 w2\u0301", "w3s\u0302\u0327", "w3s\u0302\u0327 w4", "w1"):
+        found = encode(question(context, answer))
+        first, last = pieces_of(context.find(answer), context.find(answer) + len(answer), found.offsets)
+        logits = np.zeros((2, len(found.windows[0].ids)), np.float32)
+        logits[[0, 1], [found.windows[0].first + place for place in (first, last)]] = 9
+        best = decode(found, [tuple(logits)]).candidates[0]
+        assert context[best.begin : best.end] == answer
+
+
 def run_qa_positions(asked, window, offsets):
     """The places of an answer as transformers' run_qa.py finds them."""
     begin, end = asked.answers[0].begin, asked.answers[0].begin + len(asked.answers[0].text)

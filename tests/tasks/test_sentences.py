@@ -119,6 +119,8 @@ def test_metrics_are_those_of_the_libraries():
         assert (measured["pearson"], measured["spearman"]) == (0.0, 0.0)
         measured = task.metrics([Example("a", None, str(number))] * 40, list(found))
         assert np.isnan([measured["pearson"], measured["spearman"]]).all()
+    told = task.settle(examples, [Example("a", None, "1.0"), Example("b", None, "1")])[2]
+    assert told == ["all validation examples have the number 1.0: nothing correlates with it"]
 
 
 def test_a_prediction_as_json():

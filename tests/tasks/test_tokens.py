@@ -98,3 +98,9 @@ def test_a_text_without_words_has_no_entities():
 def test_measures_of_words_and_entities():
     measures = measured([["B-PER", "I-PER", "O", "B-LOC"]], [["B-PER", "O", "O", "B-LOC"]], "BIO")
     assert (measures["accuracy"], measures["f1"], measures["kinds"]["LOC"]["f1"]) == (0.75, 0.5, 1.0)
+
+
+def test_a_mark_of_a_stripped_accent_is_part_of_its_word():
+    tagged, _ = predicted("Anna\u0301 lives in Paris\u0302\u0327.", [1, 0, 0, 3, 0])
+    found = [tagged.text[begin:end] for begin, end in tagged.spans]
+    assert found == ["Anna\u0301", "lives", "in", "Paris\u0302\u0327", "."]

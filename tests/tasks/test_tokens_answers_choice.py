@@ -260,10 +260,11 @@ def test_answers_that_are_nowhere_are_no_loss_and_are_told(folder, tmp_path):
     loss.backward()
     assert loss == 0
     assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
-    (tmp_path / "none.jsonl").write_text(json.dumps(rows[0] | {"answers": []}))
-    task, train, _ = read_task("qa", *[tmp_path / "none.jsonl"] * 2)
-    with pytest.raises(ValueError, match="no training question has an answer"):
-        task.settle(train, train)
+    for only in (rows[0] | {"answers": []}, lost[0]):
+        (tmp_path / "none.jsonl").write_text(json.dumps(only))
+        task, train, _ = read_task("qa", *[tmp_path / "none.jsonl"] * 2)
+        with pytest.raises(ValueError, match="no training question has an answer that stands in its context"):
+            task.settle(train, train)
 
 
 def test_columns_that_a_task_has_no_use_for_are_refused(tmp_path):
@@ -293,6 +294,9 @@ def test_tags_that_training_lacks_are_named(tmp_path):
     task, *parts = read_task("auto", train, validation)
     with pytest.raises(ValueError, match=r"v.conll, line 3: the tag 'B-Y', which no training sentence has"):
         task.settle(*parts)
+    validation.write_text("a O\n\nb O\n")
+    told = task.settle(parts[0], task.read(validation))[2]
+    assert told == ["validation has no entity: F1 is 0 whatever is said"]
 
 
 def test_parts_of_speech_are_judged_by_accuracy(folder, tmp_path):
