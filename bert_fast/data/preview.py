@@ -44,7 +44,8 @@ def preview(
     seconds: float = 2.0,
     **reading: Unpack[Reading],
 ) -> Preview:
-    """Reads ``files`` until ``most_bytes`` of text or ``seconds`` are reached, and keeps the first ``documents``.
+    """Reads ``files`` until ``most_bytes`` of text or ``seconds`` are reached, and keeps the first ``documents``; one
+    document at least is read.
 
     A pipe is used up. The other arguments are those of :func:`bert_fast.data.prepare`; it raises the same.
     """
@@ -54,7 +55,7 @@ def preview(
     counts, until = found.counts, time.monotonic() + seconds
     for path in files:
         for raw, within, number in located_documents(path, counts, **reading):
-            if counts["bytes"] >= most_bytes or time.monotonic() > until:
+            if counts["documents"] and (counts["bytes"] >= most_bytes or time.monotonic() > until):
                 found.whole = False
                 return found
             counts["bytes"] += len(raw)

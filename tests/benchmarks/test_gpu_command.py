@@ -18,6 +18,7 @@ from bert_fast import choice, dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
+HOUR = 3600.0  # seconds that no case here needs, on whatever machine
 FULL = {"model": "large", "seq": 512, "lengths": "full"}
 
 
@@ -31,7 +32,7 @@ def new_results(path: Path, **data) -> Results:
 def small(monkeypatch):
     """Tiny sizes."""
     monkeypatch.setitem(operators.clock.CACHE_BYTES, "cpu", 1 << 16)
-    return gpu.Run(smoke=True, until=time.time() + 120)
+    return gpu.Run(smoke=True, until=time.time() + HOUR)
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def last(found):
 
 cases = [Case("first", 0.1, lambda found: found.add("operators", {{"row": "of the first"}})),
          Case("second", 0.1, second), Case("dear", 1e6, last), Case("last", 0.1, last)]
-sys.exit(supervise.work(cases, Results(Path(sys.argv[1])), time.time() + 60))
+sys.exit(supervise.work(cases, Results(Path(sys.argv[1])), time.time() + {HOUR}))
 """
 LOST = "supervise.raise_if_device_lost = lost; raise RuntimeError('an illegal memory access')"
 
@@ -189,18 +190,20 @@ LOST = "supervise.raise_if_device_lost = lost; raise RuntimeError('an illegal me
     [
         ("raise RuntimeError('no such kernel\\nsecond line')", "failed", "RuntimeError: no such kernel"),
         ("os.kill(os.getpid(), 9)", "lost", "its process ended with status -9"),
-        pytest.param("time.sleep(100)", "lost", "it wrote nothing for too long, and was ended", marks=pytest.mark.slow),
+        pytest.param(
+            "time.sleep(1000)", "lost", "it wrote nothing for too long, and was ended", marks=pytest.mark.slow
+        ),
         (LOST, "lost", "the device was lost: DeviceLost: gone"),
     ],
 )
 def test_a_case_that_fails_dies_hangs_or_loses_the_device_costs_itself(tmp_path, second, state, told):
     """Rows that it had saved stay, and the next cases run; one that there is no time for is left out."""
-    code = WORKER.format(root=str(ROOT), second=second)
+    code = WORKER.format(root=str(ROOT), second=second, HOUR=HOUR)
     lost = "def lost():\n    raise supervise.DeviceLost('gone')\n\ncases = ["
     command = [sys.executable, "-c", code.replace("cases = [", lost), str(tmp_path / "r.json")]
     found = new_results(tmp_path / "r.json")
-    patience = 20.0 if "sleep" in second else 120.0
-    supervise.supervise(command, dict(os.environ), found, time.time() + 300, patience)
+    patience = 40.0 if "sleep" in second else HOUR  # its own import of torch is among what it waits for
+    supervise.supervise(command, dict(os.environ), found, time.time() + HOUR, patience)
     data = json.loads((tmp_path / "r.json").read_text())
     assert [(x["case"], x["state"]) for x in data["cases"]] == [
         ("first", "done"), ("second", state), ("dear", "left out"), ("last", "done"),
@@ -214,7 +217,7 @@ def test_a_case_that_fails_dies_hangs_or_loses_the_device_costs_itself(tmp_path,
 
 def test_a_worker_that_cannot_start_is_not_started_for_ever(tmp_path):
     found = new_results(tmp_path / "r.json")
-    supervise.supervise([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ), found, time.time() + 60)
+    supervise.supervise([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ), found, time.time() + HOUR)
     (row,) = found.data["cases"]
     assert row["error"] == "it ended with status 3 before its first case"
 
@@ -222,11 +225,10 @@ def test_a_worker_that_cannot_start_is_not_started_for_ever(tmp_path):
 def test_a_worker_at_the_end_of_its_time_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "GRACE_SECONDS", 0.5)
     found = new_results(tmp_path / "r.json", cases=[{"case": "long", "price": 1e3, "state": "begun"}])
-    begun = time.time()
-    supervise.supervise(
-        [sys.executable, "-c", "import time; time.sleep(100)"], dict(os.environ), found, time.time() + 0.5
-    )
-    assert time.time() - begun < 60
+    mark = str(tmp_path)
+    command = [sys.executable, "-c", "import time; time.sleep(1000)", mark]
+    supervise.supervise(command, dict(os.environ), found, time.time() + 0.5)
+    assert children_with(mark) == []
     assert found.data["cases"][0]["error"] == "the time was up"
 
 
@@ -235,9 +237,9 @@ def test_a_case_begun_before_is_not_begun_again(tmp_path, monkeypatch):
     found, told = new_results(tmp_path / "r.json"), []
     cases = [Case(name, 1.0, lambda _, name=name: told.append(name)) for name in "abc"]
     found.add("cases", {"case": "b", "price": 1.0, "state": "lost"})
-    assert supervise.work(cases, found, time.time() + 10) == 0
+    assert supervise.work(cases, found, time.time() + HOUR) == 0
     assert told == ["a", "c"]
-    assert supervise.work(cases, found, time.time() + 10) == 0
+    assert supervise.work(cases, found, time.time() + HOUR) == 0
     assert told == ["a", "c"]
 
 
@@ -349,7 +351,7 @@ def test_tests_end_with_the_worker_that_started_them(tmp_path):
 
 
 def sweep(found: Results, choices: list[dict]) -> dict:
-    tune.sweep(found, "bias_gelu", "fwd", "forward", device="cpu", model="micro", seq=24, until=time.time() + 60,
+    tune.sweep(found, "bias_gelu", "fwd", "forward", device="cpu", model="micro", seq=24, until=time.time() + HOUR,
                dtype=torch.float32, tokens=48, repeat=1, choices=choices)  # fmt: skip
     return found.data["tune"][0]
 

@@ -13,6 +13,7 @@ import time
 import unicodedata
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -412,12 +413,14 @@ def test_output_folder_that_cannot_be_written(run, corpus, folder, tmp_path, com
     assert (tmp_path / "file").read_text() == "kept"
 
 
-# The command itself, with units so small that there is something to stop. A shell's background jobs, and what they
-# start, ignore SIGINT: not here.
+# The command itself, with units so small that there is something to stop; held before its last step, it is never done
+# too early. A shell's background jobs, and what they start, ignore SIGINT: not here.
 PREPARE = """
-import functools, signal, sys
+import functools, os, signal, sys, time
 from bert_fast import cli, data
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if "HELD" in os.environ:
+    sys.modules[data.prepare.__module__].finish = lambda *arguments: time.sleep(1000)
 data.prepare = functools.partial(data.prepare, unit_bytes=4_000)
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -453,14 +456,17 @@ def test_a_signal_stops_the_training_of_a_tokenizer(tmp_path, number, code):
 
 @pytest.fixture
 def start(folder, tmp_path):
-    """start() -> the command on 300 documents with two workers, as a process group of its own; tmp_path / "out"."""
+    """start() -> the command on 300 documents with two workers, as a process group of its own; tmp_path / "out".
+
+    start(HELD="1") has one that does not end by itself.
+    """
     lines = (folder / "corpus.jsonl").read_text().splitlines()
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(line.replace("the", f"the {n}", 3) for n in range(20) for line in lines))
     argv = ["prepare", corpus, "--tokenizer", folder / "tok", "--out", tmp_path / "out", "--workers", 2, "--quiet"]
     command = [sys.executable, "-c", PREPARE, *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return lambda: subprocess.Popen(command, **pipes, start_new_session=True)
+    return lambda **more: subprocess.Popen(command, **pipes, env=os.environ | more, start_new_session=True)
 
 
 def wait_for(what, process=None):
@@ -492,7 +498,7 @@ def test_a_signal_stops_prepare_and_the_same_command_finishes_it(start, folder, 
         return len(list(out.glob("shards/*.safetensors"))) > 2
 
     for moment in (workers_are_starting, some_shards_are_made):
-        process = start()
+        process = start(HELD="1")
         wait_for(moment, process)
         os.killpg(process.pid, number)
         assert process.communicate(timeout=100) == (
@@ -583,6 +589,20 @@ def test_sentences_end_where_asked(run, folder, tmp_path, rule, sentences):
     assert run(*argv, "--sentences", "line").code == 2
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """clock.seconds pass between two looks at the clock of a dry run: none."""
+    clock = SimpleNamespace(seconds=0.0, now=0.0)
+
+    def look():
+        clock.now += clock.seconds
+        return clock.now
+
+    monkeypatch.setattr("bert_fast.data.preview.time", SimpleNamespace(monotonic=look))
+    return clock
+
+
+@pytest.mark.usefixtures("clock")
 def test_a_dry_run_shows_what_prepare_will_make(run, folder, tmp_path):
     """The same documents, sentences and tokens as prepare's, by source, and nothing is written."""
     (tmp_path / "a.txt").write_text("The cat sat. It was a cat!\nAnd a dog\n\nSecond text.\n", encoding="utf-8")
@@ -618,13 +638,16 @@ def test_a_dry_run_shows_what_prepare_will_make(run, folder, tmp_path):
     assert "in all: 2 documents, 4 sentences" in text
 
 
-def test_a_dry_run_stops_after_a_megabyte(run, folder, tmp_path):
+def test_a_dry_run_stops_after_a_megabyte_or_two_seconds(run, folder, tmp_path, clock):
     (tmp_path / "long.txt").write_text("\n\n".join(f"Text number {n} is here." for n in range(60_000)))
     done = run("prepare", tmp_path / "long.txt", "--tokenizer", folder / "tok", "--dry-run", "--json")
     assert not done.result["whole"]
     assert done.result["read"]["bytes"] <= 1.01 * 2**20 < done.result["bytes"]
     text = run("prepare", tmp_path / "long.txt", "--tokenizer", folder / "tok", "--dry-run").out
     assert "million tokens" in text
+    for clock.seconds, documents in ((0.75, 3), (60.0, 1)):  # the first document is shown, however long it took
+        done = run("prepare", tmp_path / "long.txt", "--tokenizer", folder / "tok", "--dry-run", "--json")
+        assert (done.result["read"]["documents"], done.result["whole"]) == (documents, False)
 
 
 def test_a_dry_run_or_a_folder(run, folder):

@@ -15,10 +15,12 @@ import pytest
 from bert_fast.data import open_corpus, prepare, read_manifest, save_tokenizer, shards
 
 SCRIPT = """
-import sys
+import sys, time
 from bert_fast.data import prepare
 if __name__ == "__main__":
     prepare(sys.argv[1], sys.argv[2], sys.argv[3], workers=2, unit_bytes=8_000)
+    if sys.argv[4:]:
+        time.sleep(1000)
 """
 
 
@@ -45,8 +47,8 @@ def test_killed_at_random_moments(corpus_file, tokenizer, tmp_path):
     total, folder = len(read_manifest(tmp_path / "whole")["shards"]), tmp_path / "out" / "shards"
     assert total > 15
     for least in sorted(draw.randrange(total) for _ in range(6)):
-        # its own group: the workers are killed with it
-        process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+        # its own group: the workers are killed with it; and it stays when it is done
+        process = subprocess.Popen([*command, "stay"], cwd=tmp_path, start_new_session=True)
         while len(list(folder.glob("*.safetensors"))) < least:
             assert process.poll() is None
         time.sleep(draw.uniform(0, 0.02))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bert_fast.run import checkpoint
-from tests.run.test_pretrain_killed import ENVIRONMENT, of, run_script
+from tests.run.test_pretrain_killed import ENVIRONMENT, HELD, of, run_script
 from tests.support.training_runs import losses, train
 
 pytestmark = pytest.mark.slow
@@ -57,8 +57,9 @@ def test_the_number_of_processes_changes_nothing(configure, tmp_path):
 
 
 def torchrun(path: Path, processes: int) -> subprocess.Popen:
+    """Its run waits after 20 updates: it is not at its end when the test comes to it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "bert_fast", "pretrain", "--config", str(path), "--quiet"]
+    command += [*HELD, "20", "pretrain", "--config", str(path), "--quiet"]
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 

@@ -17,11 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
 
 
+HELD = [str(ROOT / "tests" / "support" / "held_command.py")]
+
+
 def run_script(what: str, given, path: Path, *arguments):
     path.write_text(json.dumps(given))
     script = ROOT / "tests" / "support" / "forked_runs.py"
     command = [sys.executable, str(script), what, str(path), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=3600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -57,14 +60,14 @@ def test_the_command_killed_while_workers_make_batches(configure, tmp_path):
     """The command itself, as a user starts it, with worker processes; SIGKILL once the first checkpoint is there."""
     config = configure(steps=40, workers=2)
 
-    def command(out: str) -> list[str]:
+    def command(out: str, *start: str) -> list[str]:
         path = tmp_path / "options.json"
         path.write_text(json.dumps(dataclasses.replace(config, out=out).as_dict()))
-        return [sys.executable, "-m", "bert_fast", "pretrain", "--config", str(path), "--quiet"]
+        return [sys.executable, *(start or ("-m", "bert_fast")), "pretrain", "--config", str(path), "--quiet"]
 
     whole = of(config, "whole")
     assert subprocess.run(command(whole.out), env=ENVIRONMENT).returncode == 0
-    child = subprocess.Popen(command(config.out), env=ENVIRONMENT, start_new_session=True)
+    child = subprocess.Popen(command(config.out, *HELD, "6"), env=ENVIRONMENT, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (Path(config.out) / "checkpoints" / "step-00000004").exists() and time.monotonic() < deadline:
         time.sleep(0.01)

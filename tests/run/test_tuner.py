@@ -2,7 +2,6 @@
 device is made up, and so is what is decided on it."""
 
 import dataclasses
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from bert_fast.train.distributed import Ranks
 from bert_fast.tuning import store
 from bert_fast.tuning.rule import Decision
 from tests.run.test_pretrain_killed import ENVIRONMENT, ROOT
+from tests.support.rendezvous import meeting
 from tests.support.training_runs import losses, train
 
 DEFAULT = {"tile": 64}
@@ -221,17 +221,14 @@ def test_wrong_values_are_refused_by_name(configure, name, value):
 
 def test_ranks_agree_on_what_the_first_has_decided(tmp_path):
     """Two processes, of which each would decide for itself another thing."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, str(ROOT / "tests" / "support" / "tuned_ranks.py")]
-    shared = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                            "BERT_FAST_CACHE": str(tmp_path)}  # fmt: skip
-    ranks = [
-        subprocess.Popen(command, env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["100 that of rank 0\n"] * 2
+    with meeting(2) as shared:
+        environment = ENVIRONMENT | shared | {"BERT_FAST_CACHE": str(tmp_path)}
+        ranks = [
+            subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+            for rank in range(2)
+        ]
+        assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["100 that of rank 0\n"] * 2
 
 
 def rows() -> list[dict]:

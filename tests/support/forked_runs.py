@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -26,6 +25,7 @@ from bert_fast.run import checkpoint
 from bert_fast.run.config import PretrainConfig
 from bert_fast.run.metrics import MetricsFile
 from bert_fast.train.step import Step
+from tests.support.rendezvous import meeting
 from tests.support.training_runs import train
 
 
@@ -135,19 +135,13 @@ def kills(config: PretrainConfig, number: int, seed: int) -> dict:
 
 def job(config: PretrainConfig, world: int, machine: int) -> list[int]:
     """The run in ``world`` processes, as if ``machine`` of them were on each machine; their exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(machine),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    children = [
-        start(config, environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
-    ]
-    return [wait(child) for child in children]
+    with meeting(world) as shared:
+        environment = shared | {"LOCAL_WORLD_SIZE": str(machine)}
+        children = [
+            start(config, environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world)
+        ]
+        return [wait(child) for child in children]
 
 
 if __name__ == "__main__":
