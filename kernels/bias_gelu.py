@@ -10,8 +10,9 @@ Saved: x; the activation is computed again in the backward. Bytes for (T, F) in 
 
 In 16 bits Phi and phi share one exponential, and the rest is a polynomial that errs less than the result rounds:
 over all 16-bit inputs the error is PyTorch's. As compiled for 8.0 and 9.0 an element takes 21 instructions forward
-and 25 a round of the backward's loop; for 10.0, which multiplies two numbers at a time, 15 and 19. With libdevice's
-erf, which float32 keeps, it took 38 and 54, more than a GPU does in the time of the memory traffic.
+(17.5 are arithmetic and conversions) and 25 a round of the backward's loop; for 10.0, which multiplies two numbers at
+a time, 15 and 19. With libdevice's erf, which float32 keeps, it took 38 and 54, more than a GPU does in the time of
+the memory traffic.
 
 Source: D. Hendrycks and K. Gimpel, "Gaussian Error Linear Units", 2016.
 """
