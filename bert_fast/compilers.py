@@ -71,7 +71,8 @@ def known_faults(triton: str, ptxas: str, capability: int) -> list[Fault]:
     if capability // 10 == 9 and assembler < (13, 3):
         what = (
             "the assembler may reuse registers of a product before it has read them (triton-lang/triton#9433, #11781); "
-            "13.3 is the first without. The compile report finds none in the engine's own kernels with triton 3.7.1"
+            "13.3 is the first without. The compile report finds none in the engine's own kernels with triton 3.6.0 "
+            "and 3.7.1"
         )
         faults.append(Fault("registers", what))
     if capability >= 90 and release < (3, 7, 1):
