@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bert_fast.cli.device import add_device_argument, chosen_device
-from bert_fast.cli.lines import decoded, numbered_lines
+from bert_fast.cli.lines import decoded, numbered_lines, warn_of_columns
 from bert_fast.cli.model import add_model_argument
 from bert_fast.cli.numbers import positive
 from bert_fast.output import Output, Progress, add_command, writable_folder
@@ -122,6 +122,7 @@ def run(options: argparse.Namespace) -> None:
         cast(Any, model).to(torch.bfloat16 if in_bfloat16(options.precision, model.device) else torch.float32)
     facts["dtype"] = str(model.dtype).removeprefix("torch.")
     counts: Counter[str] = Counter()
+    warn_of_columns(options.file or "stdin", out)
     with open(options.file, "rb") if options.file else nullcontext(sys.stdin.buffer) as stream:
         numbered = numbered_lines(stream, options.file or "stdin", out)
         lines = (decoded(line, f"{options.file or 'stdin'}: line {number}") for number, line in numbered)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bert_fast.cli.lines import decoded, numbered_lines
+from bert_fast.cli.lines import decoded, numbered_lines, warn_of_columns
 from bert_fast.cli.model import add_model_argument
 from bert_fast.output import Output, add_command
 
@@ -105,6 +105,7 @@ def _data(options: argparse.Namespace, source: Path, what: str, out: Output) -> 
         return _labelled(options, source, path)
     if named:
         raise ValueError(f"{named[0]} is for a classifier's labelled examples; {path} is read a text a line")
+    warn_of_columns(options.data, out)
     with path.open("rb") as stream:
         lines = [decoded(line, f"{path}: line {n}") for n, line in numbered_lines(stream, str(path), out)]
     if not any(line.strip() for line in lines):

@@ -1,6 +1,7 @@
 """The lines that commands read, from a file or stdin: a line feed ends one, and no other character does."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from bert_fast.output import Output
@@ -18,6 +19,12 @@ def numbered_lines(stream: BinaryIO, name: str, out: Output) -> Iterator[tuple[i
             told = True
             out.warn(f"{name}: line {number} holds carriage returns, which are white space: only line feeds end a line")
         yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def warn_of_columns(name: str, out: Output) -> None:
+    """Warns where the ``name`` of what is read a text a line is that of a table or of records."""
+    if Path(name).suffix.lower() in (".tsv", ".csv", ".jsonl", ".ndjson", ".json"):
+        out.warn(f"{name} is read a text a line, with all of its columns: give a file of the texts alone")
 
 
 def decoded(line: bytes, where: str) -> str:

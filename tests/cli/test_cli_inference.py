@@ -114,6 +114,13 @@ def test_lone_surrogates_are_replacement_characters(run, folder, text):
     assert counts["surrogates"] == clean.count("\ufffd")
 
 
+def test_a_table_is_read_a_text_a_line_and_that_is_told(run, folder, tmp_path):
+    for name, told in (("a.tsv", True), ("a.jsonl", True), ("a.txt", False)):
+        (tmp_path / name).write_text("a text\t1\n")
+        done = run("encode", folder / "model", tmp_path / name, "--out", tmp_path / "v.npy", "--quiet")
+        assert (f"{name} is read a text a line, with all of its columns" in done.err) == told
+
+
 def test_only_line_feeds_end_the_lines_of_stdin(run, folder):
     stdin = "\ufefffirst [MASK]\r\na\rb [MASK]\nc\x0cd\x1ce\u2028f\x85g [MASK]\n"
     texts = ["first [MASK]", "a\rb [MASK]", "c\x0cd\x1ce\u2028f\x85g [MASK]"]
