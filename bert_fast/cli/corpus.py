@@ -25,7 +25,8 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CORPUS",
         help="files, folders or 'patterns': text with a blank line between documents, JSON lines (.jsonl, .ndjson, "
         ".json), tables with a header (.csv, .tsv), Parquet; plain, .gz, .bz2 or .zst; a folder of `datasets` "
-        "(save_to_disk, or a clone of its repository); - for stdin; hf://NAME[:CONFIG][@SPLIT] streams from the Hub",
+        "(save_to_disk, or a clone of its repository); - for stdin; hf://NAME[:CONFIG][@SPLIT][?revision=REVISION] "
+        "streams from the Hub",
     )
     parser.add_argument("--one-per-file", action="store_true", help="a text file is one document")
     parser.add_argument(

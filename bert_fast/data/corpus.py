@@ -30,7 +30,8 @@ def stream_documents(
     and ``.arrow`` (of `datasets`) rows; their ``text_field`` is the text, where "meta.text" is the text in the object
     or struct "meta" unless a key or column has that name. Anything else is text with blank lines between documents, or
     one document where ``one_per_file``. What is compressed by gzip, bzip2 or zstd, whatever its name, is decompressed.
-    ``-`` is standard input, ``hf://NAME[:CONFIG][@SPLIT]`` a data set on the Hugging Face Hub, streamed.
+    ``-`` is standard input, ``hf://NAME[:CONFIG][@SPLIT][?revision=REVISION]`` a data set on the
+    Hugging Face Hub, streamed.
     Memory: a document beyond 16 MiB is cut there (at white space if there is some), JSON lines beyond 64 MiB are
     skipped, and such rows of a table are an error.
 

@@ -2,7 +2,8 @@
 
 A folder that `save_to_disk` wrote and a clone of a data set's repository hold more than text: descriptions, caches, and
 several splits, of which a test split in a training corpus would be a fault that nothing shows. So their descriptions
-are left out, and of several splits one must be named.
+are left out, and of several splits one must be named. What a name on the Hub holds changes with every commit there, so
+the commit that is read is part of the name (:func:`pinned`).
 """
 
 import json
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     import pyarrow
 
 HUB = "hf:/"  # how a path of "hf://NAME" begins
-NAME = re.compile(r"hf:/(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+FORM = "hf://NAME[:CONFIG][@SPLIT][?revision=REVISION]"
+NAME = re.compile(
+    r"hf:/(?P<name>[^:@?]+)(?::(?P<config>[^@?]+))?(?:@(?P<split>[^?]+))?(?:\?revision=(?P<revision>[^?]+))?"
+)
+COMMIT = re.compile("[0-9a-f]{40}")
 SAVED, SPLITS = "state.json", "dataset_dict.json"  # of save_to_disk: what a folder holds, and which folders
 CARDS = ("README.md", "dataset_infos.json")  # of a repository
 OF_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-\w+)?\.parquet")  # the files of a repository
@@ -25,13 +30,43 @@ ROWS = 256  # read at a time
 
 
 def is_hub(path: Path) -> bool:
-    """Whether ``path`` is a name on the Hub, hf://NAME[:CONFIG][@SPLIT], and no file or folder."""
+    """Whether ``path`` is a name on the Hub, ``FORM``, and no file or folder."""
     return str(path).startswith(HUB) and not path.exists()
 
 
 def called(path: Path) -> str:
     """``path`` as it was given: of a name on the Hub a Path keeps one slash of two."""
     return str(path).replace(HUB, f"{HUB}/", 1) if is_hub(path) else str(path)
+
+
+def pinned(path: Path) -> Path:
+    """``path`` (:func:`is_hub`) with the commit that its revision, or the newest one, is at.
+
+    ValueError where there is no such data set or revision, or a folder of that name is here, which `datasets` would
+    read in its place; OSError where the Hub cannot be reached.
+    """
+    asked = _asked(path)
+    if COMMIT.fullmatch(asked["revision"] or ""):
+        return path
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        commit = HfApi().dataset_info(asked["name"], revision=asked["revision"]).sha
+    except Exception as error:  # of its own classes, and of those of the libraries with which it reads
+        kind = ValueError if isinstance(error, (ValueError, HfHubHTTPError)) else OSError
+        raise kind(f"{called(path)}: {error}") from error
+    return Path(f"{str(path).partition('?')[0]}?revision={commit}")
+
+
+def _asked(path: Path) -> re.Match:
+    """The parts of a name on the Hub; ValueError where it is none, or a folder."""
+    name, asked = called(path), NAME.fullmatch(str(path))
+    if asked is None:
+        raise ValueError(f"{name} is no {FORM}")
+    if Path(asked["name"]).exists():
+        raise ValueError(f"{name}: {asked['name']} is a folder here, too: give it without hf://, or elsewhere")
+    return asked
 
 
 def without_descriptions(files: list[Path]) -> list[Path]:
@@ -84,15 +119,16 @@ def hub_tables(path: Path) -> Iterator["pyarrow.Table"]:
 
     ValueError where there is none, or where a split must be named; OSError where the Hub cannot be reached.
     """
-    name, asked = called(path), NAME.fullmatch(str(path))
-    if asked is None:
-        raise ValueError(f"{name} is no hf://NAME[:CONFIG][@SPLIT]")
+    name, asked = called(path), _asked(pinned(path))
     datasets = extras.load("datasets")
     try:
-        found = datasets.load_dataset(asked["name"], asked["config"], split=asked["split"], streaming=True)
+        found = datasets.load_dataset(
+            asked["name"], asked["config"], split=asked["split"], revision=asked["revision"], streaming=True
+        )
         if isinstance(found, dict):
             if len(found) > 1:
-                listed = ", ".join(f"{name}@{split}" for split in found)
+                before, mark, revision = name.partition("?")
+                listed = ", ".join(f"{before}@{split}{mark}{revision}" for split in found)
                 raise ValueError(f"a data set with {len(found)} splits: give one, as {listed}")
             (found,) = found.values()
         yield from found.with_format("arrow").iter(batch_size=ROWS)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from glob import has_magic
 from pathlib import Path
 
-from bert_fast.data.hub_datasets import is_hub, without_descriptions
+from bert_fast.data.hub_datasets import is_hub, pinned, without_descriptions
 
 STDIN = Path("-")
 
@@ -24,14 +24,16 @@ def expand_paths(paths: str | Path | Iterable[str | Path], *, without: Iterable[
     Links to folders are followed; a file that is reached by several ways is there by one, without a link where it can
     be. A folder that a pattern matches stands for what is in it. Of folders and patterns, hidden files and folders,
     pipes and devices are left out, and the files and folders ``without``: results made within the corpus; so is what
-    only describes a data set of the package `datasets`. ``-`` is standard input, and ``hf://NAME[:CONFIG][@SPLIT]`` a
-    data set on the Hugging Face Hub. Raises FileNotFoundError for a path or pattern that matches nothing else and for a
-    link to nothing, PermissionError for a folder that may not be read, ValueError for a folder with several splits.
+    only describes a data set of the package `datasets`. ``-`` is standard input, and
+    ``hf://NAME[:CONFIG][@SPLIT][?revision=REVISION]`` a data set on the Hugging Face Hub, whose path gets the commit
+    that is read. Raises FileNotFoundError for a path or pattern that matches nothing else and for a link to nothing,
+    PermissionError for a folder that may not be read, ValueError for a folder with several splits.
     """
     files: dict[str, Path] = {}
     without = {left_out.resolve() for left_out in without}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path)
+        path = pinned(path) if is_hub(path) else path
         if path == STDIN or is_hub(path) or (path.exists() and not path.is_dir()):
             found = {os.path.realpath(path): path}
         else:

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -39,6 +40,36 @@ def repository(tmp_path, rows, monkeypatch):
         part.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     monkeypatch.chdir(tmp_path)
     return folder
+
+
+NEWEST, BEFORE = "a" * 40, "b" * 40  # commits
+
+
+@pytest.fixture
+def hub(repository, rows, tmp_path, monkeypatch):
+    """What stands for the Hub: it has "owner/set", whose branch main is at the newest of two commits."""
+    old = tmp_path / "old" / "data"
+    old.mkdir(parents=True)
+    rows.select(range(2)).to_parquet(old / "train-00000-of-00001.parquet")
+    commits, branches = {NEWEST: repository, BEFORE: old.parent}, {None: NEWEST, "main": NEWEST, "v1": BEFORE}
+    load = datasets.load_dataset
+
+    def dataset_info(self, name, *, revision=None):
+        if name == "owner/unreachable":
+            raise RuntimeError("no network")
+        if name != "owner/set" or revision not in branches:
+            raise ValueError(f"{name} has no revision {revision}")
+        return huggingface_hub.DatasetInfo(id=name, sha=branches[revision])
+
+    def load_dataset(name, *arguments, revision, **options):
+        assert name == "owner/set"
+        return load(str(commits[revision]), *arguments, **options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return branches
 
 
 def texts(paths, **reading) -> list[str]:
@@ -91,7 +122,7 @@ def test_files_that_describe_no_data_set_are_files_like_others(tmp_path):
     assert texts(tmp_path) == ["A text.", "In dataset_dict.json.", "In state.json."]
 
 
-def test_a_name_on_the_hub_is_streamed(repository, tmp_path):
+def test_a_name_on_the_hub_is_streamed(hub, repository, tmp_path):
     assert texts("hf://owner/set@train") == ROWS
     assert texts("hf://owner/set:default@test", text_field="meta.text") == ["Deep 0.", "Deep 1.", "Deep 2."]
     assert read_documents("hf://owner/set@test") == [[f"Row {n} has a sentence.", "And another."] for n in range(3)]
@@ -100,32 +131,60 @@ def test_a_name_on_the_hub_is_streamed(repository, tmp_path):
         prepare(path, tokenizer, tmp_path / name, workers=1, unit_bytes=5000)
         for name, path in (("hub", "hf://owner/set@train"), ("disk", repository / "data" / "train-*"))
     ]
-    assert made[0]["made_by"]["files"] == [["hf://owner/set@train", None]]
+    assert made[0]["made_by"]["files"] == [[f"hf://owner/set@train?revision={NEWEST}", None]]
     assert made[0]["shards"] == made[1]["shards"]
     assert prepare("hf://owner/set@train", tokenizer, tmp_path / "hub", workers=1, unit_bytes=5000) == made[0]
+
+
+def test_a_revision_is_read_and_recorded_and_another_one_is_not_taken_for_it(hub, tmp_path):
+    assert texts("hf://owner/set?revision=v1") == ROWS[:2]
+    assert texts(f"hf://owner/set:default@train?revision={BEFORE}") == ROWS[:2]
+    assert texts("hf://owner/set@train?revision=main") == ROWS
+    (path,) = expand_paths("hf://owner/set@train")
+    hub[None] = hub["main"] = BEFORE  # while it is read: once more for a tokenizer, or by a worker
+    assert texts([path]) == list(map(bytes.decode, stream_documents(path))) == ROWS
+    tokenizer, out = train_tokenizer(ROWS, 200), tmp_path / "data"
+    made = prepare("hf://owner/set@train", tokenizer, out, workers=1)
+    assert made["made_by"]["files"] == [[f"hf://owner/set@train?revision={BEFORE}", None]]
+    hub[None] = NEWEST
+    with pytest.raises(ValueError, match=f"holds shards made otherwise .*revision={BEFORE}.*revision={NEWEST}"):
+        prepare("hf://owner/set@train", tokenizer, out, workers=1)
+    assert prepare(f"hf://owner/set@train?revision={BEFORE}", tokenizer, out, workers=1) == made
+
+
+def test_a_folder_is_not_read_in_the_place_of_a_name_on_the_hub(repository):
+    with pytest.raises(ValueError, match="hf://owner/set@train: owner/set is a folder here, too"):
+        texts("hf://owner/set@train")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hf://owner/set", r"hf://owner/set: a data set with 2 splits: give one, as .*hf://owner/set@test"),
-        ("hf://owner/set@dev", r"hf://owner/set@dev: .*Available splits"),
-        ("hf://owner/set:other@train", r"hf://owner/set:other@train: .*'other' not found"),
-        ("hf://owner/other", r"hf://owner/other: Couldn't reach 'owner/other' on the Hub"),
+        (
+            "hf://owner/set",
+            r"hf://owner/set\?.*: a data set with 2 splits: give one, as .*hf://owner/set@test\?rev.*aaa",
+        ),
+        ("hf://owner/set@dev", r"hf://owner/set@dev\?.*: .*Available splits"),
+        ("hf://owner/set:other@train", r"hf://owner/set:other@train\?.*: .*'other' not found"),
+        ("hf://owner/set?revision=v9", r"hf://owner/set\?revision=v9: owner/set has no revision v9"),
+        ("hf://owner/set?version=1", r"hf://owner/set\?version=1 is no hf://NAME\[:CONFIG\]"),
+        ("hf://owner/set?revision=", "is no hf://NAME"),
+        ("hf://owner/other", r"hf://owner/other: owner/other has no revision None"),
+        ("hf://owner/unreachable", r"hf://owner/unreachable: no network"),
         ("hf://", r"'hf:'"),
     ],
 )
-def test_what_is_not_on_the_hub_is_an_error_that_names_it(repository, name, message):
+def test_what_is_not_on_the_hub_is_an_error_that_names_it(hub, name, message):
     with pytest.raises((OSError, ValueError), match=message):
         texts(name)
 
 
-def test_from_the_command_line(repository, tmp_path, capsys):
+def test_from_the_command_line(hub, tmp_path, capsys):
     corpus, tok = "hf://owner/set@train", str(tmp_path / "tok")
     assert main(["tokenizer", corpus, "--vocab-size", "200", "--out", tok]) == 0
     assert main(["prepare", corpus, "--tokenizer", tok, "--dry-run", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert shown["documents"][0]["place"] == "hf://owner/set@train, row 1"
+    assert shown["documents"][0]["place"] == f"hf://owner/set@train?revision={NEWEST}, row 1"
     assert main(["prepare", corpus, "--tokenizer", tok, "--out", str(tmp_path / "data"), "--workers", "2"]) == 0
-    assert main(["prepare", "owner/set", "--tokenizer", tok, "--out", str(tmp_path / "other")]) == 1
+    assert main(["prepare", str(tmp_path / "owner" / "set"), "--tokenizer", tok, "--out", str(tmp_path / "other")]) == 1
     assert "give one or more by name" in capsys.readouterr().err
