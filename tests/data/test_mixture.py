@@ -41,7 +41,7 @@ def taken(stream, sizes) -> list[tuple[int, int]]:
 
 def test_the_tokens_are_as_the_shares_say_to_a_sample_at_every_moment(mixture):
     stream, tokens = stream_of(mixture, SEQ, start_of(mixture)), np.zeros(2)
-    for size in np.random.default_rng().integers(1, 60, 200).tolist():
+    for size in np.random.default_rng().integers(1, 180, 200).tolist():
         update = stream.take(0, size)
         assert len(update) == size
         tokens += np.bincount(update.epochs % 2, update.lengths, minlength=2)
@@ -101,6 +101,29 @@ def test_every_sample_is_one_of_its_source_alone_and_once_an_epoch(mixture, prep
                 assert batch["input_ids"][0, begin:end].tolist() == sample.input_ids.tolist()
     assert max(seen.values()) == 1
     assert {key[0] % 2 for key in seen} == {0, 1}
+
+
+def test_processes_have_the_samples_that_one_has_between_them(mixture, prepared):
+    maker, phase = BatchMaker(mixture, [prepared / "data", prepared / "other"]), Phase(SEQ, 0, 5, 21, 1e-3, 0, 0, 5)
+
+    def samples(rank: int, ranks: int) -> Counter:
+        found = Counter()
+        for work in load_updates(
+            maker, updates(mixture, [phase], 0, start_of(mixture)), rank=rank, ranks=ranks, tokens=256, workers=0,
+            pin=False,
+        ):  # fmt: skip
+            for batch in work.batches:
+                ends = batch["cu_seq_lens_q"].tolist()
+                for slot, (begin, end) in zip(batch["sample_ids"].tolist(), itertools.pairwise(ends), strict=False):
+                    key = (work.update.step, slot, int(work.update.epochs[slot]), int(work.update.indices[slot]))
+                    found[*key, batch["input_ids"][0, begin:end].numpy().tobytes()] += 1
+        return found
+
+    alone, shared = samples(0, 1), [samples(rank, 3) for rank in range(3)]
+    assert sum(shared, Counter()) == alone
+    assert max(alone.values()) == 1
+    assert sum(alone.values()) == 5 * 21
+    assert all(shared)
 
 
 def test_equal_sources_have_different_pairs_and_masks(mixture):
