@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from bert_fast.output import Output, add_command
-from bert_fast.run.config import ConfigError, fields, flag, resolve
+from bert_fast.run.config import ConfigError, fields, flag, resolve, several
 
 GROUPS = {
     "data": "data and folders",
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None
         given = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             given["action"] = argparse.BooleanOptionalAction
-        elif field.name == "data":
+        elif several(field):
             given |= {"action": "append", "metavar": about["metavar"]}
         else:
             given |= {"type": kind, "metavar": about["metavar"], "choices": about["choices"]}

@@ -179,4 +179,7 @@ def _results(config: PretrainConfig, state: dict) -> str:
 
 def _public(value):
     """An option's value without the folders of the machine that it was used on."""
-    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_public, value))
+    folder = isinstance(value, str) and (Path(value).exists() or Path(value.rpartition(":")[0] or value).exists())
+    return Path(value).name if folder else value

@@ -26,6 +26,8 @@ NOT_INHERITED = ("out", "resume", "decay_from", "continue_from", "push_to_hub", 
 
 INSTEAD = {"seq": "phases", "steps": "phases", "model": "init_from"}  # an option, and what is read in its place if set
 
+WEIGHTS = (1e-9, 1e9)  # of folders: shares of the tokens are then numbers that can be reckoned with
+
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -61,7 +63,10 @@ class PretrainConfig:
     )  # fmt: skip
     short_seq_prob: float = option(0.1, "data", "share of samples whose target length is shorter than --seq", "P")
     validation: float = option(0.01, "data", "share of the documents held out for validation; 0: none", "SHARE")
-    validation_data: str | None = option(None, "data", "prepared folder to validate on instead", "DIR")
+    validation_data: str | tuple[str, ...] | None = option(
+        None, "data", "prepared folder to validate on instead, so that nothing is held out; of several each by itself, "
+        "and their mean by weight, or without weights by size", "DIR[:WEIGHT]",
+    )  # fmt: skip
     validation_sequences: int = option(4096, "data", "validate on at most so many sequences", "N")
     workers: int | None = option(None, "data", "processes that make batches [default: 2 with a GPU, else 1]", "N")
 
@@ -202,6 +207,7 @@ class PretrainConfig:
             _require(self, name, 0 <= getattr(self, name) < float("inf"), "a number of at least 0")
         _require(self, "short_seq_prob", 0 <= self.short_seq_prob <= 1, "between 0 and 1")
         sources(self)
+        sources(self, "validation_data")
         mask_probs(self)
         mask_shares(self)
         trackers(self)
@@ -218,6 +224,9 @@ class PretrainConfig:
         _require(self, "max_hours", 0 <= (self.max_hours or 0) < float("inf"), "at least 0")
         self._require_origin()
         _require(self, "peak_tflops", self.peak_tflops is None or self.peak_tflops > 0, "above 0")
+        for field, kind in fields():
+            if kind is float:
+                _require(self, field.name, abs(getattr(self, field.name) or 0) < float("inf"), "finite")
 
     def _require_origin(self) -> None:
         if self.decay_from and self.continue_from:
@@ -229,6 +238,11 @@ class PretrainConfig:
         if self.origin and Path(self.origin).resolve().parent.parent == Path(self.out).resolve():
             which = "decay_from" if self.decay_from else "continue_from"
             raise ConfigError(f"{flag(which)} {self.origin} is a checkpoint of --out {self.out}: choose another --out")
+
+    @property
+    def share_held_out(self) -> float:
+        """The share of the documents that is held out: none where other data is validated on."""
+        return 0.0 if self.validation_data else self.validation
 
     @property
     def origin(self) -> str | None:
@@ -259,6 +273,11 @@ def fields() -> list[tuple[dataclasses.Field, type]]:
 def optional(field: dataclasses.Field) -> bool:
     """Whether the option may be left unset (None)."""
     return field.default is None
+
+
+def several(field: dataclasses.Field) -> bool:
+    """Whether the option may be given several times."""
+    return field.name in ("data", "validation_data")
 
 
 def read_config(path: str | Path) -> dict:
@@ -358,25 +377,31 @@ def _change(text: str) -> tuple[int, int]:
         raise ValueError(f"{text!r} is not AT:N, two whole numbers") from None
 
 
-def sources(config: PretrainConfig) -> dict[str, float | None]:
-    """The folders of ``--data`` and their weights, None where none is given. ConfigError if wrong.
+def sources(config: PretrainConfig, name: str = "data") -> dict[str, float | None]:
+    """The folders of ``--data``, or of another option, and their weights, None where none is given. ConfigError if
+    wrong.
 
     What is a folder has no weight, whatever its name: of a folder "a:3" the weight 2 is "a:3:2".
     """
     found: dict[str, float | None] = {}
-    for text in [config.data] if isinstance(config.data, str) else config.data:
+    real: set[Path] = set()
+    texts = getattr(config, name) or ()
+    for text in [texts] if isinstance(texts, str) else texts:
         folder, colon, number = text.rpartition(":")
         weight = None
         if not colon or Path(text).exists() or not (_is_number(number) or Path(folder).exists()):
             folder = text
-        elif not _is_number(number) or not 0 < (weight := float(number)) < float("inf"):
-            raise ConfigError(f"--data {text}: {number!r} is no weight, a number above 0")
-        if folder in found:
-            raise ConfigError(f"--data names {folder} twice: a higher weight reads it more often")
+        elif not _is_number(number) or not 0 < float(number) < float("inf"):
+            raise ConfigError(f"{flag(name)} {text}: {number!r} is no weight, a number above 0")
+        elif not WEIGHTS[0] <= (weight := float(number)) <= WEIGHTS[1]:
+            raise ConfigError(f"{flag(name)} {text}: {number} is not within {WEIGHTS[0]:g} and {WEIGHTS[1]:g}")
+        if Path(folder).resolve() in real:
+            raise ConfigError(f"{flag(name)} names {folder} twice: one of a higher weight counts for more")
+        real.add(Path(folder).resolve())
         found[folder] = weight
     given = [folder for folder, weight in found.items() if weight is not None]
     if given and len(given) < len(found):
-        raise ConfigError(f"--data gives {', '.join(given)} a weight and others none: give each one, or none")
+        raise ConfigError(f"{flag(name)} gives {', '.join(given)} a weight and others none: give each one, or none")
     return found
 
 
@@ -464,7 +489,7 @@ def _converted(field: dataclasses.Field, kind: type, value):
         right, value = True, float(value)
     if field.name == "mask_prob" and isinstance(value, float):  # a file's number
         right, value = True, str(value)
-    if field.name == "data" and isinstance(value, list | tuple) and value:
+    if several(field) and isinstance(value, list | tuple) and value:
         right, value = all(isinstance(part, str) for part in value), value[0] if len(value) == 1 else tuple(value)
     if not right:
         raise ConfigError(f"{flag(field.name)} takes {KINDS[kind]}, got {value!r}")

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from bert_fast.data import open_corpus
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.graph_shapes import sample_lengths
 from bert_fast.data.pairs import document_tokens
@@ -126,10 +125,7 @@ def _measured(run: Run) -> tuple[Costs, dict]:
 
 
 def _held_out_tokens(run: Run) -> int:
-    held_out = [source.held_out for source in run.sources if source.held_out is not None]
-    if run.config.validation_data:
-        held_out = [open_corpus(run.config.validation_data)]
-    return sum(int(document_tokens(corpus).sum()) for corpus in held_out)
+    return sum(int(document_tokens(corpus).sum()) for corpus in run.held_out)
 
 
 def _memory(run: Run) -> int | None:

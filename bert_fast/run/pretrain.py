@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bert_fast import choice, use_backend
-from bert_fast.data import Corpus, open_corpus
+from bert_fast.data import Corpus
 from bert_fast.data.dataset import PretrainingDataset
 from bert_fast.data.files import write_atomically
 from bert_fast.data.graph_shapes import examples, sample_lengths, sizes_of_phases, spaced_documents
@@ -40,7 +40,7 @@ from bert_fast.run.process import Stop, locked, stop_on_signals
 from bert_fast.run.rehearsal import Costs, Rehearsal, rehearsed
 from bert_fast.run.report import Report
 from bert_fast.run.resume import identity, last_checkpoint, require_same_run
-from bert_fast.run.sources import described, open_sources, require_tokenizer
+from bert_fast.run.sources import described, open_sources, open_validation
 from bert_fast.run.state import RunState
 from bert_fast.run.tracking import Trackers, require_installed
 from bert_fast.run.tuner import Tuner
@@ -118,6 +118,7 @@ class Run:
         self.identity = identity(config, self.tokenizer, made)
         if before is not None:
             require_same_run(self.given, before, self.identity, self.total, output)
+        self._warn_of_rates()
         model_seed = derived_seed(config.seed, "weights")
         if before is None:
             base = base_tokenizer(config.init_from, self.tokenizer) if config.init_from else None
@@ -146,6 +147,16 @@ class Run:
             decides=not few,
         )  # fmt: skip
         self.step = self._step(self.model, self.optimizer, tell=output.warn)
+
+    def _warn_of_rates(self) -> None:
+        """Of a schedule whose parts do not fit into its updates."""
+        for phase in {phase.schedule_first: phase for phase in self.phases}.values():
+            number, decay = phase.schedule_last - phase.schedule_first, max(phase.decay, self.config.decay_steps or 0)
+            if phase.warmup + decay > number:
+                self.output.warn(
+                    f"--warmup and --decay-steps ({phase.warmup:,} and {decay:,.0f} updates) do not fit into the "
+                    f"{number:,} updates of their schedule: the learning rate does not reach {phase.lr:g}, or jumps"
+                )
 
     def _step(self, model: BertForPreTraining, optimizer: torch.optim.Optimizer, **told) -> Step:
         return recorded.make_step(
@@ -186,6 +197,8 @@ class Run:
             spent += time.perf_counter() - self.began
         self.budget = budget = Budget(config, spent, costs)
         budget.agree(self.ranks)
+        if before is None and config.replan:
+            self.output.note(f"--replan {config.replan} is left out: --max-hours plans the run anew")
         plan = budget.first_plan(config) if before is None else budget.new_plan(config, state.step)
         self.output.note(budget.told(config, plan, state.step))
         self.config, self.phases = plan, phases(plan)
@@ -452,21 +465,27 @@ class Run:
         """On the held-out documents of each source, or on those of --validation-data; none with ``few``."""
         config, limit = self.config, self.config.validation_sequences
         if config.validation_data:
-            require_tokenizer(config.validation_data, self.tokenizer, self.sources[0].folder, "--validation-data")
-            return None if few else self._validates(open_corpus(config.validation_data), limit)
-        if few:
+            found = open_validation(config, self.tokenizer, self.sources[0].folder)
+            held = {source.name: source.corpus for source in found}
+            trained_on = [source.manifest for source in self.sources]
+            for source in found:
+                if source.manifest in trained_on:
+                    self.output.warn(
+                        f"--validation-data {source.folder} is trained on, too: its loss is of what the model remembers"
+                    )
+        else:
+            found = self.sources
+            held = {source.name: source.held_out for source in found if source.held_out is not None}
+        self.held_out = list(held.values())
+        if few or not held:
             return None
-        held = {source.name: source.held_out for source in self.sources if source.held_out is not None}
-        if not held:
-            return None
-        if len(self.sources) == 1:
-            return self._validates(held[self.sources[0].name], limit)
-        if config.validation:
-            for source in self.sources:
-                if source.held_out is None:
-                    self.output.note(f"no validation on {source.name}: it has too few documents to hold any out")
+        if len(found) == 1:
+            return self._validates(held[found[0].name], limit)
+        for source in found:
+            if source.name not in held:
+                self.output.note(f"no validation on {source.name}: it has too few documents to hold any out")
         parts = {name: self._validates(corpus, max(1, limit // len(held))) for name, corpus in held.items()}
-        return ValidationBySource(parts, {source.name: source.share for source in self.sources})
+        return ValidationBySource(parts, {source.name: source.share for source in found})
 
     def _validates(self, corpus: Corpus, limit: int) -> Validation:
         return Validation(

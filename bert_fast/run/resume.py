@@ -35,7 +35,8 @@ def identity(config: PretrainConfig, tokenizer: Tokenizer, made) -> dict:
         "data": sources.digest(config),
         "tokenizer": tokenizer_digest(tokenizer),
         "model": new_model.comparable(made),
-        "samples": {name: getattr(config, name) for name in SAMPLES},
+        "samples": {name: getattr(config, name) for name in SAMPLES}
+        | {"validation": config.share_held_out, "validation_data": sources.digest(config, "validation_data") or None},
         "rule": RULE,
         "optimizer": config.optimizer,
     }

@@ -1,4 +1,7 @@
-"""The prepared folders of a run: one, or several with weights; what is trained on of each, and what is held out."""
+"""The prepared folders of a run: one, or several with weights; what is trained on of each, and what is held out.
+
+So are those of ``--validation-data``, of which nothing is trained on.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,13 +12,14 @@ from tokenizers import Tokenizer
 from bert_fast.data import Corpus, load_tokenizer, open_corpus, read_manifest
 from bert_fast.data.pairs import document_tokens
 from bert_fast.data.tokenizer import differences
-from bert_fast.run.config import ConfigError, PretrainConfig, sources
+from bert_fast.run.config import ConfigError, PretrainConfig, flag, sources
 from bert_fast.run.validation import hold_out
 
 
 @dataclass
 class Source:
-    """A prepared ``folder``: what the run calls it, its part of the tokens trained on, and its documents."""
+    """A prepared ``folder``: what the run calls it, its part of the tokens (of the loss, where it is validated on), and
+    its documents."""
 
     folder: str
     name: str
@@ -27,35 +31,44 @@ class Source:
 
 def open_sources(config: PretrainConfig) -> tuple[list[Source], Tokenizer]:
     """The sources of ``config`` in its order, and the tokenizer that they have in common; ConfigError where not."""
-    weights, found = sources(config), []
-    tokenizer = None
+    first, *_ = sources(config)
+    tokenizer = _tokenizer(first, "data")
+    return _opened(config, "data", config.share_held_out, tokenizer, first), tokenizer
+
+
+def open_validation(config: PretrainConfig, tokenizer: Tokenizer, theirs: str) -> list[Source]:
+    """Those of ``--validation-data``, prepared with ``tokenizer`` as ``theirs`` was; ConfigError where not."""
+    return _opened(config, "validation_data", 0.0, tokenizer, theirs)
+
+
+def _opened(config: PretrainConfig, option: str, held_out: float, tokenizer: Tokenizer, theirs: str) -> list[Source]:
+    weights, found = sources(config, option), []
     for folder, name in zip(weights, _names(list(weights)), strict=True):
-        manifest, corpus = read_manifest(folder), open_corpus(folder)
-        if tokenizer is None:
-            tokenizer = load_tokenizer(Path(folder) / "tokenizer")
-        else:
-            require_tokenizer(folder, tokenizer, found[0].folder, "--data")
-        corpus, held_out = hold_out(corpus, config.validation, seed=config.seed, nsp=config.nsp)
+        if differing := differences(tokenizer, _tokenizer(folder, option)):
+            raise ConfigError(
+                f"{flag(option)} {folder} was prepared with another tokenizer than {theirs} ({'; '.join(differing)})"
+            )
+        corpus, held = hold_out(open_corpus(folder), held_out, seed=config.seed, nsp=config.nsp)
         share = weights[folder] or float(document_tokens(corpus).sum())
-        found.append(Source(folder, name, share, manifest, corpus, held_out))
-    assert tokenizer is not None  # there is a folder
+        found.append(Source(folder, name, share, read_manifest(folder), corpus, held))
     total = sum(source.share for source in found)
     for source in found:
         source.share /= total
-    return found, tokenizer
+    return found
 
 
-def require_tokenizer(folder: str, tokenizer: Tokenizer, theirs: str, option: str) -> None:
-    """ConfigError where ``folder``, of ``option``, was prepared with another one than ``tokenizer``, of ``theirs``."""
-    if differing := differences(tokenizer, load_tokenizer(Path(folder) / "tokenizer")):
-        raise ConfigError(
-            f"{option} {folder} was prepared with another tokenizer than {theirs} ({'; '.join(differing)})"
-        )
+def _tokenizer(folder: str, option: str) -> Tokenizer:
+    """That which ``folder`` was prepared with; FileNotFoundError where nothing was."""
+    try:
+        read_manifest(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{flag(option)} {folder}: {error}") from error
+    return load_tokenizer(Path(folder) / "tokenizer")
 
 
-def digest(config: PretrainConfig) -> str:
-    """Of the data of ``config``: the manifest's, or of several folders each one's, in order, and its weight."""
-    weights = sources(config)
+def digest(config: PretrainConfig, option: str = "data") -> str:
+    """Of the folders of ``option``: the manifest's, or of several each one's, in order, and its weight."""
+    weights = sources(config, option)
     total = sum(weight or 0 for weight in weights.values())
     found = []
     for folder, weight in weights.items():

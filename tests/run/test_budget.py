@@ -12,6 +12,7 @@ import pytest
 from bert_fast.data.phase import paced
 from bert_fast.run import checkpoint
 from bert_fast.run.config import ConfigError, phases, resolve
+from bert_fast.run.pretrain import pretrain
 from bert_fast.train.schedule import learning_rate, phase_of
 from bert_fast.train.step import Step
 from tests.support.training_runs import losses, train, weights
@@ -65,6 +66,11 @@ def by_record(config, tmp_path):
 def same_bits(config, other) -> bool:
     last = len(rates(config))
     return rates(config) == rates(other) and weights(config, last) == weights(other, last)
+
+
+def test_a_budget_plans_anew_and_says_what_it_leaves_out(machine, configure, capsys):
+    assert pretrain(configure(steps=40, replan="2:3", max_hours=30 / 3600)) == 0
+    assert "--replan 2:3 is left out: --max-hours plans the run anew" in capsys.readouterr().err
 
 
 def test_all_phases_end_in_time_and_the_recorded_steps_give_the_same_bits(machine, timed, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -149,6 +150,21 @@ def test_other_options_are_told_and_go_on(configure, capsys):
     train(config)
     assert train(dataclasses.replace(config, steps=6, lr=5e-4)) == 0
     assert "--lr (was 0.001, now 0.0005)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"warmup": 5.0}, r"\(5 and 0 updates\) do not fit into the 2 updates"),
+        ({"schedule": "wsd", "decay_steps": 3.0, "warmup": 0.0}, r"\(0 and 3 updates\) do not fit into the 2"),
+        ({"phases": "16:1,32:1:warmup=2"}, r"\(2 and 0 updates\) do not fit into the 1"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_into_its_updates_is_told(configure, capsys, options, told):
+    assert train(configure(steps=2, **options)) == 0
+    assert re.search(f"--warmup and --decay-steps {told}", capsys.readouterr().err)
+    assert train(configure(steps=2, warmup=1.0, out=configure().out + "-fits")) == 0
+    assert "do not fit" not in capsys.readouterr().err
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_not_overwritten_by_another(configure, monkeypatch):

@@ -22,11 +22,17 @@ pytestmark = pytest.mark.slow
 def assert_same_to_rounding(found: list[dict], expected: list[dict], rtol: float = 2e-4) -> None:
     assert [(line["kind"], line["step"]) for line in found] == [(line["kind"], line["step"]) for line in expected]
     for line, other in zip(found, expected, strict=True):
-        for key, value in other.items():
-            if isinstance(value, float):
-                assert line[key] == pytest.approx(value, rel=rtol), (key, line, other)
-            else:
-                assert line[key] == value
+        assert_near(line, other, rtol)
+
+
+def assert_near(line: dict, other: dict, rtol: float) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict):
+            assert_near(line[key], value, rtol)
+        elif isinstance(value, float):
+            assert line[key] == pytest.approx(value, rel=rtol), (key, line, other)
+        else:
+            assert line[key] == value
 
 
 def test_the_number_of_processes_changes_nothing(configure, tmp_path):
@@ -54,6 +60,21 @@ def test_the_number_of_processes_changes_nothing(configure, tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert_same_to_rounding(losses(of(other, 2)), losses(of(other, 1)))
     assert_same_to_rounding(losses(of(steady, 241), "train"), losses(of(steady, 1), "train"))
+
+
+def test_several_sources_are_shared_by_processes_and_a_run_goes_on(configure, prepared, tmp_path):
+    """1 and 2 processes, and a run begun on 2 that goes on on 2 and ends on 1, within a source's epoch."""
+    data = tuple(f"{prepared / name}:{weight}" for name, weight in (("data", 1), ("other", 3)))
+    held = (str(prepared / "other"), str(prepared / "data"))
+    mixed = configure(data=data, validation_data=held, batch_size=16, schedule="constant", warmup=0.0)
+    jobs = [(of(mixed, 1), 1), (of(mixed, 2), 2)]
+    jobs += [(dataclasses.replace(of(mixed, 221), steps=steps), world) for world, steps in ((2, 3), (2, 7), (1, 12))]
+    given = [[job.as_dict(), world, world] for job, world in jobs]
+    assert run_script("jobs", given, tmp_path / "jobs.json") == [[0] * world for _, world in jobs]
+    alone = losses(of(mixed, 1))
+    assert set(alone[-2]["sources"]) == {"data", "other"}
+    assert_same_to_rounding(losses(of(mixed, 2)), alone)
+    assert_same_to_rounding(losses(of(mixed, 221), "train"), losses(of(mixed, 1), "train"))
 
 
 def torchrun(path: Path, processes: int) -> subprocess.Popen:

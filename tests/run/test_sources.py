@@ -126,6 +126,9 @@ def test_without_weights_each_folder_counts_by_its_size(configure, prepared, not
         (["{data}:", "{notes}"], "'' is no weight"),
         (["{data}:3", "{notes}"], "--data gives .*data a weight and others none"),
         (["{data}:3", "{data}:1"], "--data names .*data twice"),
+        (["{data}:3", "{data}/../data:1"], "--data names .*data twice"),
+        (["{data}:1e-10", "{notes}:1"], "--data .*data:1e-10: 1e-10 is not within 1e-09 and 1e.09"),
+        (["{data}:1e308", "{notes}:1e308"], "1e308 is not within"),
         ([3, "{data}"], "--data takes text"),
         ([], "--data takes text"),
     ],
@@ -134,6 +137,73 @@ def test_what_is_wrong_with_weights_names_the_flag(configure, prepared, notes, d
     given = [text if isinstance(text, int) else text.format(data=prepared / "data", notes=notes) for text in data]
     with pytest.raises(ConfigError, match=message):
         configure(data=given)
+    if given:
+        with pytest.raises(ConfigError, match=message.replace("--data", "--validation-data")):
+            configure(validation_data=given)
+
+
+def test_the_least_weight_is_still_drawn_from(configure, prepared, notes):
+    config = configure(data=(f"{prepared / 'data'}:1e9", f"{notes}:1e-9"), steps=2)
+    assert train(config) == 0
+    assert 0 < losses(config, "train")[-1]["sources"]["notes"]["share"] < 0.2  # its first sample, and no other
+
+
+def test_several_folders_are_validated_on_each_by_itself(configure, prepared, notes, capsys):
+    folders = (f"{prepared / 'other'}:3", f"{notes}:1")
+    config = configure(validation_data=folders, steps=4)
+    assert pretrain(config) == 0
+    (both,) = losses(config, "validation")
+    assert list(both["sources"]) == ["other", "notes"]
+    assert f"notes {both['sources']['notes']['mlm_loss']:.4f}" in capsys.readouterr().err
+    for name in ("mlm_loss", "nsp_loss"):
+        assert both[name] == pytest.approx(
+            0.75 * both["sources"]["other"][name] + 0.25 * both["sources"]["notes"][name]
+        )
+    for name, folder in (("other", prepared / "other"), ("notes", notes)):
+        alone = configure(validation_data=str(folder), steps=4, validation_sequences=2048, out=f"{config.out}-{name}")
+        assert train(alone) == 0
+        (line,) = losses(alone, "validation")
+        assert {key: line[key] for key in both["sources"][name]} == both["sources"][name]
+        assert weights(alone, 4) == weights(config, 4)
+    card = (Path(config.out) / "model" / "README.md").read_text()
+    assert "| `--validation-data` | other:3, notes:1 |" in card
+    assert "name: other:3, notes:1" in card
+    assert train(dataclasses.replace(config, steps=8)) == 0
+    with pytest.raises(NotTheSameRun, match="--validation-data"):
+        train(dataclasses.replace(config, validation_data=folders[:1], steps=8))
+
+
+def test_nothing_is_held_out_beside_other_data_to_validate_on(configure, prepared, tmp_path):
+    config = configure(validation_data=str(prepared / "other"), steps=2)
+    assert train(config) == 0
+    everything = configure(validation=0.0, steps=2, out=str(tmp_path / "everything"))
+    assert train(everything) == 0
+    assert weights(config, 2) == weights(everything, 2)
+
+
+def test_validation_on_what_is_trained_on_is_told(two, prepared, notes, capsys):
+    assert train(two(validation_data=(str(prepared / "other"), str(notes)), steps=1)) == 0
+    said = capsys.readouterr().err
+    assert f"--validation-data {notes} is trained on, too" in said
+    assert said.count("is trained on, too") == 1
+
+
+def test_validation_data_that_was_prepared_anew_is_not_the_same(configure, prepared, notes, tmp_path):
+    (tmp_path / "held").symlink_to(prepared / "other")
+    config = configure(validation_data=str(tmp_path / "held"), steps=4)
+    assert train(config) == 0
+    (tmp_path / "held").unlink()
+    (tmp_path / "held").symlink_to(notes)
+    with pytest.raises(NotTheSameRun, match="differs in --validation-data"):
+        train(dataclasses.replace(config, steps=8))
+    moved = dataclasses.replace(config, validation_data=str(prepared / "other"), steps=8)
+    assert train(moved) == 0
+
+
+@pytest.mark.parametrize("option", ["data", "validation_data"])
+def test_a_folder_without_prepared_data_is_refused_by_the_name_of_its_flag(configure, prepared, option):
+    with pytest.raises(FileNotFoundError, match=f"--{option.replace('_', '-')} nowhere: no nowhere/manifest.json"):
+        train(configure(**{option: (str(prepared / "data"), "nowhere")}))
 
 
 def test_a_folder_whose_name_has_a_colon_is_a_folder(configure, prepared, tmp_path):
@@ -201,6 +271,7 @@ def test_from_the_command_line(two, prepared, notes, tmp_path, capsys):
     options = {name: value for name, value in config.as_dict().items() if name != "data"}
     (tmp_path / "o.json").write_text(json.dumps(options))
     given = ["--data", f"{prepared / 'data'}:3", "--data", f"{notes}:1", "--config", str(tmp_path / "o.json")]
+    given += ["--validation-data", str(prepared / "other"), "--validation-data", str(notes)]
     assert main(["pretrain", *given, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "notes, 25.0% of the tokens: " in out
@@ -209,7 +280,8 @@ def test_from_the_command_line(two, prepared, notes, tmp_path, capsys):
     assert resolve({}, Path(config.out) / "config.json").data == config.data
     assert main(["pretrain", "--config", f"{config.out}/config.json", "--quiet"]) == 0
     assert main(["evaluate", config.out, "--data", str(notes), "--device", "cpu"]) == 0
-    assert "documents held out" in capsys.readouterr().err
+    assert "was trained on all of" in capsys.readouterr().err
+    assert set(losses(config, "validation")[-1]["sources"]) == {"other", "notes"}
 
 
 def test_a_state_of_before_there_were_several_sources_is_read():
