@@ -7,21 +7,11 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from bert_fast import extras
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(*command, check=True, cwd=ROOT, **environment):
-    """A child process in the repository's root (or ``cwd``), Triton's interpreter off."""
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BERT_FAST_BACKEND")} | environment
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+from tests.support.child import ROOT, WITHOUT, run
 
 
 def test_the_folder_kernels_is_never_a_top_level_package():
@@ -49,16 +39,6 @@ ops.bias_gelu(x).sum().backward()
 print(x.grad.shape)
 """
     assert "torch.Size([3, 5])" in run(sys.executable, "-c", code).stdout
-
-
-WITHOUT = """
-import sys
-from importlib.machinery import PathFinder
-found = PathFinder.find_spec
-PathFinder.find_spec = staticmethod(
-    lambda name, *rest: None if name.partition(".")[0] in {missing} else found(name, *rest)
-)
-"""
 
 
 def test_the_drop_in_needs_no_extra():

@@ -13,8 +13,8 @@ import bert_fast
 from bert_fast import data
 from bert_fast.use import onnx_export
 from bert_fast.use.pooling import POOLINGS, pooled, pooled_padded
-from tests.test_packaging import ROOT, WITHOUT
-from tests.test_packaging import run as child
+from tests.support.child import ROOT, WITHOUT
+from tests.support.child import run as child
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 import bert_fast
-from tests.model.test_model import HEADS, assert_same_outputs, config, inputs_of, mask_of, qa
+from tests.support.heads import HEADS, assert_same_outputs, config, inputs_of, mask_of, qa
 from tests.support.parity import DEVICE
 
 

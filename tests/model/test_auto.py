@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto
 import bert_fast
 from bert_fast.data.tokenizer import SPECIAL_TOKENS, berts_tokenizer, save_tokenizer
 from bert_fast.model.swap import MODELS
-from tests.model.test_model import HEADS, assert_same_outputs, config, inputs_of, mask_of, qa
+from tests.support.heads import HEADS, assert_same_outputs, config, inputs_of, mask_of, qa
 
 AUTO = {"BertModel": "AutoModel"} | {name: name.replace("Bert", "AutoModel") for name in HEADS if "For" in name}
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import bert_fast
-from tests.model.test_model import HEADS, MASKS, TOLERANCE, config, inputs_of, loss_of, mask_of, packed_of, pair, qa
+from tests.support.heads import HEADS, MASKS, TOLERANCE, config, inputs_of, loss_of, mask_of, packed_of, pair, qa
 from tests.support.parity import DEVICE
 
 INNER = ("bert.embeddings", "bert.encoder")

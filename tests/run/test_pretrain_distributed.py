@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bert_fast.run import checkpoint
-from tests.run.test_pretrain_killed import ENVIRONMENT, HELD, of, run_script
+from tests.support.run_processes import ENVIRONMENT, HELD, of, run_script
 from tests.support.training_runs import losses, train
 
 pytestmark = pytest.mark.slow

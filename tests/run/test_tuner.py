@@ -18,8 +18,8 @@ from bert_fast.run.pretrain import pretrain
 from bert_fast.train.distributed import Ranks
 from bert_fast.tuning import store
 from bert_fast.tuning.rule import Decision
-from tests.run.test_pretrain_killed import ENVIRONMENT, ROOT
 from tests.support.rendezvous import meeting
+from tests.support.run_processes import ENVIRONMENT, ROOT
 from tests.support.training_runs import losses, train
 
 DEFAULT = {"tile": 64}
