@@ -43,12 +43,14 @@ class SentenceTask(Task):
     """What the three share: files, pairs, encoding, doubtful texts."""
 
     model = BertForSequenceClassification
+    pairs: bool | None = None  # whether the model learnt pairs of texts; None: not known
 
     def read(self, path: str | Path, **columns) -> list[Example]:
         return [example for _, example in self.located(path, **columns)]
 
     def located(self, path: str | Path, **columns) -> list[tuple[str, Example]]:
-        return located_examples(path, **columns)
+        self.require_pairs(columns.get("pair"))
+        return located_examples(path, **columns, **self.reading)
 
     def settle(self, train: list, validation: list) -> tuple[list, list, list[str]]:
         """Labels from ``train``; ValueError where both begin with the names of columns, too."""
@@ -74,7 +76,19 @@ class SentenceTask(Task):
             return str(example.label)
         return None
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Arguments of :func:`.located_examples` beside the columns."""
+        return {}
+
+    def require_pairs(self, pair: str | None) -> None:
+        """ValueError where the model learnt pairs and ``pair`` names no second text, or the other way round."""
+        if self.pairs is not None and self.pairs != (pair is not None):
+            texts, what = ("pairs of texts", "name") if self.pairs else ("single texts", "leave out")
+            raise ValueError(f"the model was fine-tuned on {texts}: {what} the column of the second one (--pair)")
+
     def unlabelled(self, source: Source, *, text: str | None = None, pair: str | None = None) -> Iterator[Example]:
+        self.require_pairs(pair)
         default = "0" if source.kind in TABLES else "text"
         for row in rows_of(source, Columns((text or default, pair), ())):
             first = text_of(row, 0, text or default) or ""
@@ -93,11 +107,12 @@ class SentenceTask(Task):
         ]
 
     def about(self, train: list, validation: list) -> dict[str, Any]:
-        """How many examples have an empty text, and how many of ``validation`` ``train`` has, too."""
+        """How many texts are empty, how many of ``validation`` stand in ``train``, too, and whether they are pairs."""
         texts, both = {(example.text, example.pair) for example in train}, (*train, *validation)
         return {
             "empty": sum(not text.strip() for e in both for text in (e.text, e.pair) if text is not None),
             "shared": sum((example.text, example.pair) in texts for example in validation),
+            "pairs": train[0].pair is not None,
         }
 
 
@@ -229,8 +244,9 @@ class Multilabel(SentenceTask):
             raise ValueError(f"the threshold must be between 0 and 1, got {threshold}")
         self.separator, self.threshold = separator, threshold
 
-    def located(self, path: str | Path, **columns) -> list[tuple[str, Example]]:
-        return located_examples(path, **columns, separator=self.separator)
+    @property
+    def reading(self) -> dict[str, Any]:
+        return {"separator": self.separator}
 
     def _settle_labels(self, train: list[Example], validation: list[Example]) -> Iterator[str]:
         spellings: dict[Decimal | str, set[str]] = defaultdict(set)
@@ -291,8 +307,9 @@ class Regress(SentenceTask):
 
     name, metric, named = "regress", "pearson", False
 
-    def located(self, path: str | Path, **columns) -> list[tuple[str, Example]]:
-        return located_examples(path, **columns, numbers=True)
+    @property
+    def reading(self) -> dict[str, Any]:
+        return {"numbers": True}
 
     def _settle_labels(self, train: list[Example], validation: list[Example]) -> Iterator[str]:
         for what, part in (("training", train), ("validation", validation)):

@@ -70,21 +70,23 @@ def load_trained(
         raise ValueError(
             f"{path} is not fine-tuned: its config.json names none of {kinds}; `bert-fast finetune` makes one"
         )
-    task = make_task(name, **options)
+    task: Any = make_task(name, **options)
     loaded: Any = load_model(task.model, folder, dtype=torch.float32, device=device, output=output)
     model, tokenizer, _ = loaded
     task.restore(model.config)
     positions = model.config.max_position_embeddings
-    length = (_learnt_length(folder) or positions) if max_length is None else max_length
+    learnt = _learnt(folder)
+    task.pairs = learnt.get("pairs")
+    length = learnt.get("seq", positions) if max_length is None else max_length
     require_length(length, positions)
     return Trained(task, model, own_tokenizer(tokenizer), length)
 
 
-def _learnt_length(folder: Path) -> int | None:
-    """The tokens that examples were cut to in `bert-fast finetune`, None where another program trained the model."""
+def _learnt(folder: Path) -> dict[str, Any]:
+    """What `bert-fast finetune` told of the first seed; empty where another program trained the model."""
     path = folder / RECORD
     found = json.loads(path.read_text(encoding="utf-8"))["seeds"] if path.is_file() else {}
-    return next((seed["seq"] for seed in found.values()), None)
+    return next(iter(found.values()), {})
 
 
 def predict(

@@ -117,6 +117,22 @@ def test_finetune_pairs_from_named_columns(run, folder, tmp_path):
     assert done.result["examples"] == 24
 
 
+def test_a_model_of_pairs_is_not_used_on_single_texts(run, folder, tmp_path):
+    """Nor the other way round: what it says would be wrong without a word."""
+    path = write(tmp_path / "pairs.tsv", [("a", "b", "x"), ("c", "d", "y")] * 4)
+    columns = {True: ("--text", 0, "--pair", 1, "--label", 2), False: ()}
+    for pairs, message in ((True, "on pairs of texts: name the column of the second"),
+                           (False, "on single texts: leave out the column of the second")):  # fmt: skip
+        model = tmp_path / f"pairs-{pairs}"
+        argv = ("--train", path, "--validation", path, "--epochs", 1, "--out", model)
+        assert run("finetune", folder / "model", *argv, *columns[pairs]).code == 0
+        assert run("evaluate", model, "--data", path, *columns[pairs]).code == 0
+        for done in (run("evaluate", model, "--data", path, *columns[not pairs]),
+                     run("predict", model, path, *columns[not pairs][:4])):  # fmt: skip
+            assert (done.code, done.out) == (1, "")
+            assert message in done.err
+
+
 def test_examples_are_read_as_the_file_has_them(tmp_path):
     tsv = write(tmp_path / "a.tsv", [('a "quoted" word', "1"), ("second", "0")])
     assert read_examples(tsv) == [Example('a "quoted" word', None, "1"), Example("second", None, "0")]
