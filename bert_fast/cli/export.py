@@ -21,8 +21,8 @@ def add_parser(subparsers) -> None:
         details="By PyTorch's exporter, from transformers' class and the saved weights; batches and texts may have any "
         "size. The graph is compared with this engine on real text, which --data gives, and is refused where they "
         "differ. DIR gets model.onnx, with --int8 model_int8.onnx by ONNX Runtime's dynamic quantisation, the "
-        "tokenizer, config.json and export.json, which says what was measured. What int8 costs is told on --data: "
-        "cosine similarity of vectors, the share of answers that stay, and a classifier's accuracy.",
+        "tokenizer, config.json and export.json, which says what was measured. On --data it measures what int8 "
+        "costs: cosine similarity of vectors, the share of answers that stay, and a classifier's accuracy.",
         examples="""
 bert-fast export run --onnx encoder
 bert-fast export path/to/all-MiniLM-L6-v2 --onnx vectors --int8 --data sentences.txt

@@ -71,7 +71,7 @@ bert-fast finetune run --train train.tsv --validation dev.tsv --from-scratch    
     parser.add_argument("--dropout", metavar="P", type=float, help="dropout while it learns (default: the model's)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the new weights, the order and dropout")
     parser.add_argument("--seeds", metavar="N", type=positive, default=1, help="train so often, from --seed on; the "
-                        "mean and the deviation are told, and the best is kept")  # fmt: skip
+                        "command prints mean and deviation, and keeps the best")  # fmt: skip
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of products and "
                         "hidden states; auto: bf16 where the device multiplies it in hardware")  # fmt: skip
     parser.add_argument("--patience", metavar="N", type=positive, help="stop after N epochs that are no better than "

@@ -54,8 +54,8 @@ bert-fast predict answers squad.json       # a model of qa; or JSON lines with q
         "--threshold",
         metavar="X",
         type=float,
-        help="of multilabel the probability from which a label is said (default: 0.5); of qa how far there being no "
-        "answer must score above the best one to be said (default: as learnt)",
+        help="of multilabel the lowest probability of a label that is given (default: 0.5); of qa how far having no "
+        "answer must score above the best answer to be given (default: as learnt)",
     )
     parser.add_argument(
         "--seq",

@@ -56,10 +56,10 @@ def plan_batches(
 
     A batch takes samples in the order given (sample numbers, shuffled) until the longest might not fit;
     the rest of its budget goes to the longest that do fit among the next ``pool`` samples (at least four batches of
-    sequences). So batches stay mixed,
-    and hardly a token is wasted. A sequence is never cut or joined to another. Returns int64 arrays of sample
-    numbers. ``lengths`` (samples,) counts special tokens, which are not predicted; ``nsp`` says how many. ``masked``
-    (samples,) are how many tokens each sample predicts; None: as many as ``masked_count`` says, not whole words.
+    sequences). So batches stay mixed, and hardly a token is wasted. A sequence is never cut or joined to another.
+
+    Returns int64 arrays of sample numbers. ``lengths`` (samples,) counts special tokens, which are not predicted;
+    ``nsp`` says how many. ``masked`` (samples,) are how many tokens each sample predicts; None: as many as ``masked_count`` says, not whole words.
 
     Raises ValueError for a sample that is longer than the budget, or predicts more than ``size`` holds.
     """
@@ -123,8 +123,8 @@ def deal(lengths: np.ndarray, bins: int) -> list[np.ndarray]:
     """Deals sequences of ``lengths`` into ``bins`` of nearly equal sums: longest first, each to the emptiest bin.
 
     Returns the numbers of each bin's sequences, the longest first: kernels that start them in this order end with short
-    ones. Source: Graham, "Bounds on multiprocessing timing
-    anomalies", 1969 (at most a third above the best possible; far less for many sequences).
+    ones. Source: Graham, "Bounds on multiprocessing timing anomalies", 1969 (at most a third above the
+    best possible; far less for many sequences).
     """
     heap = [(0, number) for number in range(bins)]
     members: list[list[int]] = [[] for _ in range(bins)]
