@@ -59,7 +59,8 @@ def plan_batches(
     sequences). So batches stay mixed, and hardly a token is wasted. A sequence is never cut or joined to another.
 
     Returns int64 arrays of sample numbers. ``lengths`` (samples,) counts special tokens, which are not predicted;
-    ``nsp`` says how many. ``masked`` (samples,) are how many tokens each sample predicts; None: as many as ``masked_count`` says, not whole words.
+    ``nsp`` says how many. ``masked`` (samples,) are how many tokens each sample predicts; None: as many
+    as ``masked_count`` says, not whole words.
 
     Raises ValueError for a sample that is longer than the budget, or predicts more than ``size`` holds.
     """

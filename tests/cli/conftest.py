@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -36,6 +37,7 @@ class Done(NamedTuple):
 @pytest.fixture
 def run(capsys, monkeypatch):
     """run("tokenizer", path, ..., stdin="...") -> Done, in this process."""
+    monkeypatch.setattr("bert_fast.output._LineProgress.every", math.inf)  # at the end alone, however slow the machine
 
     def run(*argv, stdin: str | bytes = "") -> Done:
         raw = stdin.encode() if isinstance(stdin, str) else stdin
