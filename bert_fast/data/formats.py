@@ -378,7 +378,9 @@ def _require_column(name: str, field: str, columns: Sequence[str]) -> None:
     """ValueError where not exactly one of ``columns`` is called ``field``."""
     if (number := columns.count(field)) != 1:
         what = f"{number} columns" if number else "no column"
-        raise ValueError(f"{name}: {what} {field!r}; its columns are {shortened(columns)}: name one as the text field")
+        raise ValueError(
+            f"{name}: {what} {field!r}; its columns are {shortened(columns)}: name one as the text field (--text-field)"
+        )
 
 
 def _rows(blocks: Iterator[bytes], name: str, tabs: bool) -> Iterator[tuple[int, list[str]]]:

@@ -82,7 +82,7 @@ def _from_origin(config: PretrainConfig, before: Checkpoint) -> list[Phase]:
     if text_of(asked) not in map(text_of, (theirs, as_planned, branch)):
         raise ConfigError(
             f"--decay-from {before.folder} decays from the learning rate of its run, in the phase that it was in: "
-            f"--phases, --seq, --steps, --batch-size, --lr and --warmup are those of that run; leave them out"
+            f"--phases, --seq, --steps, --replan, --batch-size, --lr and --warmup are those of that run; leave them out"
         )
     return branch
 
