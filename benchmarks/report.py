@@ -112,6 +112,29 @@ def how_fast(results: Path) -> str:
         f'[its file]({where}). Contenders run interleaved in one process; "ours is" is the median over rounds of their '
         f"time over ours.\n\n{tables.steps(rows, tables.README).markdown()}"
         + (picture if path.with_suffix(".png").exists() else "")
+        + fine_tuning(path.parent, results)
+    )
+
+
+def fine_tuning(folder: Path, results: Path) -> str:
+    """README's sentence of the newest run of fine-tuning on the device of ``folder``, beside Trainer as published."""
+    runs = [run for run in newest("run", results) if run[0].parent == folder and run[1]["work"]["mode"] == "finetune"]
+    if not runs:
+        return ""
+    path, data = max(runs, key=lambda run: run[1]["started"])
+
+    def beside(dtype: str) -> str:
+        found: dict[str, list[str]] = {}
+        for x in data["steps"]:
+            if (x["contender"], x["dtype"]) == ("trainer", dtype):
+                found.setdefault(x["lengths"], []).append(tables.times(x["ours_is"]))
+        return ", ".join(f"{lengths} {' and '.join(each)}" for lengths, each in found.items())
+
+    own, where = data["steps"][0]["dtype"], path.relative_to(results.parent.parent).as_posix()
+    too = f"; in {own} too: {same}" if own != "float32" and (same := beside(own)) else ""
+    return (
+        f"\n\nFine-tuning and prediction in {own}, in real tokens a second over those of transformers' `Trainer` in "
+        f"float32, its default: {beside('float32')}{too}; commit {data['commit']}, [its file]({where})."
     )
 
 

@@ -48,6 +48,7 @@ def pinned(path: Path) -> Path:
     asked = _asked(path)
     if COMMIT.fullmatch(asked["revision"] or ""):
         return path
+    extras.load("datasets")  # before the Hub is asked for what could not be read
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

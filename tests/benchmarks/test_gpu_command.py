@@ -497,7 +497,7 @@ def test_the_report_takes_the_newest_of_each_work_and_of_a_gpu_with_whole_steps(
     ):  # fmt: skip
         (tmp_path / "cpu").mkdir(exist_ok=True)
         data = {"kind": "run", "smoke": False, "limits": {"copy_gbs": 1}, "date": name[:10],
-                "work": {"mode": "train", "seq": seq, "dtype": dtype}}  # fmt: skip
+                "work": {"mode": "train", "seq": seq, "lengths": "full", "dtype": dtype}}  # fmt: skip
         (tmp_path / "cpu" / f"{name}.json").write_text(json.dumps(data))
     operators_alone = {"kind": "run", "smoke": False, "limits": {"copy_gbs": 1}, "operators": []}
     (tmp_path / "cpu" / "2026-01-03-ccc.json").write_text(json.dumps(operators_alone))
