@@ -1,12 +1,12 @@
 """What batches cost at another masking rate, of whole words, and from several sources, beside the plain ones.
 
-    python dev/batch_speed.py [--updates 60] [--batch 256] [--seq 128] [--rounds 5] [--json]
+    python dev/batch_speed.py [--updates 480] [--batch 256] [--seq 128] [--rounds 3] [--json]
 
 Every round makes the updates of each case in one process and one thread, as `pretrain` makes them: which samples, their
 tokens and masks, packed. "ratio" is the median over rounds of a case's processor time over that of the plain case:
-other work on the machine disturbs it less than the clock. The text is the Python language reference, each document 32
-times, so that planning an epoch is no larger a part than in a corpus of real size; of two sources each has every other
-document.
+other work on the machine disturbs it less than the clock. The text is the Python language reference, each document 256
+times: planning an epoch has a part that does not grow with the documents, which two sources have twice, and of a corpus
+of real size nobody sees it. Of two sources each has every other document.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def cases(seq: int) -> dict:
     documents = read_documents()
     tokenizer = train_tokenizer((sentence for document in documents for sentence in document), 8000)
     corpus = encode_documents(documents, tokenizer)
-    places = np.tile(corpus.documents, (32, 1))
+    places = np.tile(corpus.documents, (256, 1))
     parts = (places, places[::2], places[1::2])
     whole, *halves = (Corpus(corpus.tokens, corpus.sentence_ends, part) for part in parts)
 
@@ -61,7 +61,7 @@ def seconds(dataset, options: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("updates", 60), ("batch", 256), ("seq", 128), ("rounds", 5)):
+    for name, default in (("updates", 480), ("batch", 256), ("seq", 128), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args()
