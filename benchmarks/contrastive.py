@@ -1,11 +1,12 @@
 """sentence-transformers' training step, in-batch negatives, on an accelerated model beside transformers' BERT.
 
-    python benchmarks/contrastive.py --batch 64
-    python benchmarks/contrastive.py --batch 256 --cached 32
+    python benchmarks/contrastive.py
+    python benchmarks/contrastive.py --batch 64 --cached 16
 
 A step is sentence-transformers' own loss, forward and backward, on what its collator gives: pairs of sentences that
-follow each other in a corpus, padded to the longest of the batch. Losses and gradients are compared first, at dropout
-0; where they differ no speed is printed and the exit status is 1. Contenders run interleaved in one process.
+follow each other in a corpus, cut to --seq tokens and padded to the longest of the batch. Losses and gradients are
+compared first, at dropout 0; where they differ no speed is printed and the exit status is 1. Contenders run interleaved
+in one process.
 """
 
 import argparse
@@ -55,16 +56,17 @@ def bert_folder(folder: Path, texts: list[str], model: str) -> Path:
     return folder
 
 
-def build(name: str, folder: Path, cached: int | None, dropout: float) -> torch.nn.Module:
+def build(name: str, folder: Path, options, dropout: float) -> torch.nn.Module:
     """The loss of sentence-transformers around a model of ``folder`` that runs as ``name`` says, in training mode."""
     arguments = {"attn_implementation": CONTENDERS[name]}
     chances = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs=arguments, config_kwargs=chances)
+    model.max_seq_length = options.seq
     if name == "bert_fast":
         bert_fast.accelerate(model)
-    if cached is None:
+    if options.cached is None:
         return losses.MultipleNegativesRankingLoss(model).train()
-    return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=cached).train()
+    return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=options.cached).train()
 
 
 def step_of(loss: torch.nn.Module, texts: tuple[list[str], list[str]], dtype: torch.dtype) -> Callable[[], float]:
@@ -82,11 +84,11 @@ def step_of(loss: torch.nn.Module, texts: tuple[list[str], list[str]], dtype: to
     return step
 
 
-def parity_rows(folder: Path, texts: tuple[list[str], list[str]], cached: int | None) -> list[dict]:
+def parity_rows(options, folder: Path, texts: tuple[list[str], list[str]]) -> list[dict]:
     """Rows of parity of the loss and of all gradients, ours beside transformers': without dropout, in float32."""
     values, gradients = [], []
     for name in ("bert_fast", "hf-sdpa"):
-        loss = build(name, folder, cached, dropout=0.0)
+        loss = build(name, folder, options, dropout=0.0)
         values.append(step_of(loss, texts, torch.float32)())
         found = {key: parameter.grad for key, parameter in loss.named_parameters()}
         gradients.append(torch.cat([g.flatten() for key, g in sorted(found.items()) if g is not None]))
@@ -97,16 +99,16 @@ def parity_rows(folder: Path, texts: tuple[list[str], list[str]], cached: int | 
 
 def rows_of(options, folder: Path, texts: tuple[list[str], list[str]]) -> list[dict]:
     """A row for each contender, as steps.py has them."""
-    steps = {name: step_of(build(name, folder, options.cached, DROPOUT), texts, DTYPES[options.dtype])
+    steps = {name: step_of(build(name, folder, options, DROPOUT), texts, DTYPES[options.dtype])
              for name in CONTENDERS}  # fmt: skip
     for step in steps.values():
         step()
     times = clock.interleave(steps, options.rounds, clock.Clock("cpu").step)
-    model = build("hf-sdpa", folder, options.cached, DROPOUT).model
+    model = build("hf-sdpa", folder, options, DROPOUT).model
     masks = [model.preprocess(column)["attention_mask"] for column in texts]
     real, sequences = sum(int(mask.sum()) for mask in masks), 2 * options.batch
     facts = {
-        "model": options.model, "seq": max(mask.shape[1] for mask in masks), "lengths": work_of(options),
+        "model": options.model, "seq": options.seq, "lengths": work_of(options),
         "dtype": options.dtype, "sequences": sequences, "mode": "contrastive", "optimizer": "none", "real_tokens": real,
         "share_of_peak": None,
     }  # fmt: skip
@@ -130,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="base")
     parser.add_argument("--batch", type=int, default=32, help="pairs of sentences a step (default 32)")
+    parser.add_argument("--seq", type=int, default=128, help="tokens that a sentence is cut to (default 128)")
     parser.add_argument("--cached", metavar="N", type=int, help="CachedMultipleNegativesRankingLoss in parts of N")
     parser.add_argument("--corpus", help="text (default: the Python language reference)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="autocast dtype")
@@ -148,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     found["limits"] = limits.measure(clock.Clock("cpu"), {DTYPES[options.dtype], torch.float32})
     with tempfile.TemporaryDirectory() as made:
         folder = bert_folder(Path(made), [text for column in texts for text in column], options.model)
-        found["parity"] = parity.summary(parity_rows(folder, texts, options.cached))
+        found["parity"] = parity.summary(parity_rows(options, folder, texts))
         tables.parity(found["parity"]).show()
         if not found["parity"]["passed"]:
             print("benchmarks/contrastive.py: parity failed, so no speed is measured", file=sys.stderr)
@@ -161,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     title = f"{facts['lengths']}: {options.batch} pairs, {facts['real_tokens']} tokens, BERT-{options.model}"
     tables.steps(found["steps"], COLUMNS, f"{title}, {options.dtype}").show()
     if options.save:
-        results.Results(results.new_path(found, f"contrastive-{options.cached or options.batch}"), found)
+        results.Results(results.new_path(found, "contrastive" + ("-cached" if options.cached else "")), found)
     return 0
 
 
