@@ -56,8 +56,8 @@ figures: setup
 	@$(BIN)/python benchmarks/run.py --seq 128 --save $(ARGS)
 	@$(BIN)/python benchmarks/run.py --seq 512 --mode encode --batch 4 --rounds 5 --save $(ARGS)
 	@$(BIN)/python benchmarks/run.py --mode finetune --rounds 3 --save
-	@$(BIN)/python benchmarks/contrastive.py --save
-	@$(BIN)/python benchmarks/contrastive.py --batch 64 --cached 16 --save
+	@$(BIN)/python benchmarks/contrastive.py --batch 16 --rounds 3 --save
+	@$(BIN)/python benchmarks/contrastive.py --batch 16 --cached 8 --rounds 3 --save
 	@$(BIN)/python benchmarks/run.py --kernels --save $(ARGS)
 	@$(BIN)/python benchmarks/report.py
 
