@@ -78,15 +78,13 @@ def run(options: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(options).items() if name in names}
     try:
         config = resolve(flags, options.config)
+        with collecting_no_garbage():
+            from bert_fast.run.pretrain import pretrain
         if options.dry_run:
-            with collecting_no_garbage():
-                from bert_fast.run.dry_run import dry_run
+            from bert_fast.run.dry_run import dry_run
 
             dry_run(config, Output.of(options))
             return 0
-        with collecting_no_garbage():
-            from bert_fast.run.pretrain import pretrain
-
         return pretrain(config, Output.of(options))
     except ConfigError as error:
         print(f"bert-fast pretrain: error: {error} (see bert-fast pretrain --help)", file=sys.stderr)
@@ -95,8 +93,12 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def collecting_no_garbage() -> Iterator[None]:
-    """While torch and transformers are imported: they make no garbage, and looking for it takes a sixth of the time.
-    What they made stays to the end, and later collections, the last ones among them, pass over it."""
+    """While torch and transformers are imported for the first time in this process: they make no garbage, and looking
+    for it takes long. What they made stays to the end, and later collections, the last ones among them, pass over it.
+    Afterwards there may be garbage, which would stay too."""
+    if "transformers" in sys.modules:
+        yield
+        return
     gc.disable()
     try:
         yield

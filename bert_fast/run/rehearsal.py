@@ -100,9 +100,7 @@ class Rehearsal:
         gradients written, and what a token does.
         """
         ranks, length = self.ranks.world, float(sample_lengths(self.dataset, phase.seq).mean())
-        full = min(
-            phase.batch_size, math.ceil(self.tokens * ranks / length)
-        )  # sequences: a micro-batch of each process
+        full = min(phase.batch_size, math.ceil(self.tokens * ranks / length))  # sequences: a micro-batch a process
         if self.least is None:
             took, of_optimizer, had = self.timed(dataclasses.replace(phase, seq=min(phase.seq, LITTLE)), ranks, 1, 1)
             self.least = took - of_optimizer, had

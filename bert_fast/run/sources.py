@@ -44,7 +44,7 @@ def open_validation(config: PretrainConfig, tokenizer: Tokenizer, theirs: str) -
 def _opened(config: PretrainConfig, option: str, held_out: float, tokenizer: Tokenizer, theirs: str) -> list[Source]:
     weights, found = sources(config, option), []
     for folder, name in zip(weights, _names(list(weights)), strict=True):
-        if differing := differences(tokenizer, _tokenizer(folder, option)):
+        if folder != theirs and (differing := differences(tokenizer, _tokenizer(folder, option))):
             raise ConfigError(
                 f"{flag(option)} {folder} was prepared with another tokenizer than {theirs} ({'; '.join(differing)})"
             )

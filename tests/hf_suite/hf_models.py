@@ -13,17 +13,7 @@ from transformers import BertConfig
 from transformers.testing_utils import torch_device
 
 from tests.hf_suite import hf_distribution
-
-CLASSES = (
-    "BertModel",
-    "BertForPreTraining",
-    "BertForMaskedLM",
-    "BertForNextSentencePrediction",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertForQuestionAnswering",
-    "BertForMultipleChoice",
-)
+from tests.support.class_names import CLASSES
 
 library = importlib.import_module(os.environ["HF_SUITE_LIBRARY"])
 common = hf_distribution.import_module("test_modeling_common")

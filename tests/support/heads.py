@@ -5,18 +5,10 @@ import transformers
 from transformers import BertConfig
 
 import bert_fast
+from tests.support import class_names
 from tests.support.parity import DEVICE
 
-HEADS = (
-    "BertModel",
-    "BertForPreTraining",
-    "BertForMaskedLM",
-    "BertForNextSentencePrediction",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertForQuestionAnswering",
-    "BertForMultipleChoice",
-)
+HEADS = class_names.CLASSES
 B, S, V = 4, 9, 61
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
